@@ -1,0 +1,204 @@
+"""The definition of every op, eagerly, in torch only: what the Triton files are tested against.
+
+Equations run in float32; bfloat16 and float16 inputs are cast up, float64 inputs stay float64. Latents have any shape
+(B, ...), D elements per row. A denoising step is a row of a coefficient table (S, NUM_COLUMNS), which the caller
+computes in float64:
+
+    mean     = c_x x + c_v v
+    next     = mean + std eps
+    log_prob = const - scale mean_d (next - mean)^2        the mean over elements, not the sum: Flow-GRPO's convention
+    kl       = coefficient mean_d (mean - mean_ref)^2
+
+A step is an ODE step if and only if its std is 0; then it has no log-prob (NaN).
+
+Sums over elements follow a fixed tree (`row_mean`), because torch's own order depends on the number of rows and
+threads, and a ratio of exactly 1 before the first update needs the same bits for a row in every batch.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mteditflow_kernels.philox import counter_normal
+
+C_X, C_V, STD, LOG_PROB_SCALE, LOG_PROB_CONST, KL_PUBLISHED, KL_EXACT = range(7)
+NUM_COLUMNS = 7
+
+
+class _RowMean(torch.autograd.Function):
+    """Mean over the columns of (B, D) by halving, left half plus right half: the same tree for every row."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        num_elements = values.shape[1]
+        ctx.num_elements = num_elements
+        width = 1 << (num_elements - 1).bit_length()
+        values = torch.nn.functional.pad(values, (0, width - num_elements))
+        while width > 1:
+            width //= 2
+            values = values[:, :width] + values[:, width:]
+        return values[:, 0] / num_elements
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+        (grad,) = grad_outputs
+        return (grad / ctx.num_elements)[:, None].expand(-1, ctx.num_elements)
+
+
+def row_mean(values: Tensor) -> Tensor:
+    """Mean over all but the first dimension, (B, ...) -> (B,), in an order of summation that depends on D alone."""
+    mean = _RowMean.apply(values.flatten(1))
+    assert isinstance(mean, Tensor)
+    return mean
+
+
+def _upcast(*tensors: Tensor) -> list[Tensor]:
+    """The tensors in their common dtype, float32 at least."""
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return [tensor.to(dtype) for tensor in tensors]
+
+
+def _column(values: Tensor, like: Tensor) -> Tensor:
+    """(B,) as (B, 1, ..., 1), to go with the rows of `like` (B, ...)."""
+    return values.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def _coefficients(table: Tensor, step: Tensor | int, like: Tensor) -> Tensor:
+    """(B, NUM_COLUMNS) in the dtype of `like` (B, ...); `step` (B,) int64, or one for all rows."""
+    return table[step].to(like.dtype).expand(len(like), -1)
+
+
+def _mean(velocity: Tensor, latents: Tensor, coefficients: Tensor) -> Tensor:
+    return _column(coefficients[:, C_X], latents) * latents + _column(coefficients[:, C_V], latents) * velocity
+
+
+def _weighted_sum(rows: Tensor, weight: Tensor | None) -> Tensor:
+    """sum_b weight_b rows_b; without weights their mean."""
+    return rows.mean() if weight is None else (rows * weight).sum()
+
+
+def sde_log_prob(velocity: Tensor, latents: Tensor, next_latents: Tensor, table: Tensor, step: Tensor | int) -> Tensor:
+    """Log-prob (B,) of `next_latents` (B, ...) given `latents`, differentiable in velocity; NaN at ODE steps."""
+    velocity, latents, next_latents = _upcast(velocity, latents, next_latents)
+    coefficients = _coefficients(table, step, latents)
+    square = row_mean((next_latents - _mean(velocity, latents, coefficients)).square())  # (B,)
+    log_prob = coefficients[:, LOG_PROB_CONST] - coefficients[:, LOG_PROB_SCALE] * square
+    return log_prob.masked_fill(coefficients[:, STD] == 0, torch.nan)
+
+
+def sde_step(
+    velocity: Tensor, latents: Tensor, table: Tensor, step: Tensor | int, keys: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One denoising step: next_latents (B, ...) in the dtype of `latents`, and log_prob (B,) of these stored values.
+
+    `keys` (B, 5) int64 are the noise keys of `counter_normal`; `step` (B,) int64, or one for all rows.
+    """
+    velocity_, latents_ = _upcast(velocity, latents)
+    coefficients = _coefficients(table, step, latents_)
+    noise = counter_normal(keys, tuple(latents.shape[1:])).to(latents_.dtype)
+    next_latents = _mean(velocity_, latents_, coefficients) + _column(coefficients[:, STD], latents) * noise
+    next_latents = next_latents.to(latents.dtype)
+    return next_latents, sde_log_prob(velocity, latents, next_latents, table, step)
+
+
+def grpo_loss(
+    velocity: Tensor,
+    latents: Tensor,
+    next_latents: Tensor,
+    old_log_prob: Tensor,
+    advantage: Tensor,
+    table: Tensor,
+    step: Tensor | int,
+    *,
+    clip_range: float,
+    kl_beta: float = 0.0,
+    ref_velocity: Tensor | None = None,
+    kl_form: str = "published",
+    weight: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Flow-GRPO's objective: sum_b weight_b [max(-A ratio, -A clip(ratio)) + kl_beta kl], weight 1/B by default.
+
+    Latents and velocities (B, ...); old_log_prob, advantage, weight (B,). The diagnostics are 0-d, unweighted,
+    detached: ratio_mean, ratio_error (largest |ratio - 1|), clip_fraction, approx_kl, kl, policy_loss,
+    log_prob_difference (largest |log_prob - old_log_prob|). An ODE row makes the loss NaN.
+    """
+    if kl_form not in ("published", "exact"):
+        raise ValueError(f"kl_form is {kl_form!r}: must be 'published' or 'exact'")
+    if kl_beta > 0 and ref_velocity is None:
+        raise ValueError(f"kl_beta is {kl_beta}: the penalty needs ref_velocity")
+    velocity, latents = _upcast(velocity, latents)
+    coefficients = _coefficients(table, step, latents)
+    log_ratio = sde_log_prob(velocity, latents, next_latents, table, step) - old_log_prob
+    ratio = torch.exp(log_ratio)  # (B,)
+    policy = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip_range, 1 + clip_range))
+    kl = torch.zeros_like(ratio)
+    if ref_velocity is not None:
+        # c_x x is the same in both means: subtracting velocities instead loses no digits
+        difference = _column(coefficients[:, C_V], latents) * (velocity - ref_velocity.to(velocity.dtype))
+        kl = coefficients[:, KL_EXACT if kl_form == "exact" else KL_PUBLISHED] * row_mean(difference.square())
+    loss = _weighted_sum(policy + kl_beta * kl if kl_beta > 0 else policy, weight)
+    ratio_error = (ratio.detach() - 1).abs()
+    diagnostics = {
+        "ratio_mean": ratio.mean(),
+        "ratio_error": ratio_error.max(),
+        "clip_fraction": (ratio_error > clip_range).to(ratio.dtype).mean(),
+        # the second-order form: ratio - 1 - log ratio cancels to nothing in float32 at log ratios of 1e-4
+        "approx_kl": 0.5 * log_ratio.square().mean(),
+        "kl": kl.mean(),
+        "policy_loss": policy.mean(),
+        "log_prob_difference": log_ratio.abs().max(),
+    }
+    return loss, {name: value.detach() for name, value in diagnostics.items()}
+
+
+def noised(clean_latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    """(1 - sigma) x0 + sigma eps, (B, ...), float32 or float64; `sigma` (B,)."""
+    clean_latents, noise, sigma = _upcast(clean_latents, noise, sigma)
+    level = _column(sigma, clean_latents)
+    return (1 - level) * clean_latents + level * noise
+
+
+def _nft_term(velocity: Tensor, latents: Tensor, clean_latents: Tensor, level: Tensor) -> Tensor:
+    """L (B,) = mean_d (xh - x0)^2 / w with xh = xt - t v and w = max(mean_d |xh - x0|, 1e-5) held constant."""
+    error = latents - level * velocity - clean_latents
+    scale = row_mean(error.detach().abs()).clamp(min=1e-5)
+    return row_mean(error.square()) / scale
+
+
+def nft_loss(
+    velocity: Tensor,
+    old_velocity: Tensor,
+    clean_latents: Tensor,
+    noise: Tensor,
+    sigma: Tensor,
+    reward_probability: Tensor,
+    *,
+    beta: float,
+    kl_beta: float = 0.0,
+    ref_velocity: Tensor | None = None,
+    max_advantage: float = 5.0,
+    weight: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """DiffusionNFT: sum_b weight_b [A_max (r L+ + (1 - r) L-) / beta + kl_beta mean_d (v - v_ref)^2].
+
+    v+ = beta v + (1 - beta) v_old and v- = (1 + beta) v_old - beta v are the implicit good and bad policies. Latents,
+    noise and velocities (B, ...); sigma, reward_probability r and weight (B,), which is 1/B by default. The diagnostics
+    policy_loss and kl are 0-d, unweighted, detached.
+    """
+    if kl_beta > 0 and ref_velocity is None:
+        raise ValueError(f"kl_beta is {kl_beta}: the penalty needs ref_velocity")
+    velocity, clean_latents = _upcast(velocity, clean_latents)
+    old_velocity = old_velocity.detach().to(velocity.dtype)
+    latents = noised(clean_latents, noise, sigma).to(velocity.dtype)
+    level = _column(sigma.to(velocity.dtype), latents)
+    positive = _nft_term(beta * velocity + (1 - beta) * old_velocity, latents, clean_latents, level)
+    negative = _nft_term((1 + beta) * old_velocity - beta * velocity, latents, clean_latents, level)
+    policy = max_advantage * (reward_probability * positive + (1 - reward_probability) * negative) / beta  # (B,)
+    kl = torch.zeros_like(policy)
+    if ref_velocity is not None:
+        kl = row_mean((velocity - ref_velocity.to(velocity.dtype)).square())
+    loss = _weighted_sum(policy + kl_beta * kl if kl_beta > 0 else policy, weight)
+    return loss, {"policy_loss": policy.mean().detach(), "kl": kl.mean().detach()}

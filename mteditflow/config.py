@@ -1,0 +1,297 @@
+"""Every setting of a run. The defaults are `configs/mini.yaml`: the main job on the embedded editor."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+EMBEDDED = "embedded"
+
+
+def _require(is_right: bool, name: str, value: object, remedy: str) -> None:
+    if not is_right:
+        raise ValueError(f"{name} is {value!r}: {remedy}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The editor to train."""
+
+    path: str = EMBEDDED
+    """Folder or hub name of a diffusers FluxKontextPipeline; 'embedded' is the miniature that ships with the
+    package."""
+    height: int = 64
+    """Height of source and edit, pixels; a multiple of 16."""
+    width: int = 64
+    """Width of source and edit, pixels; a multiple of 16."""
+    guidance_scale: float = 2.5
+    """Embedded guidance (FLUX.1-Kontext's default 2.5)."""
+    max_text_tokens: int = 12
+    """T5 tokens of an instruction, longer ones are cut; 512 is what FLUX.1-Kontext was trained with, 12 the
+    miniature."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the frozen base; the adapter and the equations are float32."""
+
+    def __post_init__(self) -> None:
+        for name, value in (("model.height", self.height), ("model.width", self.width)):
+            _require(value >= 16 and value % 16 == 0, name, value, "must be a positive multiple of 16")
+        _require(self.max_text_tokens > 0, "model.max_text_tokens", self.max_text_tokens, "must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """The adapter (peft LoRA on the transformer)."""
+
+    rank: int = 32
+    """Rank of the adapter (DiffusionNFT: 32, Flow-GRPO: 64)."""
+    alpha: int = 64
+    """Scale of the adapter is alpha / rank."""
+    targets: tuple[str, ...] = ()
+    """Names of modules to adapt; empty: attention and feed-forward linears of the model's family."""
+
+    def __post_init__(self) -> None:
+        _require(self.rank > 0, "lora.rank", self.rank, "must be positive")
+        _require(self.alpha > 0, "lora.alpha", self.alpha, "must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The tasks."""
+
+    num_turns: int = 3
+    """K, instructions per session (paper: 3)."""
+    seed: int = 0
+    """Seed of the training sessions; held-out sessions are disjoint whatever it is."""
+
+    def __post_init__(self) -> None:
+        _require(
+            1 <= self.num_turns <= 10,
+            "data.num_turns",
+            self.num_turns,
+            "a session of the world has 1 to 10 instructions",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """K turns of S denoising steps by G trajectories for each of P tasks."""
+
+    num_tasks: int = 8
+    """P, tasks per iteration, over all ranks."""
+    group_size: int = 16
+    """G, trajectories per task (paper: 16); at least 2, since the advantage is relative to the group."""
+    num_steps: int = 8
+    """S, denoising steps per turn (paper: 12 on FLUX.1-Kontext)."""
+    rule: Literal["sde", "cps"] = "sde"
+    """How a noisy step is made: Flow-GRPO's SDE or Flow-CPS."""
+    noise_level: float = 0.9
+    """Scale of the noise of a step; Flow-GRPO's a (0.9 for Kontext). NFT rolls out the ODE whatever this is."""
+    window_size: int = 2
+    """Consecutive noisy, trained steps per iteration, the others are ODE steps; 0: all steps noisy, all but the last
+    trained."""
+    window_placement: Literal["random", "progressive"] = "random"
+    """Where the window lies: drawn per iteration, or moving from the first step to the last over the run (MixGRPO)."""
+    hand_off: Literal["pixels", "latents"] = "pixels"
+    """What the next turn edits: the decoded 8-bit image (what a user gets), or the latents as they are. Ours."""
+    microbatch_size: int = 128
+    """Trajectories per forward pass of the rollout; changes memory, not results."""
+
+    def __post_init__(self) -> None:
+        _require(self.num_tasks >= 1, "rollout.num_tasks", self.num_tasks, "must be at least 1")
+        _require(
+            self.group_size >= 2,
+            "rollout.group_size",
+            self.group_size,
+            "must be at least 2: the advantage of a trajectory is relative to its group",
+        )
+        _require(self.num_steps >= 2, "rollout.num_steps", self.num_steps, "must be at least 2")
+        _require(0 < self.noise_level <= 2, "rollout.noise_level", self.noise_level, "must lie in (0, 2]")
+        _require(
+            0 <= self.window_size < self.num_steps,
+            "rollout.window_size",
+            self.window_size,
+            f"must lie in 0 to num_steps - 1 = {self.num_steps - 1}",
+        )
+        _require(self.microbatch_size >= 1, "rollout.microbatch_size", self.microbatch_size, "must be positive")
+
+
+TurnAggregation = Literal[
+    "mean", "sum", "min", "prod", "geomean", "last", "binary_mean", "binary_all", "prefix_soft", "prefix_binary"
+]
+Credit = Literal["broadcast", "per_turn", "return_to_go", "early_stop"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdvantageConfig:
+    """From scores to advantages (section 4 of the paper)."""
+
+    turn_aggregation: TurnAggregation = "mean"
+    """How the K instruction scores of a trajectory become one. Formulas ours; the paper names the step."""
+    aggregate_at: Literal["reward", "advantage"] = "reward"
+    """Aggregate rewards over turns, then normalise; or normalise each turn's reward, then average the advantages."""
+    fusion: Literal["advantage", "reward"] = "advantage"
+    """Where instruction following and consistency are added: after normalisation (paper's choice) or before."""
+    consistency_weight: float = 0.3
+    """Weight of the consistency reward, lambda_CC (paper: 0.3)."""
+    weights: Literal["additive", "convex"] = "additive"
+    """A_IF + w A_CC (paper), or (1 - w) A_IF + w A_CC. Convex is ours."""
+    credit: Credit = "broadcast"
+    """Who gets the advantage: every turn alike (paper's choice), or one of the baselines."""
+    std: Literal["group", "global"] = "group"
+    """Standard deviation that divides: of the group (paper), or of the whole batch."""
+    is_whitened: bool = False
+    """Normalise the final advantages over the batch once more. Ours."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.consistency_weight >= 0,
+            "advantage.consistency_weight",
+            self.consistency_weight,
+            "must not be negative",
+        )
+        _require(
+            self.weights == "additive" or self.consistency_weight <= 1,
+            "advantage.consistency_weight",
+            self.consistency_weight,
+            "must be at most 1 with convex weights",
+        )
+        _require(
+            self.aggregate_at == "reward" or self.turn_aggregation == "mean",
+            "advantage.turn_aggregation",
+            self.turn_aggregation,
+            "aggregate_at advantage averages over the turns: must be 'mean'",
+        )
+        _require(
+            self.aggregate_at == "reward" or self.credit == "broadcast",
+            "advantage.credit",
+            self.credit,
+            "aggregate_at advantage goes with credit 'broadcast'",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """The loss."""
+
+    name: Literal["grpo", "nft"] = "grpo"
+    """GRPO on the log-prob of noisy steps, or DiffusionNFT on noised final images."""
+    clip_range: float = 1e-3
+    """GRPO: the ratio is clipped to 1 +- this; grows as the number of latent elements falls (1e-4 at 512 px)."""
+    kl_beta: float = 0.0
+    """Weight of the penalty for leaving the reference, the adapter off (GRPO's kl_beta, NFT's lambda_kl)."""
+    kl_form: Literal["published", "exact"] = "published"
+    """GRPO: divide by std_t squared (as the public code) or by the step's variance."""
+    max_advantage: float = 5.0
+    """Advantages are clamped to +- this."""
+    nft_beta: float = 1.0
+    """NFT: how far the implicit positive and negative policies stand from the old one."""
+    nft_num_times: int = 2
+    """NFT: training times per turn and trajectory, drawn from the schedule's sigmas."""
+    nft_old_decay: Literal["on_policy", "ramp", "late_ramp"] = "ramp"
+    """NFT: decay of the old policy after an iteration: 0 | min(0.001 n, 0.5) | 0 until n = 75, then min(0.0075 (n -
+    75), 0.999)."""
+
+    def __post_init__(self) -> None:
+        for name in ("clip_range", "max_advantage", "nft_beta"):
+            _require(getattr(self, name) > 0, f"objective.{name}", getattr(self, name), "must be positive")
+        _require(self.kl_beta >= 0, "objective.kl_beta", self.kl_beta, "must not be negative")
+        _require(self.nft_num_times >= 1, "objective.nft_num_times", self.nft_num_times, "must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW on the adapter."""
+
+    learning_rate: float = 1e-3
+    """Peak learning rate (3e-4 for the large editors)."""
+    warmup_iterations: int = 0
+    """Iterations over which the learning rate rises from 0."""
+    weight_decay: float = 1e-4
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: float = 1.0
+    """The gradient is scaled down to this norm."""
+    num_updates: int = 1
+    """Optimizer steps per iteration, 1 or 2; the second is off-policy."""
+    microbatch_size: int = 128
+    """Transitions per forward and backward pass; gradients are accumulated."""
+    ema_decay: float = 0.9
+    """Decay per optimizer step of the averaged adapter, which is evaluated and exported; 0: no averaging."""
+
+    def __post_init__(self) -> None:
+        _require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "must be positive")
+        _require(self.num_updates in (1, 2), "optimizer.num_updates", self.num_updates, "must be 1 or 2")
+        _require(self.microbatch_size >= 1, "optimizer.microbatch_size", self.microbatch_size, "must be positive")
+        _require(0 <= self.ema_decay < 1, "optimizer.ema_decay", self.ema_decay, "must lie in [0, 1)")
+        _require(self.max_grad_norm > 0, "optimizer.max_grad_norm", self.max_grad_norm, "must be positive")
+        _require(
+            self.warmup_iterations >= 0, "optimizer.warmup_iterations", self.warmup_iterations, "must not be negative"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """EdiVal metrics on held-out sessions."""
+
+    num_sessions: int = 256
+    """Held-out sessions of the evaluation before and after training."""
+    num_steps: int = 8
+    """Denoising steps (ODE) per turn at evaluation."""
+    every: int = 10
+    """Iterations between short evaluations on the first `num_sessions_short` sessions; 0: none."""
+    num_sessions_short: int = 64
+    """Sessions of the short evaluation."""
+    num_strips: int = 6
+    """Fixed held-out sessions drawn as strips, base above current."""
+
+    def __post_init__(self) -> None:
+        _require(self.num_sessions >= 2, "evaluation.num_sessions", self.num_sessions, "must be at least 2")
+        _require(self.num_steps >= 1, "evaluation.num_steps", self.num_steps, "must be positive")
+        _require(self.every >= 0, "evaluation.every", self.every, "must not be negative")
+        _require(
+            1 <= self.num_strips <= self.num_sessions_short <= self.num_sessions,
+            "evaluation.num_sessions_short",
+            self.num_sessions_short,
+            "must lie between num_strips and num_sessions",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """The run itself."""
+
+    folder: str = "runs/mini"
+    """Where everything that the run makes is written; the same command in the same folder continues it."""
+    seed: int = 0
+    """Seed of noise, adapter initialisation and window placement."""
+    num_iterations: int = 40
+    """Iterations of roll out, score, update."""
+    save_every: int = 1
+    """Iterations between checkpoints."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept."""
+    max_invalid_share: float = 0.5
+    """The run stops when more than this share of an iteration's trajectories could not be scored."""
+    max_ratio_error: float = 0.0
+    """The run stops when |ratio - 1| before the first update exceeds this; 0 holds at the same geometry on one
+    device."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_iterations", "save_every", "keep_checkpoints"):
+            _require(getattr(self, name) >= 1, f"run.{name}", getattr(self, name), "must be at least 1")
+        _require(
+            0 <= self.max_invalid_share <= 1, "run.max_invalid_share", self.max_invalid_share, "must lie in [0, 1]"
+        )
+        _require(self.max_ratio_error >= 0, "run.max_ratio_error", self.max_ratio_error, "must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A run of mteditflow."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    run: RunConfig = field(default_factory=RunConfig)

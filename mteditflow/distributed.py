@@ -1,0 +1,59 @@
+"""Ranks: every rank rolls out its own share of the tasks, and gradients are summed. One process needs none of it."""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """This process among the others."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes the run folder."""
+        return self.rank == 0
+
+    def sum_(self, tensors: Iterable[Tensor]) -> None:
+        """Add up tensors over all ranks, in place."""
+        if self.world_size > 1:
+            for tensor in tensors:
+                dist.all_reduce(tensor)
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        if self.world_size > 1:
+            dist.barrier()
+
+
+def start() -> Ranks:
+    """Join the process group that torchrun has laid out; without torchrun, one rank."""
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    elif (
+        "OMP_NUM_THREADS" in os.environ
+        and os.environ.get("LOCAL_WORLD_SIZE", "1") == "1"
+        and torch.get_num_threads() == 1
+    ):
+        # torchrun sets OMP_NUM_THREADS=1 for every process; one process alone may use the machine
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+    if world_size > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return Ranks(rank=rank, world_size=world_size, device=device)
+
+
+def stop(ranks: Ranks) -> None:
+    """Leave the process group."""
+    if ranks.world_size > 1:
+        dist.destroy_process_group()

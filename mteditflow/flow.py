@@ -1,0 +1,130 @@
+"""Schedules of sigma, and the coefficient table of a schedule: a denoising step is one row of seven numbers.
+
+Computed in float64 on the host, once, and rounded to float32: sigma near 1 leaves no digits for 1 - sigma in lower
+precision, and the device code needs no special case for the first step, the last, or the kind of step.
+
+With dt = sigma_next - sigma < 0, velocity v = noise - image, noise_level a:
+
+    ODE   mean = x + v dt                                                                std = 0
+    SDE   mean = x (1 + std_t^2 dt / (2 sigma)) + v (1 + std_t^2 (1 - sigma) / (2 sigma)) dt
+          std_t = a sqrt(sigma / (1 - sigma)), std = std_t sqrt(-dt)                     Flow-GRPO (arXiv 2505.05470)
+    CPS   mean = (1 - sigma_next) (x - sigma v) + sqrt(sigma_next^2 - std^2) (x + (1 - sigma) v)
+          std = sigma_next sin(a pi / 2)                                                 Flow-CPS
+
+CPS at std = 0 is the ODE step: so is its last step, which therefore has no log-prob and cannot be trained.
+"""
+
+import math
+import random
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from mteditflow_kernels import C_V, C_X, KL_EXACT, KL_PUBLISHED, LOG_PROB_CONST, LOG_PROB_SCALE, NUM_COLUMNS, STD
+from torch import Tensor
+
+
+def sigma_schedule(num_steps: int, num_tokens: int) -> Tensor:
+    """FLUX.1's shifted schedule, float64 (S+1,) from 1 to 0; `num_tokens` is that of the output image.
+
+    s_i = linspace(1, 1/S, S); sigma_i = e^mu / (e^mu + 1/s_i - 1), mu linear in the tokens: 0.5 at 256, 1.15 at 4096.
+    """
+    slope = (1.15 - 0.5) / (4096 - 256)
+    shift = math.exp(0.5 + slope * (num_tokens - 256))
+    unshifted = torch.linspace(1, 1 / num_steps, num_steps, dtype=torch.float64)
+    return torch.cat([shift / (shift + (1 / unshifted - 1)), torch.zeros(1, dtype=torch.float64)])
+
+
+def _sde_row(sigma: float, sigma_next: float, safe_sigma: float, noise_level: float) -> list[float]:
+    dt = sigma_next - sigma
+    variance_rate = noise_level**2 * sigma / (1 - safe_sigma)  # std_t^2
+    std = math.sqrt(-variance_rate * dt)
+    row = [0.0] * NUM_COLUMNS
+    row[C_X] = 1 + variance_rate / (2 * sigma) * dt
+    row[C_V] = (1 + variance_rate * (1 - sigma) / (2 * sigma)) * dt
+    row[STD] = std
+    row[LOG_PROB_SCALE] = 1 / (2 * std**2)
+    row[LOG_PROB_CONST] = -math.log(std) - 0.5 * math.log(2 * math.pi)
+    row[KL_PUBLISHED] = 1 / (2 * variance_rate)
+    row[KL_EXACT] = 1 / (2 * std**2)
+    return row
+
+
+def _cps_row(sigma: float, sigma_next: float, noise_level: float) -> list[float]:
+    std = sigma_next * math.sin(noise_level * math.pi / 2)
+    noise_scale = math.sqrt(sigma_next**2 - std**2)
+    row = [0.0] * NUM_COLUMNS
+    row[C_X] = 1 - sigma_next + noise_scale
+    row[C_V] = -(1 - sigma_next) * sigma + noise_scale * (1 - sigma)
+    row[STD] = std
+    row[LOG_PROB_SCALE] = 1.0  # Flow-CPS drops 1 / (2 std^2) and the constant
+    row[KL_PUBLISHED] = row[KL_EXACT] = 1 / (2 * std**2)  # ours: the public code has no KL for CPS
+    return row
+
+
+def _ode_row(sigma: float, sigma_next: float) -> list[float]:
+    row = [0.0] * NUM_COLUMNS
+    row[C_X], row[C_V] = 1.0, sigma_next - sigma
+    return row
+
+
+def step_table(
+    sigmas: Tensor, *, noise_level: float, rule: str = "sde", noisy_steps: Sequence[int] | None = None
+) -> Tensor:
+    """Coefficients of the S steps of a schedule, float32 (S, 7); columns as named in `mteditflow_kernels`.
+
+    `noisy_steps` None: all are noisy; the others are ODE steps, and so is a step whose std is 0 (noise_level 0, CPS's
+    last).
+    """
+    levels: list[float] = sigmas.double().tolist()
+    num_steps = len(levels) - 1
+    if rule not in ("sde", "cps"):
+        raise ValueError(f"rule is {rule!r}: must be 'sde' or 'cps'")
+    if noise_level < 0 or (rule == "cps" and noise_level > 1):
+        raise ValueError(f"noise_level is {noise_level}: must not be negative, and at most 1 with rule 'cps'")
+    if num_steps < 1 or levels[-1] < 0 or any(a <= b for a, b in pairwise(levels)):
+        raise ValueError(f"sigmas are {levels}: must fall from noise to image")
+    noisy = set(range(num_steps)) if noisy_steps is None else set(noisy_steps)
+    if not noisy <= set(range(num_steps)):
+        raise ValueError(f"noisy_steps are {sorted(noisy)}: must lie in 0 to {num_steps - 1}")
+    rows = []
+    for i, (sigma, sigma_next) in enumerate(pairwise(levels)):
+        is_ode = i not in noisy or noise_level == 0 or (rule == "cps" and sigma_next == 0)
+        # 1 - sigma vanishes at the first step; 1e-6 because a library's schedule is float32
+        safe_sigma = levels[1] if i == 0 and sigma > 1 - 1e-6 else sigma
+        if is_ode:
+            rows.append(_ode_row(sigma, sigma_next))
+        elif rule == "sde":
+            rows.append(_sde_row(sigma, sigma_next, safe_sigma, noise_level))
+        else:
+            rows.append(_cps_row(sigma, sigma_next, noise_level))
+    return torch.tensor(rows, dtype=torch.float64).to(torch.float32)
+
+
+def window_steps(
+    num_steps: int, window_size: int, placement: str, iteration: int, num_iterations: int, seed: int
+) -> tuple[int, ...]:
+    """The denoising steps that are trained in an iteration; never the last one, whose noise is smallest.
+
+    window_size 0: all but the last. Else `window_size` consecutive steps, whose start is drawn per iteration ('random')
+    or moves linearly from 0 to S - 1 - window_size over the run ('progressive', MixGRPO). Which steps are noisy:
+    `noisy_steps`.
+    """
+    if not 0 <= window_size < num_steps:
+        raise ValueError(f"window_size is {window_size}: must lie in 0 to num_steps - 1 = {num_steps - 1}")
+    if window_size == 0:
+        return tuple(range(num_steps - 1))
+    last_start = num_steps - 1 - window_size
+    match placement:
+        case "random":
+            start = random.Random(f"{seed}-{iteration}").randint(0, last_start)
+        case "progressive":
+            start = round(min(iteration / max(num_iterations - 1, 1), 1.0) * last_start)
+        case _:
+            raise ValueError(f"placement is {placement!r}: must be 'random' or 'progressive'")
+    return tuple(range(start, start + window_size))
+
+
+def noisy_steps(num_steps: int, window_size: int, trained_steps: tuple[int, ...]) -> tuple[int, ...]:
+    """The denoising steps that are noisy: all S without a window, the trained ones with one."""
+    return tuple(range(num_steps)) if window_size == 0 else trained_steps

@@ -1,0 +1,1 @@
+"""Pure functions: transitions -> loss and diagnostics."""

@@ -1,0 +1,108 @@
+"""K turns of S denoising steps: every turn edits the image that the model itself made in the turn before.
+
+Rows go through the model in chunks of `microbatch_size`, always cut at the same places, and training cuts where the rollout cut:
+a matrix product may give a row other bits in a batch of another size, and the ratio before the first update has to be exactly 1.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from mteditflow_kernels import counter_normal, noise_keys, sde_step
+from torch import Tensor
+
+from mteditflow.config import Config
+from mteditflow.flow import noisy_steps, step_table, window_steps
+from mteditflow.policy import Policy
+from mteditflow.types import Condition, EditTask, Rollout, Turn
+
+INITIAL_NOISE = 2**16 - 1  # where a turn's first latents stand among the denoising steps of the noise keys
+
+
+def row_keys(
+    tasks: Sequence[EditTask], group_size: int, *, seed: int, step: int, turn: int, denoising_step: int
+) -> Tensor:
+    """Noise keys (N, 5) of the trajectories of the tasks, in order."""
+    task = torch.tensor([task.id for task in tasks]).repeat_interleave(group_size)
+    trajectory = torch.arange(group_size).repeat(len(tasks))
+    return noise_keys(seed=seed, step=step, task=task, trajectory=trajectory, turn=turn, denoising_step=denoising_step)
+
+
+def to_8_bit(images: Tensor) -> Tensor:
+    """What a picture file holds of images in [-1, 1]."""
+    return ((images + 1) * 127.5).round() / 127.5 - 1
+
+
+def denoise(policy: Policy, condition: Condition, sigmas: Tensor, table: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """All denoising steps of a turn: latents (S+1, B, L, C) and log-prob (S, B). `keys` (S+1, B, 5), the last for the first latents."""
+    latents = counter_normal(keys[-1], (policy.num_tokens, policy.num_channels)).to(condition.image)
+    path, log_probs = [latents], []
+    for step in range(len(table)):
+        velocity = policy.velocity(latents, sigmas[step].expand(len(latents)), condition)
+        latents, log_prob = sde_step(velocity, latents, table, step, keys[step])
+        path.append(latents)
+        log_probs.append(log_prob)
+    return torch.stack(path), torch.stack(log_probs)
+
+
+@torch.no_grad()
+def roll_out(
+    policy: Policy,
+    tasks: list[EditTask],
+    *,
+    num_turns: int,
+    group_size: int,
+    sigmas: Tensor,
+    table: Tensor,
+    trained_steps: tuple[int, ...],
+    hand_off: str,
+    microbatch_size: int,
+    seed: int,
+    step: int,
+) -> Rollout:
+    """G trajectories of K turns for each task, with the adapter that is selected. `sigmas` (S+1,) and `table` (S, 7) make a schedule."""
+    num_rows, num_steps = len(tasks) * group_size, len(table)
+    table, sigmas = table.to(policy.device), sigmas.float().to(policy.device)
+    image_latents = policy.encode_image(torch.stack([task.source for task in tasks])).repeat_interleave(
+        group_size, dim=0
+    )
+    turns = []
+    for turn in range(num_turns):
+        text, pooled = policy.encode_text([task.instructions[turn] for task in tasks])
+        condition = Condition(
+            text=text.repeat_interleave(group_size, dim=0),
+            pooled=pooled.repeat_interleave(group_size, dim=0),
+            image=image_latents,
+        )
+        keys = torch.stack(
+            [
+                row_keys(tasks, group_size, seed=seed, step=step, turn=turn, denoising_step=i)
+                for i in [*range(num_steps), INITIAL_NOISE]
+            ]
+        ).to(policy.device)  # (S+1, N, 5)
+        parts = [
+            denoise(policy, condition.rows(rows), sigmas, table, keys[:, rows])
+            for rows in torch.arange(num_rows, device=policy.device).split(microbatch_size)
+        ]
+        latents, log_prob = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
+        image = to_8_bit(policy.decode(latents[-1]))
+        turns.append(Turn(condition=condition, latents=latents, old_log_prob=log_prob, image=image))
+        if turn + 1 < num_turns:
+            image_latents = policy.encode_image(image) if hand_off == "pixels" else latents[-1]
+    group = torch.arange(len(tasks)).repeat_interleave(group_size)
+    return Rollout(tasks=tasks, turns=turns, group=group, table=table, sigmas=sigmas, trained_steps=trained_steps)
+
+
+def sample_rollout(policy: Policy, tasks: list[EditTask], config: Config, iteration: int) -> Rollout:
+    """The rollout of a training iteration: noisy steps under GRPO, the ODE of the old adapter under NFT."""
+    r, is_nft = config.rollout, config.objective.name == "nft"
+    sigmas = policy.sigmas(r.num_steps)
+    trained = window_steps(
+        r.num_steps, r.window_size, r.window_placement, iteration, config.run.num_iterations, config.run.seed
+    )
+    noisy = () if is_nft else noisy_steps(r.num_steps, r.window_size, trained)
+    with policy.adapter("old" if is_nft else "current"):
+        return roll_out(
+            policy, tasks, num_turns=config.data.num_turns, group_size=r.group_size, sigmas=sigmas,
+            table=step_table(sigmas, noise_level=r.noise_level, rule=r.rule, noisy_steps=noisy), trained_steps=trained,
+            hand_off=r.hand_off, microbatch_size=r.microbatch_size, seed=config.run.seed, step=iteration,
+        )  # fmt: skip

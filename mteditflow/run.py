@@ -1,0 +1,187 @@
+"""A run is a folder: what is written there, and how a killed run goes on as if it had not been.
+
+config.yaml  metrics.jsonl  tensorboard/  strips/  checkpoints/  evaluation_before|after.json  comparison.json  lora/  report.html
+"""
+
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Self
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from mteditflow import checkpoint
+from mteditflow.cli import to_yaml
+from mteditflow.config import Config
+from mteditflow.data import held_out_tasks
+from mteditflow.distributed import Ranks
+from mteditflow.evaluate import (
+    METRICS,
+    Evaluation,
+    evaluate,
+    final_table,
+    load_evaluation,
+    point_metrics,
+    save_comparison,
+    save_evaluation,
+    save_strips,
+)
+from mteditflow.metrics import Reporter, Timer, memory_gib, reduce_mean
+from mteditflow.objective.nft import old_decay
+from mteditflow.policy import build_policy
+from mteditflow.report import write_report
+
+
+class Run:
+    """Policy, optimizer and folder of a run, from its newest checkpoint where there is one.
+
+    Only the main rank writes. On SIGTERM the iteration at work is finished and saved, and `is_stopping` is set.
+    """
+
+    def __init__(self, config: Config, ranks: Ranks, timer: Timer) -> None:
+        self.config, self.ranks, self.timer = config, ranks, timer
+        self.folder = Path(config.run.folder)
+        self.is_stopping = False
+
+    def __enter__(self) -> Self:
+        config = self.config
+        self._lock = checkpoint.lock(self.folder)
+        if self.ranks.is_main:
+            self._lock.__enter__()
+        signal.signal(signal.SIGTERM, self._on_sigterm)
+        self.policy = build_policy(config.model, config.lora, config.run.seed, config.objective.name)
+        parameters = [parameter for _, parameter in self.policy.trainable]
+        self.optimizer = torch.optim.AdamW(
+            parameters, lr=config.optimizer.learning_rate, weight_decay=config.optimizer.weight_decay
+        )
+        self.num_updates, self.first_iteration = 0, 0
+        saved = checkpoint.load_latest(self.folder, config, lambda line: print(line, file=sys.stderr))
+        if saved:
+            self._restore(saved)
+        self.ranks.barrier()
+        if self.ranks.is_main:
+            self._open(is_resumed=saved is not None)
+        self._set_learning_rate()
+        return self
+
+    def _open(self, is_resumed: bool) -> None:
+        config = self.config
+        self.reporter = Reporter(self.folder, iteration=self.first_iteration, num_iterations=config.run.num_iterations)
+        (self.folder / "config.yaml").write_text(to_yaml(config))
+        going_on = f", going on after iteration {self.first_iteration}" if is_resumed else ""
+        self.reporter.say(f"{self.policy.num_bound_modules} modules adapted, run folder {self.folder}{going_on}")
+        self.tasks = held_out_tasks(config.evaluation.num_sessions, config.data.num_turns)
+        before = load_evaluation(self.folder, "before")
+        if before is None or len(before.verdict) != len(self.tasks):
+            self.reporter.say(f"evaluating the base on {len(self.tasks)} held-out sessions")
+            before = evaluate(self.policy, self.tasks, config, "off")
+            save_evaluation(self.folder, "before", before)
+        self.before: Evaluation = before
+        if not is_resumed:
+            save_strips(self.folder, 0, self.tasks, before, before)
+
+    def __exit__(self, *_: object) -> None:
+        if self.ranks.is_main:
+            if hasattr(self, "reporter"):
+                self.reporter.close()
+            self._lock.__exit__(None, None, None)
+
+    def _on_sigterm(self, _signal: int, _frame: FrameType | None) -> None:
+        self.is_stopping = True
+
+    def _set_learning_rate(self) -> None:
+        warmup = self.config.optimizer.warmup_iterations
+        share = min(1.0, (self.first_iteration + 1) / (warmup + 1))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.optimizer.learning_rate * share
+
+    def record(self, iteration: int, values: dict[str, float]) -> None:
+        """The end of an iteration: old adapter, metrics, evaluation, checkpoint. The metrics' line comes before the checkpoint."""
+        config, done = self.config, iteration + 1
+        self.num_updates += config.optimizer.num_updates
+        if config.objective.name == "nft":
+            self.policy.copy_adapter(
+                "current", "old", decay=old_decay(self.num_updates, config.objective.nft_old_decay)
+            )
+        values = reduce_mean(values) | {"update/learning_rate": self.optimizer.param_groups[0]["lr"]}
+        self.first_iteration = done
+        self._set_learning_rate()
+        if not self.ranks.is_main:
+            return
+        if values["reward/zero_spread_share"] == 1:
+            self.reporter.say(f"iteration {done}: all groups without spread, nothing to learn from them")
+        if config.evaluation.every and done % config.evaluation.every == 0 and done < config.run.num_iterations:
+            values |= self._short_evaluation(done)
+        times = self.timer.pop()
+        num_images = config.rollout.num_tasks * config.rollout.group_size * config.data.num_turns
+        times["time/turn_images_per_second"] = num_images / times["time/rollout_s"]
+        self.reporter.write(iteration, values | times | {"memory/rss_gib": memory_gib()})
+        if done % config.run.save_every == 0 or done == config.run.num_iterations or self.is_stopping:
+            with self.timer("time/save"):
+                self._save(done)
+        if self.is_stopping:
+            self.reporter.say(f"stopped after iteration {done}; the same command goes on from there")
+
+    def _short_evaluation(self, done: int) -> dict[str, float]:
+        with self.timer("time/evaluate"):
+            tasks = self.tasks[: self.config.evaluation.num_sessions_short]
+            now = evaluate(self.policy, tasks, self.config, "ema")
+            picture = save_strips(self.folder, done, self.tasks, self.before, now)
+            self.reporter.images("strips", done, picture)
+            point = point_metrics(now)
+            return {
+                f"heldout/{m}_{turn + 1}": float(point[i, turn])
+                for i, m in enumerate(METRICS)
+                for turn in range(point.shape[1])
+            }
+
+    def finish(self) -> None:
+        """Evaluation of the averaged adapter, export, report, and the table that the user came for."""
+        if self.ranks.is_main:
+            after = evaluate(self.policy, self.tasks, self.config, "ema")
+            save_evaluation(self.folder, "after", after)
+            save_comparison(self.folder, self.before, after)
+            save_strips(self.folder, self.config.run.num_iterations, self.tasks, self.before, after)
+            self.policy.save_lora(self.folder / "lora")
+            report = write_report(self.folder)
+            self.reporter.close()
+            console = Console()
+            console.print(final_table(self.folder))
+            console.print(f"report: {report}", soft_wrap=True, highlight=False)
+            console.print(
+                f"use it: pipe.load_lora_weights('{self.folder / 'lora'}')",
+                soft_wrap=True,
+                highlight=False,
+                markup=False,
+            )
+        self.ranks.barrier()
+
+    def _save(self, done: int) -> None:
+        names = ("current", "ema", "old") if self.config.objective.name == "nft" else ("current", "ema")
+        state = {name: self.policy.adapter_state(name) for name in names}
+        state["optimizer"] = {
+            f"{i}.{key}": value for i, own in self.optimizer.state_dict()["state"].items() for key, value in own.items()
+        }
+        scalars = {"num_updates": self.num_updates}
+        checkpoint.save(
+            self.folder,
+            iteration=done,
+            config=self.config,
+            state=state,
+            scalars=scalars,
+            keep=self.config.run.keep_checkpoints,
+        )
+
+    def _restore(self, saved: checkpoint.Checkpoint) -> None:
+        self.first_iteration, self.num_updates = saved.iteration, int(saved.scalars["num_updates"])
+        for name, state in saved.state.items():
+            if name != "optimizer":
+                self.policy.load_adapter_state(name, state)  # pyright: ignore[reportArgumentType]
+        states: dict[int, dict[str, Tensor]] = {}
+        for key, value in saved.state["optimizer"].items():
+            index, name = key.split(".", 1)
+            states.setdefault(int(index), {})[name] = value
+        self.optimizer.load_state_dict({"state": states, "param_groups": self.optimizer.state_dict()["param_groups"]})

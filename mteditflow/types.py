@@ -1,0 +1,82 @@
+"""The values that flow through a training step.
+
+Legend: P tasks, G trajectories per group, N = P*G, K turns, S denoising steps, L latent tokens, C latent channels,
+T text tokens, B rows of a microbatch, H x W pixels. Trajectories are ordered by task: row n belongs to task n // G.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditTask:
+    """One multi-turn editing session to be carried out: a source image and K instructions."""
+
+    id: int
+    source: Tensor  # (3, H, W) in [-1, 1]
+    instructions: tuple[str, ...]  # K
+    edit_types: tuple[str, ...]  # K
+    truth: Any = None  # what the reward needs to know; for the embedded world, its Session
+
+
+@dataclass(frozen=True, kw_only=True)
+class Condition:
+    """What the velocity is conditioned on, fixed within a turn."""
+
+    text: Tensor  # (N, T, E) embeddings of the instruction's tokens
+    pooled: Tensor  # (N, E') embedding of the whole instruction
+    image: Tensor  # (N, L, C) clean latents of the image that is edited
+
+    def rows(self, index: Tensor) -> "Condition":
+        """The condition of some trajectories; `index` (B,) int64."""
+        return Condition(text=self.text[index], pooled=self.pooled[index], image=self.image[index])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """One instruction carried out by all N trajectories."""
+
+    condition: Condition
+    latents: Tensor  # (S+1, N, L, C); [0] noise, [S] the edit
+    old_log_prob: Tensor  # (S, N); NaN at ODE steps
+    image: Tensor  # (N, 3, H, W) in [-1, 1]: the next turn's input
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout:
+    """K turns of N trajectories.
+
+    `group` (N,) is the task's place in `tasks`; `table` (S, columns) made the denoising steps.
+    """
+
+    tasks: list[EditTask]
+    turns: list[Turn]
+    group: Tensor
+    sigmas: Tensor
+    table: Tensor
+    trained_steps: tuple[int, ...]  # denoising steps to learn from
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """What the reward says of N trajectories."""
+
+    instruction: Tensor  # (N, K) in [0, 1]: (score - 1) / 4
+    consistency: Tensor  # (N, K) in [0, 1]; NaN where undefined
+    valid: Tensor  # (N,) bool; False where scoring failed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transitions:
+    """B denoising steps to learn from."""
+
+    condition: Condition
+    latents: Tensor  # (B, L, C)
+    next_latents: Tensor  # (B, L, C)
+    step: Tensor  # (B,) int64, row of the table
+    sigma: Tensor  # (B,)
+    sigma_next: Tensor  # (B,)
+    old_log_prob: Tensor  # (B,)
+    advantage: Tensor  # (B,)

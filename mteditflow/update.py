@@ -1,0 +1,205 @@
+"""From a rollout and its advantages to optimizer steps.
+
+A microbatch is the rows of one rollout chunk at one denoising step of one turn, so that the forward pass that is trained on has the
+geometry of the one that sampled it. Chunks in which every advantage is 0 carry no gradient and are not run; the loss is normalised by
+the count of all transitions, so leaving them out changes nothing.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from mteditflow_kernels import counter_normal, counter_uniform
+from torch import Tensor
+
+from mteditflow.config import Config
+from mteditflow.distributed import Ranks
+from mteditflow.objective import grpo, nft
+from mteditflow.policy import Policy
+from mteditflow.rollout import row_keys
+from mteditflow.types import Rollout, Scores, Transitions
+
+TIMES_KEY, NOISE_KEY = 2**15, 2**15 + 1  # where NFT's draws stand among the denoising steps of the noise keys
+
+
+class GuardError(RuntimeError):
+    """Training must not go on: what a guard found, and the remedy."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """Rows of a rollout that go through the model together, at one turn and one trained step (GRPO) or draw (NFT)."""
+
+    turn: int
+    step: int
+    rows: Tensor  # (B,) int64
+
+
+def minibatches(rollout: Rollout, advantages: Tensor, config: Config) -> list[list[Chunk]]:
+    """The chunks of each optimizer step of an iteration. `advantages` (N, K)."""
+    rows = torch.arange(len(rollout.group))
+    size, num_updates = config.optimizer.microbatch_size, config.optimizer.num_updates
+    steps = range(config.objective.nft_num_times) if config.objective.name == "nft" else rollout.trained_steps
+    turns = range(len(rollout.turns))
+    chunks = [Chunk(turn=turn, step=step, rows=part) for turn in turns for step in steps for part in rows.split(size)]
+    parts = [chunks[update::num_updates] for update in range(num_updates)]
+    return [[chunk for chunk in part if advantages[chunk.rows, chunk.turn].any()] for part in parts]
+
+
+def transitions(rollout: Rollout, advantages: Tensor, chunk: Chunk) -> Transitions:
+    """The denoising steps of a chunk."""
+    turn, rows, step = rollout.turns[chunk.turn], chunk.rows.to(rollout.table.device), chunk.step
+    return Transitions(
+        condition=turn.condition.rows(rows),
+        latents=turn.latents[step, rows],
+        next_latents=turn.latents[step + 1, rows],
+        step=torch.full_like(rows, step),
+        sigma=rollout.sigmas[step].expand(len(rows)),
+        sigma_next=rollout.sigmas[step + 1].expand(len(rows)),
+        old_log_prob=turn.old_log_prob[step, rows],
+        advantage=advantages[chunk.rows, chunk.turn].to(rollout.table.device),
+    )
+
+
+def grpo_chunk(
+    policy: Policy, rollout: Rollout, advantages: Tensor, chunk: Chunk, config: Config, scale: float, iteration: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """GRPO's loss on a chunk, each row weighted by `scale`; it needs nothing drawn, so `iteration` does not matter."""
+    t = transitions(rollout, advantages, chunk)
+    reference = None
+    if config.objective.kl_beta > 0:
+        with torch.no_grad(), policy.adapter("off"):
+            reference = policy.velocity(t.latents, t.sigma, t.condition)
+    velocity = policy.velocity(t.latents, t.sigma, t.condition)
+    return grpo.loss(velocity, t, rollout.table, config.objective, reference, torch.full_like(t.sigma, scale))
+
+
+def nft_chunk(
+    policy: Policy, rollout: Rollout, advantages: Tensor, chunk: Chunk, config: Config, scale: float, iteration: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """NFT's loss on a chunk: the clean latents of the turn, noised to sigmas drawn per row without replacement over the draws."""
+    turn, rows = rollout.turns[chunk.turn], chunk.rows.to(rollout.table.device)
+    group_size = config.rollout.group_size
+
+    def keys(kind: int, draw: int) -> Tensor:
+        own = row_keys(
+            rollout.tasks, group_size, seed=config.run.seed, step=iteration, turn=chunk.turn, denoising_step=kind + draw
+        )
+        return own[chunk.rows].to(rollout.table.device)
+
+    order = counter_uniform(keys(TIMES_KEY, 0), len(rollout.sigmas) - 1).argsort(
+        dim=1
+    )  # a permutation of the steps per row
+    sigma = rollout.sigmas[order[:, chunk.step]]
+    clean, condition = turn.latents[-1, rows], turn.condition.rows(rows)
+    noise = counter_normal(keys(NOISE_KEY, chunk.step), tuple(clean.shape[1:])).to(clean)
+    latents = nft.noised(clean, noise, sigma)
+    with torch.no_grad():
+        with policy.adapter("old"):
+            old_velocity = policy.velocity(latents, sigma, condition)
+        reference = None
+        if config.objective.kl_beta > 0:
+            with policy.adapter("off"):
+                reference = policy.velocity(latents, sigma, condition)
+    velocity = policy.velocity(latents, sigma, condition)
+    advantage = advantages[chunk.rows, chunk.turn].to(clean.device)
+    return nft.loss(
+        velocity,
+        old_velocity,
+        clean,
+        noise,
+        sigma,
+        advantage,
+        config.objective,
+        reference,
+        torch.full_like(sigma, scale),
+    )
+
+
+def update(
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    rollout: Rollout,
+    advantages: Tensor,
+    config: Config,
+    iteration: int,
+    ranks: Ranks,
+) -> dict[str, float]:
+    """The optimizer steps of an iteration; returns diagnostics over the chunks. Raises GuardError before any harm is done."""
+    totals: dict[str, list[Tensor]] = {}
+    is_nft = config.objective.name == "nft"
+    num_steps = config.objective.nft_num_times if is_nft else len(rollout.trained_steps)
+    scale = config.optimizer.num_updates / (advantages.numel() * num_steps * ranks.world_size)
+    for number, chunks in enumerate(minibatches(rollout, advantages, config)):
+        losses = [torch.zeros((), device=policy.device)]
+        for chunk in chunks:
+            loss, diagnostics = (nft_chunk if is_nft else grpo_chunk)(
+                policy, rollout, advantages, chunk, config, scale, iteration
+            )
+            loss.backward()
+            losses.append(loss.detach())
+            for name, value in diagnostics.items():
+                totals.setdefault(f"update/{name}", []).append(value)
+        if number == 0 and not is_nft and chunks:
+            totals["update/first_ratio_error"] = [torch.stack(totals["update/ratio_error"]).max()]
+            _check_ratio(totals["update/first_ratio_error"][0].item(), config)
+        loss = torch.stack(losses).sum()
+        norm = _optimizer_step(policy, optimizer, loss, config, ranks)
+        totals.setdefault("update/loss", []).append(loss)
+        totals.setdefault("update/grad_norm", []).append(norm)
+    worst = {"update/ratio_error", "update/first_ratio_error", "update/log_prob_difference"}
+    return {
+        name: (torch.stack(v).max() if name in worst else torch.stack(v).mean()).item() for name, v in totals.items()
+    }
+
+
+def _check_ratio(error: float, config: Config) -> None:
+    """The log-prob that training computes has to be the one that the rollout stored, before the first update."""
+    if error > config.run.max_ratio_error:
+        raise GuardError(
+            f"the ratio before the first update is off by {error:.3g}, run.max_ratio_error is {config.run.max_ratio_error:g}: "
+            f"rollout.microbatch_size ({config.rollout.microbatch_size}) and optimizer.microbatch_size "
+            f"({config.optimizer.microbatch_size}) must be equal, or the limit higher"
+        )
+
+
+def _optimizer_step(
+    policy: Policy, optimizer: torch.optim.Optimizer, loss: Tensor, config: Config, ranks: Ranks
+) -> Tensor:
+    """Sum the gradients over ranks, clip, step, average; returns the gradient's norm. No gradient at all: no step."""
+    parameters = [parameter for _, parameter in policy.trainable]
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    ranks.sum_([parameter.grad for parameter in parameters if parameter.grad is not None])
+    norm = torch.nn.utils.clip_grad_norm_(parameters, config.optimizer.max_grad_norm)
+    if not torch.stack([loss, norm]).isfinite().all():
+        optimizer.zero_grad()
+        raise GuardError(f"loss {loss.item()}, gradient norm {norm.item()}: not finite; lower optimizer.learning_rate")
+    if norm > 0:
+        optimizer.step()
+        policy.copy_adapter("current", "ema", decay=config.optimizer.ema_decay)
+    optimizer.zero_grad()
+    return norm
+
+
+def check_scores(scores: Scores, config: Config) -> None:
+    """Stop where too many trajectories could not be scored: they are masked, not zero, and a run on the rest learns little."""
+    share = 1 - scores.valid.float().mean().item()
+    if share > config.run.max_invalid_share:
+        raise GuardError(
+            f"{share:.0%} of the trajectories could not be scored, run.max_invalid_share is {config.run.max_invalid_share:.0%}: "
+            "look at the reward"
+        )
+
+
+@torch.no_grad()
+def check_adapter(policy: Policy, rollout: Rollout) -> None:
+    """Stop where the updated adapter leaves the velocity as it was: a LoRA that reaches nothing trains in silence."""
+    rows = torch.arange(min(2, len(rollout.group)), device=rollout.table.device)
+    turn = rollout.turns[0]
+    condition, sigma = turn.condition.rows(rows), rollout.sigmas[0].expand(len(rows))
+    own = policy.velocity(turn.latents[0, rows], sigma, condition)
+    with policy.adapter("off"):
+        base = policy.velocity(turn.latents[0, rows], sigma, condition)
+    if torch.equal(own, base):
+        raise GuardError("the adapter does not change the velocity after an update: check lora.targets")

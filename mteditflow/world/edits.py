@@ -1,0 +1,186 @@
+"""Edits and sessions: EdiVal's nine edit types, each in several paraphrases, chained into sessions of K turns.
+
+A session follows EdiVal's rules: every edit is feasible in the scene that the edits before it ought to have made, and no type comes
+twice where that is possible. One rule is ours: what a session has created it does not remove, since a model whose creation failed
+would then pass the removal for nothing.
+"""
+
+import zlib
+from dataclasses import dataclass, replace
+from random import Random
+
+from mteditflow.world.scenes import (
+    BACKGROUNDS,
+    COLORS,
+    COUNTS,
+    KINDS,
+    MATERIALS,
+    PLACES,
+    TEXTS,
+    Item,
+    Scene,
+    sample_item,
+    sample_scene,
+)
+
+EDIT_TYPES = (
+    "subject_add",
+    "subject_remove",
+    "subject_replace",
+    "color_alter",
+    "material_alter",
+    "text_change",
+    "position_change",
+    "count_change",
+    "background_change",
+)
+PARAPHRASES: dict[str, tuple[str, ...]] = {
+    "subject_add": ("add {new} at the {place}", "put {new} in the {place}", "place {new} at the {place}", "draw {new} in the {place}"),
+    "subject_remove": ("remove the {old}", "delete the {old}", "take the {old} away", "erase the {old} from the image"),
+    "subject_replace": ("replace the {old} with {new}", "swap the {old} for {new}", "turn the {old} into {new}", "exchange the {old} for {new}"),
+    "color_alter": ("make the {old} {value}", "change the color of the {old} to {value}", "paint the {old} {value}", "give the {old} a {value} color"),
+    "material_alter": ("make the {old} look {value}", "change the material of the {old} to {value}", "give the {old} a {value} texture", "let the {old} be {value}"),
+    "text_change": ("change the text on the sign to {value}", "make the sign say {value}", "write {value} on the sign", "let the sign read {value}"),
+    "position_change": ("move the {old} to the {place}", "shift the {old} to the {place}", "bring the {old} to the {place} corner", "the {old} should be at the {place}"),
+    "count_change": ("change the number of {plural} to {value}", "show {value} {plural} instead", "make it {value} {plural}", "there should be {value} {plural}"),
+    "background_change": ("change the background to {value}", "use a {value} background", "set the scene in the {value}", "make the background a {value}"),
+}  # fmt: skip
+NUMBERS = {1: "one", 2: "two", 3: "three"}
+PLURALS = {kind: "boxes" if kind == "box" else "fish" if kind == "fish" else f"{kind}s" for kind in KINDS}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edit:
+    """One instruction and what it means: the scene after it, the object's kind ('' for the background) and place."""
+
+    edit_type: str
+    instruction: str
+    kind: str
+    place: int
+    after: Scene
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """A source scene and the K edits that follow one another."""
+
+    source: Scene
+    edits: tuple[Edit, ...]
+
+    def scenes(self) -> list[Scene]:
+        """The K+1 scenes of the session if every edit succeeds."""
+        return [self.source, *(edit.after for edit in self.edits)]
+
+    def untouched(self, turn: int) -> list[int]:
+        """Places of the source's objects that no edit up to and including `turn` (from 0) has touched."""
+        scenes = self.scenes()[: turn + 2]
+        return [p for p, item in enumerate(self.source.cells) if item and all(s.cells[p] == item for s in scenes)]
+
+
+def describe(item: Item) -> str:
+    """'an orange wooden fish'; plastic goes without saying."""
+    words = [item.color, *([item.material] if item.material != "plastic" else []), item.kind]
+    text = f" saying {item.text.lower()}" if item.text else ""
+    return f"{'an' if item.color[0] in 'aeiou' else 'a'} {' '.join(words)}{text}"
+
+
+def vocabulary() -> list[str]:
+    """Every word an instruction can hold, sorted."""
+    words = {w for forms in PARAPHRASES.values() for form in forms for w in form.split() if "{" not in w}
+    words |= {*KINDS, *PLURALS.values(), *COLORS, *MATERIALS, *BACKGROUNDS, *NUMBERS.values(), "a", "an", "saying"}
+    return sorted(words | {text.lower() for text in TEXTS} | {w for place in PLACES for w in place.split()})
+
+
+def _change(item: Item, edit_type: str, random: Random) -> tuple[Item, str]:
+    """Another colour, material, text or count for an object, and the word for it."""
+
+    def other(values: tuple, current: object) -> object:
+        return random.choice([value for value in values if value != current])
+
+    match edit_type:
+        case "color_alter":
+            changed = replace(item, color=other(COLORS, item.color))
+            return changed, changed.color
+        case "material_alter":
+            changed = replace(item, material=other(MATERIALS, item.material))
+            return changed, changed.material
+        case "text_change":
+            changed = replace(item, text=other(TEXTS, item.text))
+            return changed, changed.text.lower()
+        case _:
+            changed = replace(item, count=other(COUNTS, item.count))
+            return changed, NUMBERS[changed.count]
+
+
+def sample_edit(scene: Scene, edit_type: str, random: Random, created: frozenset[str] = frozenset()) -> Edit | None:
+    """A random edit of that type, or None where none is feasible. `created`: kinds that must not be removed."""
+    objects = [(place, item) for place, item in enumerate(scene.cells) if item]
+    empty = [place for place, item in enumerate(scene.cells) if item is None]
+    absent = [kind for kind in KINDS if scene.find(kind) is None]
+    form = random.choice(PARAPHRASES[edit_type])
+
+    def edit(kind: str, place: int, after: Scene, **words: str) -> Edit:
+        plural = PLURALS[kind] if kind else ""
+        text = form.format(old=kind, plural=plural, place=PLACES[place], **words)
+        return Edit(edit_type=edit_type, instruction=text, kind=kind, place=place, after=after)
+
+    match edit_type:
+        case "background_change":
+            name = random.choice([b for b in BACKGROUNDS if b != scene.background])
+            return edit("", 0, replace(scene, background=name), value=name)
+        case "subject_add":
+            if not empty:
+                return None
+            new, place = replace(sample_item(random, absent), count=1), random.choice(empty)
+            return edit(new.kind, place, scene.with_cell(place, new), new=describe(new))
+        case "subject_remove":
+            objects = [(place, item) for place, item in objects if item.kind not in created]
+            if not objects or len(empty) > 2:
+                return None
+            place, item = random.choice(objects)
+            return edit(item.kind, place, scene.with_cell(place, None))
+        case "position_change":
+            if not empty:
+                return None
+            (source, item), place = random.choice(objects), random.choice(empty)
+            return edit(item.kind, place, scene.with_cell(source, None).with_cell(place, item))
+        case "subject_replace":
+            (place, item), new = random.choice(objects), replace(sample_item(random, absent), count=1)
+            return edit(item.kind, place, scene.with_cell(place, new), new=describe(new))
+    if edit_type in ("text_change", "count_change"):
+        objects = [(place, item) for place, item in objects if (item.kind == "sign") == (edit_type == "text_change")]
+    if not objects:
+        return None
+    place, item = random.choice(objects)
+    changed, word = _change(item, edit_type, random)
+    return edit(item.kind, place, scene.with_cell(place, changed), value=word)
+
+
+def sample_session(random: Random, num_turns: int) -> Session:
+    """A random session of `num_turns` edits by the rules above."""
+    source = scene = sample_scene(random)
+    edits: list[Edit] = []
+    created: frozenset[str] = frozenset()
+    while len(edits) < num_turns:
+        used = [e.edit_type for e in edits]
+        rounds = min((used.count(t) for t in EDIT_TYPES), default=0)
+        fresh = [t for t in EDIT_TYPES if used.count(t) == rounds]
+        order = random.sample(fresh, len(fresh)) + random.sample(EDIT_TYPES, len(EDIT_TYPES))
+        found = next(e for t in order if (e := sample_edit(scene, t, random, created)) is not None)
+        created |= {item.kind for item in found.after.cells if item and scene.find(item.kind) is None}
+        edits.append(found)
+        scene = found.after
+    return Session(source=source, edits=tuple(edits))
+
+
+def is_held_out(source: Scene) -> bool:
+    """Whether sessions that start from this scene are for evaluation only: one scene in eight, by a hash of its content."""
+    return zlib.crc32(repr(source).encode()) % 8 == 0
+
+
+def make_session(name: str, num_turns: int, *, held_out: bool) -> Session:
+    """The session of that name: the same on every machine. No source scene serves both training and evaluation."""
+    random = Random(f"{'held-out' if held_out else 'training'}/{name}")
+    while is_held_out((session := sample_session(random, num_turns)).source) is not held_out:
+        pass
+    return session

@@ -1,0 +1,173 @@
+"""One line per iteration whatever happens, and pictures that are what they say."""
+
+import errno
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from mteditflow import metrics
+from mteditflow.metrics import Reporter, Timer, is_timed, memory_gib, read_lines, reduce_mean, strip, summary
+
+VALUES = {
+    "reward/mean": 0.1 + 0.2,
+    "reward/instruction": 0.5,
+    "reward/consistency": math.nan,
+    "update/grad_norm": math.inf,
+    "time/rollout_s": 2.0,
+    "time/update_s": 1.5,
+}
+
+
+def open_reporter(folder: Path, iteration: int = 0) -> Reporter:
+    return Reporter(folder, iteration=iteration, num_iterations=10)
+
+
+def test_a_line_per_iteration(tmp_path: Path) -> None:
+    reporter = open_reporter(tmp_path)
+    reporter.write(0, VALUES)
+    written = (tmp_path / "metrics.jsonl").read_text()  # before close: nothing is held back
+    reporter.images("strip", 0, torch.zeros(3, 4, 4))
+    reporter.close()
+    assert written.count("\n") == 1 and "NaN" not in written and "Infinity" not in written
+    line = json.loads(written)
+    assert line["iteration"] == 0 and line["reward/mean"] == 0.1 + 0.2
+    assert line["reward/consistency"] is None and line["update/grad_norm"] is None
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert board.Scalars("reward/mean")[0].value == pytest.approx(0.3, abs=2**-24)  # float32
+    assert board.Tags()["images"] == ["strip"]
+
+
+@pytest.mark.parametrize("tail", ["", '{"iteration": 4, "rew', '{"iteration": 4}', "\x00\x00\n", "[1]\n"])
+def test_resume_cuts_back_to_the_checkpoint(tmp_path: Path, tail: str) -> None:
+    reporter = open_reporter(tmp_path)
+    for iteration in range(4):
+        reporter.write(iteration, {"reward/mean": iteration / 7})
+    reporter.close()
+    path = tmp_path / "metrics.jsonl"
+    first = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(first) + tail)
+    assert [line["iteration"] for line in read_lines(path)] == [0, 1, 2, 3]
+    reporter = open_reporter(tmp_path, 3)
+    assert path.read_text() == "".join(first[:3])
+    reporter.write(3, {"reward/mean": 3 / 7})
+    reporter.close()
+    assert path.read_text() == "".join(first)
+
+
+def test_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reporter = open_reporter(tmp_path)
+
+    def fail(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(ValueError, match=r"no room on the disk to write .*metrics\.jsonl"):
+        reporter.write(0, VALUES)
+    reporter.close()
+
+
+def test_plain_lines_when_piped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    reporter = open_reporter(tmp_path, 2)
+    reporter.write(2, VALUES | {"heldout/O_1": 80.0, "heldout/O_3": 41.25})
+    reporter.say("saved")
+    reporter.close()
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("iteration 3/10  reward 0.300  instruction 0.500  consistency nan  ")
+    assert "held-out O at turn 3 41.2 %  3.5 s" in first and first.endswith(" s left")
+    assert second == "saved"
+
+
+def test_bar_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "140")
+    reporter = open_reporter(tmp_path)
+    reporter.write(0, VALUES)
+    reporter.close()
+    shown = capsys.readouterr().err
+    assert "\x1b[" in shown and "1/10" in shown and "reward 0.300" in shown and "3.5 s" in shown
+
+
+def test_summary_leaves_out_what_is_not_there() -> None:
+    assert summary({"reward/mean": 1.0}) == "reward 1.000"
+
+
+def test_timer_adds_up() -> None:
+    timer = Timer()
+    for _ in range(2):
+        with timer("rollout"):
+            time.sleep(0.02)
+    with pytest.raises(KeyError), timer("score"):
+        raise KeyError
+    seconds = timer.pop()
+    assert seconds.keys() == {"rollout_s", "score_s"} and timer.pop() == {}
+    assert 0.04 <= seconds["rollout_s"] < 2 and seconds["score_s"] < seconds["rollout_s"]
+
+
+def test_what_a_resume_does_not_repeat_is_named() -> None:
+    timed = ["time/rollout_s", "time/turn_images_per_second", "memory/rss_gib"]
+    assert all(map(is_timed, timed)) and not any(map(is_timed, ["reward/turn_1", "update/ratio_error", "heldout/O_3"]))
+
+
+def test_memory_of_this_process() -> None:
+    """Python with torch takes more than 50 MiB; 128 MiB of ones show, within 20 % for what else moves."""
+    before = memory_gib()
+    ones = torch.ones(2**25)  # 128 MiB
+    assert before > 0.05 and memory_gib() - before == pytest.approx(ones.nbytes / 2**30, rel=0.2)
+
+
+def average(rank: int, file: str, results: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    values = {"b": float(rank), "a": 10.0 + rank, "c": math.nan if rank else 1.0}
+    reduced = reduce_mean(values if rank else dict(reversed(values.items())))
+    Path(f"{results}{rank}").write_text(json.dumps(reduced))
+    dist.destroy_process_group()
+
+
+def test_mean_over_ranks(tmp_path: Path) -> None:
+    """The order of the names may differ between ranks."""
+    results = str(tmp_path / "rank")
+    multiprocessing.spawn(average, (str(tmp_path / "store"), results), nprocs=2)  # pyright: ignore[reportPrivateImportUsage]
+    for rank in range(2):
+        reduced = json.loads(Path(f"{results}{rank}").read_text())
+        assert reduced["a"] == 10.5 and reduced["b"] == 0.5 and math.isnan(reduced["c"])
+
+
+def test_one_process_gets_its_values_back() -> None:
+    assert reduce_mean({"a": 0.1 + 0.2}) == {"a": 0.1 + 0.2}
+
+
+def test_strip_places_pixels() -> None:
+    """The pixel at column 1, row 0 of an image is a square of `scale` pixels at the image's corner plus one square."""
+    image = torch.full((3, 8, 8), -1.0)
+    image[0, 0, 1] = 1.0  # red
+    image[:, 4, 4] = 0.0  # 127.5, rounded to even
+    plain = strip([[image, image], [image]], scale=5)
+    assert plain.size == (10 + 2 * (40 + 10), 10 + 2 * (40 + 10))
+    for left, top in ((10, 10), (60, 10), (10, 60)):
+        assert {plain.getpixel((left + x, top + y)) for x in range(5, 10) for y in range(5)} == {(255, 0, 0)}
+        assert plain.getpixel((left + 4, top)) == (0, 0, 0) and plain.getpixel((left + 22, top + 22)) == (128, 128, 128)
+    assert plain.getpixel((80, 80)) == (255, 255, 255)  # no image there
+    assert plain.getpixel((3, 3)) == (255, 255, 255)
+
+
+def test_strip_wraps_captions() -> None:
+    image = torch.zeros(3, 16, 16)
+    text = "put a striped blue square to the left of antidisestablishmentarianism"
+    with_text = strip([[image, image]], [["source", text]], scale=6)
+    lines = metrics._wrap(text, metrics.ImageFont.load_default(12), 96)
+    assert " ".join(lines).replace(" ", "") == text.replace(" ", "")
+    assert all(metrics.ImageFont.load_default(12).getlength(line) <= 96 for line in lines)
+    assert with_text.height == 10 + 96 + 4 + 15 * len(lines) + 10
+    ink = [with_text.getpixel((x, y)) != (255, 255, 255) for x in range(116, 212) for y in range(107, with_text.height)]
+    gutter = [with_text.getpixel((x, y)) for x in range(213, with_text.width) for y in range(107, with_text.height)]
+    assert any(ink) and set(gutter) == {(255, 255, 255)}

@@ -1,0 +1,294 @@
+"""The policy against the stock FluxKontextPipeline, on a random-weight editor in the true format."""
+
+import shutil
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TINY_MAX_TEXT_TOKENS
+from diffusers.pipelines.flux.pipeline_flux_kontext import FluxKontextPipeline, calculate_shift
+from torch import Tensor
+
+from mteditflow.config import LoraConfig, ModelConfig
+from mteditflow.policy import Policy, build_policy
+from mteditflow.types import Condition
+
+HEIGHT, WIDTH, NUM_STEPS = 64, 48, 5  # not square: a swap of height and width would show
+LORA = LoraConfig(rank=4, alpha=12)
+PROMPTS = ("make the red square blue", "remove the circle", "add a blue circle left of the square")
+# One image through the editor differs from the same within a batch by the order of float32 sums. Of 1e3 operations in
+# sequence, each of relative error 2^-24 at values of at most about 4 before the final clamp: 1e3 * 2^-24 * 4 < 3e-4.
+GEOMETRY_TOLERANCE = 3e-4
+
+
+@pytest.fixture(scope="module")
+def config(tiny_pipeline_folder: Path) -> ModelConfig:
+    return ModelConfig(
+        path=str(tiny_pipeline_folder),
+        height=HEIGHT,
+        width=WIDTH,
+        max_text_tokens=TINY_MAX_TEXT_TOKENS,
+        dtype="float32",
+    )
+
+
+@pytest.fixture
+def policy(config: ModelConfig) -> Policy:
+    return build_policy(config, LORA, seed=3, objective="nft")
+
+
+def stock(folder: Path) -> Any:
+    pipeline: Any = FluxKontextPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def images(num: int) -> Tensor:
+    return draw(num, 3, HEIGHT, WIDTH, seed=5).clamp(-1, 1)
+
+
+def condition_of(policy: Policy, num: int) -> Condition:
+    text, pooled = policy.encode_text([PROMPTS[n % len(PROMPTS)] for n in range(num)])
+    return Condition(text=text, pooled=pooled, image=policy.encode_image(images(num)))
+
+
+def perturb(policy: Policy, name: Any, seed: int = 1) -> None:
+    state = policy.adapter_state(name)
+    policy.load_adapter_state(
+        name, {key: weight + 0.2 * draw(*weight.shape, seed=seed + i) for i, (key, weight) in enumerate(state.items())}
+    )
+
+
+@torch.no_grad()
+def rollout(policy: Policy, condition: Condition, latents: Tensor, sigmas: Tensor) -> Tensor:
+    """An ODE rollout of one turn: images (N, 3, H, W) in [0, 1]."""
+    for sigma, sigma_next in pairwise(sigmas):
+        velocity = policy.velocity(latents, sigma.expand(len(latents)), condition)
+        latents = latents + velocity * (sigma_next - sigma)
+    return policy.decode(latents, microbatch_size=len(latents)) * 0.5 + 0.5
+
+
+def generate(pipeline: Any, prompts: list[str], source: Tensor, latents: Tensor) -> Tensor:
+    """The stock pipeline's images (N, 3, H, W) in [0, 1] for sources in [-1, 1]."""
+    return pipeline(
+        image=source * 0.5 + 0.5,
+        prompt=prompts,
+        height=HEIGHT,
+        width=WIDTH,
+        max_area=HEIGHT * WIDTH,
+        _auto_resize=False,
+        latents=latents,
+        num_inference_steps=NUM_STEPS,
+        guidance_scale=2.5,
+        max_sequence_length=TINY_MAX_TEXT_TOKENS,
+        output_type="pt",
+    ).images
+
+
+def test_shapes(policy: Policy) -> None:
+    assert (policy.num_tokens, policy.num_channels) == (HEIGHT * WIDTH // 256, 16)
+    condition = condition_of(policy, 2)
+    assert condition.text.shape == (2, TINY_MAX_TEXT_TOKENS, 32) and condition.pooled.shape == (2, 16)
+    assert condition.image.shape == (2, policy.num_tokens, policy.num_channels)
+    # Double block: 4 + 4 attention, 2 + 2 feed-forward; single block: q, k, v, proj_mlp.
+    assert policy.num_bound_modules == 12 + 4
+    assert len(policy.trainable) == 2 * policy.num_bound_modules
+    assert all(weight.dtype == torch.float32 and weight.requires_grad for _, weight in policy.trainable)
+
+
+@pytest.mark.parametrize("num_steps", [1, 5, 8, 28])
+def test_sigmas_are_the_scheduler_s(policy: Policy, num_steps: int) -> None:
+    scheduler = policy.pipeline.scheduler
+    mu = calculate_shift(policy.num_tokens)
+    scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / num_steps, num_steps).tolist(), mu=mu)
+    sigmas = policy.sigmas(num_steps)
+    assert sigmas.dtype == torch.float64 and sigmas.shape == (num_steps + 1,)
+    # The scheduler computes e^mu / (e^mu + 1/s - 1) in float32: four roundings of values that are of the order of 1,
+    # and 1/s (at most 28) - 1 magnifies no relative error by more than 2.
+    torch.testing.assert_close(sigmas, scheduler.sigmas.double(), rtol=8 * 2**-24, atol=0)
+
+
+@pytest.mark.parametrize("num", [1, 2])
+def test_ode_rollout_is_a_stock_generation_bit_for_bit(policy: Policy, tiny_pipeline_folder: Path, num: int) -> None:
+    """With the scheduler's own float32 sigmas, the same batch for each stage: equal bits."""
+    pipeline, latents, prompts = stock(tiny_pipeline_folder), draw(num, policy.num_tokens, 16), [str(PROMPTS[0])] * num
+    source = images(num)
+    # The pipeline is given [0, 1]; send the condition on the same trip, whose rounding is not the policy's doing.
+    tripped = (source * 0.5 + 0.5) * 2 - 1
+    text, pooled = policy.encode_text(prompts)
+    condition = Condition(text=text, pooled=pooled, image=policy.encode_image(tripped, microbatch_size=num))
+    expected = generate(pipeline, prompts, source, latents)
+    assert torch.equal(rollout(policy, condition, latents, pipeline.scheduler.sigmas), expected)
+    # Own sigmas are other roundings of the same numbers.
+    own = rollout(policy, condition, latents, policy.sigmas(NUM_STEPS).float())
+    torch.testing.assert_close(own, expected, rtol=0, atol=GEOMETRY_TOLERANCE)
+
+
+def test_export_gives_the_stock_pipeline_the_same_editor(
+    policy: Policy, tiny_pipeline_folder: Path, tmp_path: Path
+) -> None:
+    perturb(policy, "ema")
+    policy.save_lora(tmp_path)
+    pipeline = stock(tiny_pipeline_folder)
+    latents, source, prompt = draw(1, policy.num_tokens, 16), (images(1) * 0.5 + 0.5) * 2 - 1, PROMPTS[2]
+    base = generate(pipeline, [prompt], images(1), latents)
+    pipeline.load_lora_weights(tmp_path)
+    exported = generate(pipeline, [prompt], images(1), latents)
+    text, pooled = policy.encode_text([prompt])
+    condition = Condition(text=text, pooled=pooled, image=policy.encode_image(source, microbatch_size=1))
+    with policy.adapter("ema"):
+        assert torch.equal(rollout(policy, condition, latents, pipeline.scheduler.sigmas), exported)
+    assert torch.equal(rollout(policy, condition, latents, pipeline.scheduler.sigmas), base)  # current: B is 0
+    assert (exported - base).abs().max() > 1e-2
+    loaded = next(iter(pipeline.transformer.peft_config.values()))
+    assert (loaded.r, loaded.lora_alpha) == (LORA.rank, LORA.alpha)
+
+
+def test_adapters(policy: Policy) -> None:
+    condition, latents, sigma = condition_of(policy, 3), draw(3, policy.num_tokens, 16), torch.tensor([1.0, 0.6, 0.1])
+
+    def velocity(name: Any) -> Tensor:
+        with policy.adapter(name), torch.no_grad():
+            return policy.velocity(latents, sigma, condition)
+
+    base = velocity("off")
+    assert all(torch.equal(velocity(name), base) for name in ("current", "old", "ema"))
+    perturb(policy, "current")
+    changed = velocity("current")
+    assert (changed - base).abs().max() > 1e-2
+    assert torch.equal(velocity("off"), base) and torch.equal(velocity("old"), base)
+    policy.copy_adapter("current", "old")
+    assert torch.equal(velocity("old"), changed)  # the same weights, the same bits
+    assert torch.equal(velocity("ema"), base)
+    before = policy.adapter_state("ema")
+    policy.copy_adapter("current", "ema", decay=0.75)
+    for key, weight in policy.adapter_state("ema").items():
+        expected = 0.75 * before[key].double() + 0.25 * policy.adapter_state("current")[key].double()
+        # lerp: a difference, a product, a sum; each rounded once, of values below 4.
+        torch.testing.assert_close(weight.double(), expected, rtol=0, atol=3 * 4 * 2**-24)
+
+
+def test_switching_leaves_requires_grad_and_the_graph(policy: Policy) -> None:
+    condition, latents, sigma = condition_of(policy, 2), draw(2, policy.num_tokens, 16), torch.tensor([0.9, 0.3])
+    perturb(policy, "current")
+    loss = policy.velocity(latents, sigma, condition).square().mean()
+    for name in ("off", "old", "ema"):
+        with policy.adapter(name):
+            assert all(weight.requires_grad for _, weight in policy.trainable)
+            assert not policy.velocity(latents, sigma, condition).requires_grad
+    with policy.adapter("off"):
+        loss.backward()
+    assert all(weight.grad is not None and weight.grad.abs().max() > 0 for name, weight in policy.trainable)
+    others = set(policy.pipeline.transformer.parameters()) - {weight for _, weight in policy.trainable}
+    assert all(weight.grad is None and not weight.requires_grad for weight in others)
+
+
+def test_rollout_and_training_have_the_same_bits(policy: Policy) -> None:
+    condition, latents, sigma = condition_of(policy, 4), draw(4, policy.num_tokens, 16), torch.full((4,), 0.7)
+    perturb(policy, "current")
+    with torch.no_grad():
+        sampled = policy.velocity(latents, sigma, condition)
+    trained = policy.velocity(latents, sigma, condition)
+    assert trained.requires_grad and torch.equal(sampled, trained)
+
+
+def test_rows_of_a_microbatch(policy: Policy) -> None:
+    """A row's bits do not depend on its companions or its place; on the number of rows they may, within rounding."""
+    condition, latents = condition_of(policy, 6), draw(6, policy.num_tokens, 16)
+    sigma = torch.tensor([1.0, 0.9, 0.7, 0.5, 0.3, 0.1])
+    perturb(policy, "current")
+    with torch.no_grad():
+        whole = policy.velocity(latents, sigma, condition)
+        order = torch.tensor([5, 3, 1, 0, 2, 4])
+        assert torch.equal(policy.velocity(latents[order], sigma[order], condition.rows(order)), whole[order])
+        one = torch.tensor([2])
+        alone = policy.velocity(latents[one], sigma[one], condition.rows(one))
+    torch.testing.assert_close(alone, whole[one], rtol=0, atol=GEOMETRY_TOLERANCE)
+
+
+def test_encoding_does_not_depend_on_the_batch(policy: Policy) -> None:
+    text, pooled = policy.encode_text(PROMPTS + PROMPTS[:1])
+    assert torch.equal(text[0], text[3]) and torch.equal(pooled[0], pooled[3]) and not torch.equal(text[0], text[1])
+    alone = policy.encode_text([PROMPTS[1]])
+    assert torch.equal(alone[0][0], text[1]) and torch.equal(alone[1][0], pooled[1])
+    pixels = images(7)
+    latents = policy.encode_image(pixels, microbatch_size=3)
+    assert torch.equal(policy.encode_image(pixels[4:5], microbatch_size=3), latents[4:5])
+    decoded = policy.decode(latents, microbatch_size=3)
+    assert torch.equal(policy.decode(latents[[6, 1]], microbatch_size=3), decoded[[6, 1]])
+    assert decoded.dtype == torch.float32 and decoded.abs().max() <= 1
+
+
+def test_adapter_is_a_function_of_the_seed(config: ModelConfig) -> None:
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    first, again, other = (build_policy(config, LORA, seed=seed, objective="grpo") for seed in (3, 3, 4))
+    assert torch.equal(torch.rand(1), expected)  # the global random state is untouched
+    a, b, c = (policy.adapter_state("current") for policy in (first, again, other))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert not any(torch.equal(a[key], c[key]) for key in a if "lora_A" in key)
+    with pytest.raises(AssertionError, match="no adapter 'old'"), first.adapter("old"):
+        pass
+
+
+def test_bfloat16_base_has_a_float32_adapter(config: ModelConfig) -> None:
+    policy = build_policy(
+        ModelConfig(path=config.path, height=HEIGHT, width=WIDTH, max_text_tokens=8, dtype="bfloat16"), LORA, 3, "grpo"
+    )
+    assert policy.pipeline.transformer.x_embedder.weight.dtype == torch.bfloat16
+    assert all(weight.dtype == torch.float32 for _, weight in policy.trainable)
+    condition, latents, sigma = condition_of(policy, 2), draw(2, policy.num_tokens, 16), torch.tensor([0.9, 0.3])
+    assert condition.image.dtype == torch.float32
+    perturb(policy, "current")
+    with torch.no_grad():
+        sampled = policy.velocity(latents, sigma, condition)
+    trained = policy.velocity(latents, sigma, condition)
+    assert trained.dtype == torch.float32 and torch.equal(sampled, trained)
+    trained.square().mean().backward()
+    assert all(weight.grad is not None and weight.grad.dtype == torch.float32 for _, weight in policy.trainable)
+
+
+def test_state_of_another_adapter_is_refused(policy: Policy, config: ModelConfig) -> None:
+    other = build_policy(config, LoraConfig(rank=2, alpha=4), seed=0, objective="grpo")
+    with pytest.raises(ValueError, match=r"does not fit the model: .* lora\.rank"):
+        policy.load_adapter_state("current", other.adapter_state("current"))
+
+
+def expect_error(config: ModelConfig, path: Path | str, match: str, lora: LoraConfig = LORA) -> None:
+    with pytest.raises(ValueError, match=match) as caught:
+        build_policy(ModelConfig(path=str(path), height=HEIGHT, width=WIDTH), lora, seed=0, objective="grpo")
+    assert "\n" not in str(caught.value)
+
+
+def test_errors_of_the_path(config: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expect_error(config, tmp_path / "nowhere", "does not exist")
+    expect_error(config, tmp_path, "is not a diffusers pipeline")
+    (tmp_path / "model_index.json").write_text('{"_class_name": "QwenImageEditPipeline"}')
+    expect_error(config, tmp_path, "is a QwenImageEditPipeline, .* supported is FluxKontextPipeline")
+    expect_error(config, tmp_path / "model_index.json", "is a file")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    expect_error(config, "nobody/no-such-editor", "no hub name that can be reached")
+
+
+def test_errors_of_the_targets(config: ModelConfig) -> None:
+    expect_error(
+        config, config.path, r"'attn.to_qq' matches no linear .* attn\.to_q", LoraConfig(targets=("attn.to_qq",))
+    )
+    expect_error(config, config.path, "'attn' matches no linear", LoraConfig(targets=("attn.to_q", "attn")))
+    one = build_policy(config, LoraConfig(targets=("proj_mlp",)), seed=0, objective="grpo")
+    assert one.num_bound_modules == 1
+
+
+def test_another_schedule_is_refused(config: ModelConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "editor"
+    shutil.copytree(config.path, folder)
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(scheduler.read_text().replace('"max_shift": 1.15', '"max_shift": 0.9'))
+    expect_error(config, folder, r"has max_shift 0\.9: .* has 1\.15")
