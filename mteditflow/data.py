@@ -1,10 +1,21 @@
-"""Edit tasks. Which tasks a step sees is a function of (data.seed, step) alone, so a resume sees what would have come."""
+"""Edit tasks. Which tasks a step sees is a function of (data.seed, step) alone, so a resume sees what would have
+come.
+"""
 
 from mteditflow.config import Config
 from mteditflow.distributed import Ranks
 from mteditflow.types import EditTask
 from mteditflow.world.edits import Session, make_session
 from mteditflow.world.render import render
+
+SIZE = 64  # pixels, of the embedded world's pictures
+
+
+def check_size(config: Config) -> None:
+    """Raise ValueError where the editor is set to another size than that of the pictures."""
+    for name, value in (("model.height", config.model.height), ("model.width", config.model.width)):
+        if value != SIZE:
+            raise ValueError(f"{name} is {value}: must be {SIZE}, the size of the embedded world's pictures")
 
 
 def training_tasks(config: Config, iteration: int, ranks: Ranks) -> list[EditTask]:

@@ -1,7 +1,8 @@
 """EdiVal's metrics on held-out sessions: MT, IF, CC and O per turn, with bootstrap intervals over sessions.
 
-The verdict f of a turn is grade >= 4. MT_t = mean f_t, IF_t = mean of prod_{k<=t} f_k, CC_t = mean consistency where defined,
-O_t = sqrt(IF_t CC_t) on the aggregates. Evaluation runs the ODE from noise that every run shares, so two evaluations are paired.
+The verdict f of a turn is grade >= 4. MT_t = mean f_t, IF_t = mean of prod_{k<=t} f_k, CC_t = mean consistency where
+defined, O_t = sqrt(IF_t CC_t) on the aggregates. Evaluation runs the ODE from noise that every run shares, so two
+evaluations are paired.
 """
 
 import json
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from rich.table import Table
 from torch import Tensor
 
-from mteditflow.config import Config
+from mteditflow.config import Config, EvaluationConfig
 from mteditflow.flow import step_table
 from mteditflow.metrics import strip
 from mteditflow.policy import AdapterName, Policy
@@ -32,12 +33,20 @@ METRICS = ("MT", "IF", "CC", "O")
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Verdicts (n, K) bool, consistency (n, K) with NaN where undefined, edit types, and the edits of the first sessions."""
+    """Verdicts (n, K) bool, consistency (n, K) with NaN where undefined, edit types, and the edits of the first
+    sessions.
+    """
 
     verdict: Tensor
     consistency: Tensor
     edit_types: list[tuple[str, ...]]
     images: Tensor  # (K, num_strips, 3, H, W)
+    num_steps: int  # denoising steps per turn
+
+    def is_of(self, config: EvaluationConfig) -> bool:
+        """Whether an evaluation by this config is comparable: the same sessions, steps and pictures."""
+        own = (len(self.verdict), self.images.shape[1], self.num_steps)
+        return own == (config.num_sessions, config.num_strips, config.num_steps)
 
 
 def evaluate(policy: Policy, tasks: list[EditTask], config: Config, adapter: AdapterName) -> Evaluation:
@@ -56,7 +65,7 @@ def evaluate(policy: Policy, tasks: list[EditTask], config: Config, adapter: Ada
     grades, kept = score_pictures([task.truth for task in tasks], torch.stack([task.source for task in tasks]), images)
     return Evaluation(
         verdict=grades >= MIN_SCORE_DONE, consistency=kept, edit_types=[task.edit_types for task in tasks],
-        images=images[:, : config.evaluation.num_strips],
+        images=images[:, : config.evaluation.num_strips], num_steps=config.evaluation.num_steps,
     )  # fmt: skip
 
 
@@ -69,7 +78,7 @@ def _metrics(verdict: NDArray[np.float64], consistency: NDArray[np.float64]) -> 
 
 
 def _resampled(evaluation: Evaluation) -> NDArray[np.float64]:
-    """Metrics of bootstrap samples of the sessions, (4, NUM_BOOTSTRAP, K); the same samples for every evaluation of n sessions."""
+    """Metrics of bootstrap samples of the sessions, (4, NUM_BOOTSTRAP, K); paired: n alone fixes the samples."""
     n = len(evaluation.verdict)
     index = np.random.default_rng(0).integers(n, size=(NUM_BOOTSTRAP, n))
     return _metrics(evaluation.verdict.double().numpy()[index], evaluation.consistency.double().numpy()[index])
@@ -115,13 +124,15 @@ def compare(before: Evaluation, after: Evaluation) -> dict:
 
 
 def save_evaluation(folder: Path, name: str, evaluation: Evaluation) -> None:
-    """`evaluation_NAME.json` with the figures, `evaluation_NAME.safetensors` with the verdicts; both appear whole or not at all."""
+    """`evaluation_NAME.json` with the figures, `evaluation_NAME.safetensors` with the verdicts; both appear whole or
+    not at all.
+    """
     tensors = {
         "verdict": evaluation.verdict.contiguous(),
         "consistency": evaluation.consistency.contiguous(),
         "images": evaluation.images.contiguous(),
     }
-    metadata = {"edit_types": json.dumps(evaluation.edit_types)}
+    metadata = {"edit_types": json.dumps(evaluation.edit_types), "num_steps": str(evaluation.num_steps)}
     _replace(folder / f"evaluation_{name}.safetensors", safetensors.torch.save(tensors, metadata))
     _replace(folder / f"evaluation_{name}.json", json.dumps(summary(evaluation), indent=1).encode())
 
@@ -132,10 +143,11 @@ def load_evaluation(folder: Path, name: str) -> Evaluation | None:
     if not path.exists() or not (folder / f"evaluation_{name}.json").exists():
         return None
     with safetensors.safe_open(path, "pt") as file:
-        types = [tuple(row) for row in json.loads(file.metadata()["edit_types"])]
+        metadata = file.metadata()
+        types = [tuple(row) for row in json.loads(metadata["edit_types"])]
         return Evaluation(
             verdict=file.get_tensor("verdict"), consistency=file.get_tensor("consistency"), edit_types=types,
-            images=file.get_tensor("images"),
+            images=file.get_tensor("images"), num_steps=int(metadata.get("num_steps", 0)),
         )  # fmt: skip
 
 
@@ -151,7 +163,9 @@ def _replace(path: Path, content: bytes) -> None:
 
 
 def save_strips(folder: Path, iteration: int, tasks: list[EditTask], before: Evaluation, after: Evaluation) -> Tensor:
-    """`strips/iteration-NNNNNN.png`: source and turns of the first sessions, base above current. Returns (3, H, W) in [-1, 1]."""
+    """`strips/iteration-NNNNNN.png`: source and turns of the first sessions, base above current. Returns (3, H, W) in
+    [-1, 1].
+    """
     rows, captions = [], []
     for n in range(before.images.shape[1]):
         for label, evaluation in (("base", before), (f"iteration {iteration}", after)):

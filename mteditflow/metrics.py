@@ -270,7 +270,9 @@ def _wait() -> None:
 
 
 def of_scores(scores: Scores, advantages: Tensor, group: Tensor) -> dict[str, float]:
-    """What an iteration's scores say, over the valid trajectories; a group without spread has advantages (N, K) of 0 alone."""
+    """What an iteration's scores say, over the valid trajectories; a group without spread has advantages (N, K) of 0
+    alone.
+    """
     valid, instruction, kept = scores.valid, scores.instruction[scores.valid], scores.consistency[scores.valid]
     means = scores.instruction.mean(1)
     spread = [means[rows].std(correction=0) for g in group.unique() if (rows := (group == g) & valid).sum() > 1]

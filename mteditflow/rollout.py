@@ -1,7 +1,8 @@
 """K turns of S denoising steps: every turn edits the image that the model itself made in the turn before.
 
-Rows go through the model in chunks of `microbatch_size`, always cut at the same places, and training cuts where the rollout cut:
-a matrix product may give a row other bits in a batch of another size, and the ratio before the first update has to be exactly 1.
+Rows go through the model in chunks of `microbatch_size`, always cut at the same places, and training cuts where the
+rollout cut: a matrix product may give a row other bits in a batch of another size, and the ratio before the first
+update has to be exactly 1.
 """
 
 from collections.abc import Sequence
@@ -33,7 +34,9 @@ def to_8_bit(images: Tensor) -> Tensor:
 
 
 def denoise(policy: Policy, condition: Condition, sigmas: Tensor, table: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-    """All denoising steps of a turn: latents (S+1, B, L, C) and log-prob (S, B). `keys` (S+1, B, 5), the last for the first latents."""
+    """All denoising steps of a turn: latents (S+1, B, L, C) and log-prob (S, B). `keys` (S+1, B, 5), the last for the
+    first latents.
+    """
     latents = counter_normal(keys[-1], (policy.num_tokens, policy.num_channels)).to(condition.image)
     path, log_probs = [latents], []
     for step in range(len(table)):
@@ -59,7 +62,9 @@ def roll_out(
     seed: int,
     step: int,
 ) -> Rollout:
-    """G trajectories of K turns for each task, with the adapter that is selected. `sigmas` (S+1,) and `table` (S, 7) make a schedule."""
+    """G trajectories of K turns for each task, with the adapter that is selected. `sigmas` (S+1,) and `table` (S, 7)
+    make a schedule.
+    """
     num_rows, num_steps = len(tasks) * group_size, len(table)
     table, sigmas = table.to(policy.device), sigmas.float().to(policy.device)
     image_latents = policy.encode_image(torch.stack([task.source for task in tasks])).repeat_interleave(

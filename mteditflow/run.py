@@ -1,10 +1,12 @@
 """A run is a folder: what is written there, and how a killed run goes on as if it had not been.
 
-config.yaml  metrics.jsonl  tensorboard/  strips/  checkpoints/  evaluation_before|after.json  comparison.json  lora/  report.html
+config.yaml  metrics.jsonl  tensorboard/  strips/  checkpoints/  evaluation_before|after.json  comparison.json  lora/
+report.html
 """
 
 import signal
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 from typing import Self
@@ -16,7 +18,7 @@ from torch import Tensor
 from mteditflow import checkpoint
 from mteditflow.cli import to_yaml
 from mteditflow.config import Config
-from mteditflow.data import held_out_tasks
+from mteditflow.data import check_size, held_out_tasks
 from mteditflow.distributed import Ranks
 from mteditflow.evaluate import (
     METRICS,
@@ -38,20 +40,27 @@ from mteditflow.report import write_report
 class Run:
     """Policy, optimizer and folder of a run, from its newest checkpoint where there is one.
 
-    Only the main rank writes. On SIGTERM the iteration at work is finished and saved, and `is_stopping` is set.
+    Only the main rank writes. On SIGTERM to any rank the iteration at work is finished and saved, and `is_stopping` is set.
     """
 
     def __init__(self, config: Config, ranks: Ranks, timer: Timer) -> None:
         self.config, self.ranks, self.timer = config, ranks, timer
         self.folder = Path(config.run.folder)
-        self.is_stopping = False
+        self.is_stopping, self._is_asked_to_stop = False, False
+        self._stack = ExitStack()
 
     def __enter__(self) -> Self:
+        with ExitStack() as stack:  # what fails here lets go of the folder too
+            self._start(stack)
+            self._stack = stack.pop_all()
+        return self
+
+    def _start(self, stack: ExitStack) -> None:
         config = self.config
-        self._lock = checkpoint.lock(self.folder)
+        check_size(config)
         if self.ranks.is_main:
-            self._lock.__enter__()
-        signal.signal(signal.SIGTERM, self._on_sigterm)
+            stack.enter_context(checkpoint.lock(self.folder))
+        stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, self._on_sigterm))
         self.policy = build_policy(config.model, config.lora, config.run.seed, config.objective.name)
         parameters = [parameter for _, parameter in self.policy.trainable]
         self.optimizer = torch.optim.AdamW(
@@ -63,19 +72,19 @@ class Run:
             self._restore(saved)
         self.ranks.barrier()
         if self.ranks.is_main:
-            self._open(is_resumed=saved is not None)
+            self._open(stack, is_resumed=saved is not None)
         self._set_learning_rate()
-        return self
 
-    def _open(self, is_resumed: bool) -> None:
+    def _open(self, stack: ExitStack, is_resumed: bool) -> None:
         config = self.config
         self.reporter = Reporter(self.folder, iteration=self.first_iteration, num_iterations=config.run.num_iterations)
+        stack.callback(self.reporter.close)
         (self.folder / "config.yaml").write_text(to_yaml(config))
         going_on = f", going on after iteration {self.first_iteration}" if is_resumed else ""
         self.reporter.say(f"{self.policy.num_bound_modules} modules adapted, run folder {self.folder}{going_on}")
         self.tasks = held_out_tasks(config.evaluation.num_sessions, config.data.num_turns)
         before = load_evaluation(self.folder, "before")
-        if before is None or len(before.verdict) != len(self.tasks):
+        if before is None or not before.is_of(config.evaluation):
             self.reporter.say(f"evaluating the base on {len(self.tasks)} held-out sessions")
             before = evaluate(self.policy, self.tasks, config, "off")
             save_evaluation(self.folder, "before", before)
@@ -84,13 +93,16 @@ class Run:
             save_strips(self.folder, 0, self.tasks, before, before)
 
     def __exit__(self, *_: object) -> None:
-        if self.ranks.is_main:
-            if hasattr(self, "reporter"):
-                self.reporter.close()
-            self._lock.__exit__(None, None, None)
+        self._stack.close()
 
     def _on_sigterm(self, _signal: int, _frame: FrameType | None) -> None:
-        self.is_stopping = True
+        self._is_asked_to_stop = True
+
+    def _agree_to_stop(self) -> None:
+        """Read the request once per iteration, so that all ranks stop after the same one, and it is a saved one."""
+        num_asked = torch.tensor(float(self._is_asked_to_stop), device=self.ranks.device)
+        self.ranks.sum_([num_asked])
+        self.is_stopping = num_asked.item() > 0
 
     def _set_learning_rate(self) -> None:
         warmup = self.config.optimizer.warmup_iterations
@@ -99,7 +111,9 @@ class Run:
             group["lr"] = self.config.optimizer.learning_rate * share
 
     def record(self, iteration: int, values: dict[str, float]) -> None:
-        """The end of an iteration: old adapter, metrics, evaluation, checkpoint. The metrics' line comes before the checkpoint."""
+        """The end of an iteration: old adapter, metrics, evaluation, checkpoint. The metrics' line comes before the
+        checkpoint.
+        """
         config, done = self.config, iteration + 1
         self.num_updates += config.optimizer.num_updates
         if config.objective.name == "nft":
@@ -109,6 +123,7 @@ class Run:
         values = reduce_mean(values) | {"update/learning_rate": self.optimizer.param_groups[0]["lr"]}
         self.first_iteration = done
         self._set_learning_rate()
+        self._agree_to_stop()
         if not self.ranks.is_main:
             return
         if values["reward/zero_spread_share"] == 1:

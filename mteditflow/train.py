@@ -6,8 +6,8 @@
         fuse the rewards at the advantage level and broadcast the one advantage to every turn and denoising step
         update the adapter by GRPO (or NFT)
 
-Departures from the paper, each a config field: SDE windows train 2 of the S steps (Flow-GRPO-Fast), the embedded world's exact
-verifier takes the VLM judge's place, and the adapter is averaged (EMA) for evaluation and export.
+Departures from the paper, each a config field: SDE windows train 2 of the S steps (Flow-GRPO-Fast), the embedded
+world's exact verifier takes the VLM judge's place, and the adapter is averaged (EMA) for evaluation and export.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ def train(config: "Config", ranks: "Ranks") -> None:
     from mteditflow.run import Run
     from mteditflow.update import check_adapter, check_scores, update
 
-    timer = Timer()
+    timer, is_adapter_checked = Timer(), False
     with Run(config, ranks, timer) as run:
         policy, optimizer, reward = run.policy, run.optimizer, build_reward()
         for iteration in range(run.first_iteration, config.run.num_iterations):
@@ -44,8 +44,9 @@ def train(config: "Config", ranks: "Ranks") -> None:
             advantage = advantages(scores, rollout.group, config.advantage)
             with timer("time/update"):
                 figures = update(policy, optimizer, rollout, advantage, config, iteration, ranks)
-            if iteration == run.first_iteration and figures["update/grad_norm"] > 0:
+            if not is_adapter_checked and advantage.any():
                 check_adapter(policy, rollout)
+                is_adapter_checked = True
             run.record(iteration, of_scores(scores, advantage, rollout.group) | figures)
             if run.is_stopping:
                 return
@@ -56,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command line: `python -m mteditflow.train [--config FILE] [--section.field VALUE ...] [--dry_run]`."""
     config, is_dry_run = cli.parse(argv, prog="python -m mteditflow.train")
     from mteditflow import distributed
+    from mteditflow.checkpoint import is_no_room
     from mteditflow.update import GuardError
 
     if is_dry_run:
@@ -73,6 +75,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             train(config, ranks)
         except (ValueError, GuardError) as error:
             cli.fail(error)
+        except OSError as error:
+            if not is_no_room(error):
+                raise
+            cli.fail(f"no room on the disk for {config.run.folder}: free some and run again")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """From a rollout and its advantages to optimizer steps.
 
-A microbatch is the rows of one rollout chunk at one denoising step of one turn, so that the forward pass that is trained on has the
-geometry of the one that sampled it. Chunks in which every advantage is 0 carry no gradient and are not run; the loss is normalised by
-the count of all transitions, so leaving them out changes nothing.
+A microbatch is the rows of one rollout chunk at one denoising step of one turn, so that the forward pass that is
+trained on has the geometry of the one that sampled it. Chunks in which every advantage is 0 carry no gradient and are
+not run; the loss is normalised by the count of all transitions, so leaving them out changes nothing.
 """
 
 from dataclasses import dataclass
@@ -76,7 +76,9 @@ def grpo_chunk(
 def nft_chunk(
     policy: Policy, rollout: Rollout, advantages: Tensor, chunk: Chunk, config: Config, scale: float, iteration: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """NFT's loss on a chunk: the clean latents of the turn, noised to sigmas drawn per row without replacement over the draws."""
+    """NFT's loss on a chunk: the clean latents of the turn, noised to sigmas drawn per row without replacement over
+    the draws.
+    """
     turn, rows = rollout.turns[chunk.turn], chunk.rows.to(rollout.table.device)
     group_size = config.rollout.group_size
 
@@ -124,7 +126,9 @@ def update(
     iteration: int,
     ranks: Ranks,
 ) -> dict[str, float]:
-    """The optimizer steps of an iteration; returns diagnostics over the chunks. Raises GuardError before any harm is done."""
+    """The optimizer steps of an iteration; returns diagnostics over the chunks. Raises GuardError before any harm is
+    done.
+    """
     totals: dict[str, list[Tensor]] = {}
     is_nft = config.objective.name == "nft"
     num_steps = config.objective.nft_num_times if is_nft else len(rollout.trained_steps)
@@ -156,9 +160,9 @@ def _check_ratio(error: float, config: Config) -> None:
     """The log-prob that training computes has to be the one that the rollout stored, before the first update."""
     if error > config.run.max_ratio_error:
         raise GuardError(
-            f"the ratio before the first update is off by {error:.3g}, run.max_ratio_error is {config.run.max_ratio_error:g}: "
-            f"rollout.microbatch_size ({config.rollout.microbatch_size}) and optimizer.microbatch_size "
-            f"({config.optimizer.microbatch_size}) must be equal, or the limit higher"
+            f"the ratio before the first update is off by {error:.3g}, run.max_ratio_error is "
+            f"{config.run.max_ratio_error:g}: rollout.microbatch_size ({config.rollout.microbatch_size}) and "
+            f"optimizer.microbatch_size ({config.optimizer.microbatch_size}) must be equal, or the limit higher"
         )
 
 
@@ -183,12 +187,12 @@ def _optimizer_step(
 
 
 def check_scores(scores: Scores, config: Config) -> None:
-    """Stop where too many trajectories could not be scored: they are masked, not zero, and a run on the rest learns little."""
+    """Stop where too many trajectories could not be scored: a run on the few that are left learns little."""
     share = 1 - scores.valid.float().mean().item()
     if share > config.run.max_invalid_share:
         raise GuardError(
-            f"{share:.0%} of the trajectories could not be scored, run.max_invalid_share is {config.run.max_invalid_share:.0%}: "
-            "look at the reward"
+            f"{share:.0%} of the trajectories could not be scored, run.max_invalid_share is "
+            f"{config.run.max_invalid_share:.0%}: look at the reward"
         )
 
 

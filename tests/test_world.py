@@ -1,4 +1,6 @@
-"""The world: sessions by EdiVal's rules, and a verifier that is exact where pictures are, and honest about where it breaks."""
+"""The world: sessions by EdiVal's rules, and a verifier that is exact where pictures are, and honest about where it
+breaks.
+"""
 
 from dataclasses import replace
 from random import Random
@@ -70,10 +72,14 @@ def test_true_render_scores_5_and_the_unedited_image_1(edit_type: str) -> None:
 
 @pytest.mark.parametrize("edit_type", EDIT_TYPES)
 def test_another_edit_is_no_success(edit_type: str) -> None:
-    """Another instruction of the same type, carried out on the same scene, scores at most 3 (right kind, wrong attribute)."""
+    """Another instruction of the same type, carried out on the same scene, scores at most 3 (right kind, wrong
+    attribute).
+    """
     random, pairs, others = Random(f"other/{edit_type}"), [], []
     for scene, edit in edits_of(edit_type, 60):
-        other = next((e for _ in range(50) if (e := sample_edit(scene, edit_type, random)) and e.after != edit.after), None)
+        other = next(
+            (e for _ in range(50) if (e := sample_edit(scene, edit_type, random)) and e.after != edit.after), None
+        )
         if other is not None:
             pairs.append((scene, edit))
             others.append(other.after)
@@ -88,8 +94,16 @@ def test_opposite_edits_score_1() -> None:
     star = Item(kind="star", color="blue", count=2)
     scene = Scene(background="beach", cells=(ball, star, None, None))
     remove = Edit(edit_type="subject_remove", instruction="", kind="ball", place=0, after=scene.with_cell(0, None))
-    add = Edit(edit_type="subject_add", instruction="", kind="fish", place=2, after=scene.with_cell(2, Item(kind="fish", color="red")))
-    recount = Edit(edit_type="count_change", instruction="", kind="star", place=1, after=scene.with_cell(1, replace(star, count=3)))
+    add = Edit(
+        edit_type="subject_add",
+        instruction="",
+        kind="fish",
+        place=2,
+        after=scene.with_cell(2, Item(kind="fish", color="red")),
+    )
+    recount = Edit(
+        edit_type="count_change", instruction="", kind="star", place=1, after=scene.with_cell(1, replace(star, count=3))
+    )
     before = read(render([scene]))
     more_balls, no_ball = scene.with_cell(0, replace(ball, count=3)), scene.with_cell(0, None)
     fewer = scene.with_cell(1, replace(star, count=1))
@@ -128,7 +142,9 @@ def blurred(pictures: Tensor, radius: float) -> Tensor:
 
 
 def test_where_reading_breaks() -> None:
-    """Noise, blur and shift. The editor's autoencoder moves a pixel by 0.032 (rms, of 1); the verifier stands more than that."""
+    """Noise, blur and shift. The editor's autoencoder moves a pixel by 0.032 (rms, of 1); the verifier stands more
+    than that.
+    """
     scenes = scenes_of(60)
     pictures = render(scenes)
     generator = torch.Generator().manual_seed(0)

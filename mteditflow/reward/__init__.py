@@ -7,7 +7,9 @@ from mteditflow.types import Rollout, Scores
 
 
 class Reward(Protocol):
-    """Scores the N trajectories of a rollout. A trajectory that could not be scored is not valid; it never gets a default number."""
+    """Scores the N trajectories of a rollout. A trajectory that could not be scored is not valid; it never gets a
+    default number.
+    """
 
     def __call__(self, rollout: Rollout) -> Scores:
         """Scores of N trajectories."""

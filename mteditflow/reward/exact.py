@@ -9,7 +9,9 @@ from mteditflow.world.verify import consistency, grade, read
 
 
 def score_pictures(sessions: list[Session], sources: Tensor, pictures: Tensor) -> tuple[Tensor, Tensor]:
-    """Grades 1 to 5 (N, K) and consistency (N, K), NaN where undefined, of N sessions with pictures (K, N, 3, 64, 64)."""
+    """Grades 1 to 5 (N, K) and consistency (N, K), NaN where undefined, of N sessions with pictures (K, N, 3, 64,
+    64).
+    """
     before, grades, kept = read(sources), [], []
     for turn, picture in enumerate(pictures):
         after = read(picture)

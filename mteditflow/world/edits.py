@@ -1,8 +1,8 @@
 """Edits and sessions: EdiVal's nine edit types, each in several paraphrases, chained into sessions of K turns.
 
-A session follows EdiVal's rules: every edit is feasible in the scene that the edits before it ought to have made, and no type comes
-twice where that is possible. One rule is ours: what a session has created it does not remove, since a model whose creation failed
-would then pass the removal for nothing.
+A session follows EdiVal's rules: every edit is feasible in the scene that the edits before it ought to have made, and
+no type comes twice where that is possible. One rule is ours: what a session has created it does not remove, since a
+model whose creation failed would then pass the removal for nothing.
 """
 
 import zlib
@@ -35,16 +35,56 @@ EDIT_TYPES = (
     "background_change",
 )
 PARAPHRASES: dict[str, tuple[str, ...]] = {
-    "subject_add": ("add {new} at the {place}", "put {new} in the {place}", "place {new} at the {place}", "draw {new} in the {place}"),
+    "subject_add": (
+        "add {new} at the {place}",
+        "put {new} in the {place}",
+        "place {new} at the {place}",
+        "draw {new} in the {place}",
+    ),
     "subject_remove": ("remove the {old}", "delete the {old}", "take the {old} away", "erase the {old} from the image"),
-    "subject_replace": ("replace the {old} with {new}", "swap the {old} for {new}", "turn the {old} into {new}", "exchange the {old} for {new}"),
-    "color_alter": ("make the {old} {value}", "change the color of the {old} to {value}", "paint the {old} {value}", "give the {old} a {value} color"),
-    "material_alter": ("make the {old} look {value}", "change the material of the {old} to {value}", "give the {old} a {value} texture", "let the {old} be {value}"),
-    "text_change": ("change the text on the sign to {value}", "make the sign say {value}", "write {value} on the sign", "let the sign read {value}"),
-    "position_change": ("move the {old} to the {place}", "shift the {old} to the {place}", "bring the {old} to the {place} corner", "the {old} should be at the {place}"),
-    "count_change": ("change the number of {plural} to {value}", "show {value} {plural} instead", "make it {value} {plural}", "there should be {value} {plural}"),
-    "background_change": ("change the background to {value}", "use a {value} background", "set the scene in the {value}", "make the background a {value}"),
-}  # fmt: skip
+    "subject_replace": (
+        "replace the {old} with {new}",
+        "swap the {old} for {new}",
+        "turn the {old} into {new}",
+        "exchange the {old} for {new}",
+    ),
+    "color_alter": (
+        "make the {old} {value}",
+        "change the color of the {old} to {value}",
+        "paint the {old} {value}",
+        "give the {old} a {value} color",
+    ),
+    "material_alter": (
+        "make the {old} look {value}",
+        "change the material of the {old} to {value}",
+        "give the {old} a {value} texture",
+        "let the {old} be {value}",
+    ),
+    "text_change": (
+        "change the text on the sign to {value}",
+        "make the sign say {value}",
+        "write {value} on the sign",
+        "let the sign read {value}",
+    ),
+    "position_change": (
+        "move the {old} to the {place}",
+        "shift the {old} to the {place}",
+        "bring the {old} to the {place} corner",
+        "the {old} should be at the {place}",
+    ),
+    "count_change": (
+        "change the number of {plural} to {value}",
+        "show {value} {plural} instead",
+        "make it {value} {plural}",
+        "there should be {value} {plural}",
+    ),
+    "background_change": (
+        "change the background to {value}",
+        "use a {value} background",
+        "set the scene in the {value}",
+        "make the background a {value}",
+    ),
+}
 NUMBERS = {1: "one", 2: "two", 3: "three"}
 PLURALS = {kind: "boxes" if kind == "box" else "fish" if kind == "fish" else f"{kind}s" for kind in KINDS}
 
@@ -112,46 +152,50 @@ def _change(item: Item, edit_type: str, random: Random) -> tuple[Item, str]:
             return changed, NUMBERS[changed.count]
 
 
+def _candidates(scene: Scene, edit_type: str, created: frozenset[str]) -> list[tuple[int, Item]]:
+    """Places and objects that an edit of that type can be about; empty where the edit is not feasible."""
+    objects = [(place, item) for place, item in enumerate(scene.cells) if item]
+    match edit_type:
+        case "subject_add" | "position_change":
+            return objects if len(objects) < len(PLACES) else []
+        case "subject_remove":
+            return [(p, item) for p, item in objects if item.kind not in created] if len(objects) > 1 else []
+        case "text_change":
+            return [(p, item) for p, item in objects if item.kind == "sign"]
+        case "count_change":
+            return [(p, item) for p, item in objects if item.kind != "sign"]
+    return objects
+
+
 def sample_edit(scene: Scene, edit_type: str, random: Random, created: frozenset[str] = frozenset()) -> Edit | None:
     """A random edit of that type, or None where none is feasible. `created`: kinds that must not be removed."""
-    objects = [(place, item) for place, item in enumerate(scene.cells) if item]
+    objects = _candidates(scene, edit_type, created)
+    if not objects:
+        return None
     empty = [place for place, item in enumerate(scene.cells) if item is None]
     absent = [kind for kind in KINDS if scene.find(kind) is None]
     form = random.choice(PARAPHRASES[edit_type])
 
     def edit(kind: str, place: int, after: Scene, **words: str) -> Edit:
-        plural = PLURALS[kind] if kind else ""
-        text = form.format(old=kind, plural=plural, place=PLACES[place], **words)
+        text = form.format(old=kind, plural=PLURALS.get(kind, ""), place=PLACES[place], **words)
         return Edit(edit_type=edit_type, instruction=text, kind=kind, place=place, after=after)
 
+    if edit_type == "background_change":
+        name = random.choice([b for b in BACKGROUNDS if b != scene.background])
+        return edit("", 0, replace(scene, background=name), value=name)
+    if edit_type == "subject_add":
+        new, place = replace(sample_item(random, absent), count=1), random.choice(empty)
+        return edit(new.kind, place, scene.with_cell(place, new), new=describe(new))
+    place, item = random.choice(objects)
     match edit_type:
-        case "background_change":
-            name = random.choice([b for b in BACKGROUNDS if b != scene.background])
-            return edit("", 0, replace(scene, background=name), value=name)
-        case "subject_add":
-            if not empty:
-                return None
-            new, place = replace(sample_item(random, absent), count=1), random.choice(empty)
-            return edit(new.kind, place, scene.with_cell(place, new), new=describe(new))
         case "subject_remove":
-            objects = [(place, item) for place, item in objects if item.kind not in created]
-            if not objects or len(empty) > 2:
-                return None
-            place, item = random.choice(objects)
             return edit(item.kind, place, scene.with_cell(place, None))
         case "position_change":
-            if not empty:
-                return None
-            (source, item), place = random.choice(objects), random.choice(empty)
-            return edit(item.kind, place, scene.with_cell(source, None).with_cell(place, item))
+            target = random.choice(empty)
+            return edit(item.kind, target, scene.with_cell(place, None).with_cell(target, item))
         case "subject_replace":
-            (place, item), new = random.choice(objects), replace(sample_item(random, absent), count=1)
+            new = replace(sample_item(random, absent), count=1)
             return edit(item.kind, place, scene.with_cell(place, new), new=describe(new))
-    if edit_type in ("text_change", "count_change"):
-        objects = [(place, item) for place, item in objects if (item.kind == "sign") == (edit_type == "text_change")]
-    if not objects:
-        return None
-    place, item = random.choice(objects)
     changed, word = _change(item, edit_type, random)
     return edit(item.kind, place, scene.with_cell(place, changed), value=word)
 
@@ -174,7 +218,9 @@ def sample_session(random: Random, num_turns: int) -> Session:
 
 
 def is_held_out(source: Scene) -> bool:
-    """Whether sessions that start from this scene are for evaluation only: one scene in eight, by a hash of its content."""
+    """Whether sessions that start from this scene are for evaluation only: one scene in eight, by a hash of its
+    content.
+    """
     return zlib.crc32(repr(source).encode()) % 8 == 0
 
 

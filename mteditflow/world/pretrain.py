@@ -1,10 +1,10 @@
 """Makes the embedded editor from nothing: `python -m mteditflow.world.pretrain --output FOLDER`.
 
-Two stages: a KL autoencoder on rendered scenes, then a FLUX.1-Kontext transformer with its text encoders by flow matching on
-*single-turn* edits; the editor never sees its own output, which is the gap that multi-turn RL closes. The transformer learns suddenly,
-so its averaged weights are kept every `save_every` batches, with their held-out success per edit type, and the one that leaves
-room for RL is the one to ship: copy its folder to `mteditflow/world/editor`. The same command goes on
-after a kill.
+Two stages: a KL autoencoder on rendered scenes, then a FLUX.1-Kontext transformer with its text encoders by flow
+matching on *single-turn* edits; the editor never sees its own output, which is the gap that multi-turn RL closes. The
+transformer learns suddenly, so its averaged weights are kept every `save_every` batches, with their held-out success
+per edit type, and the one that leaves room for RL is the one to ship: copy its folder to `mteditflow/world/editor`. The
+same command goes on after a kill.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import math
 import time
 from copy import deepcopy
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 from typing import cast
@@ -81,7 +82,9 @@ def random_pictures(num: int, generator: torch.Generator) -> Tensor:
 
 
 def train_vae(vae: AutoencoderKL, num_batches: int, batch_size: int, seed: int) -> None:
-    """Stage one: squared and absolute error and a little KL; then the latents' shift and scale are set to mean 0 and variance 1."""
+    """Stage one: squared and absolute error and a little KL; then the latents' shift and scale are set to mean 0 and
+    variance 1.
+    """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     vae.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
@@ -141,7 +144,9 @@ class Pairs:
 
 
 def make_pairs(vae: AutoencoderKL, num_pairs: int, seed: int, chain: int = 8) -> Pairs:
-    """Pairs from chains of edits of true renders, so that a picture is encoded once and serves as target and as source."""
+    """Pairs from chains of edits of true renders, so that a picture is encoded once and serves as target and as
+    source.
+    """
     random, scenes = Random(f"pretrain/{seed}"), list[Scene]()
     source, target, instructions = list[int](), list[int](), list[str]()
     while len(instructions) < num_pairs:
@@ -175,8 +180,8 @@ class Editor(torch.nn.Module):
     def forward(self, latents: Tensor, condition: Tensor, sigma: Tensor, t5_ids: Tensor, clip_ids: Tensor) -> Tensor:
         """Velocity (B, 16, 32)."""
         return self.transformer(
-            hidden_states=torch.cat([latents, condition], dim=1), timestep=sigma, guidance=torch.full_like(sigma, GUIDANCE),
-            encoder_hidden_states=self.t5(t5_ids)[0], pooled_projections=self.clip(clip_ids).pooler_output,
+            hidden_states=torch.cat([latents, condition], dim=1), timestep=sigma, guidance=torch.full_like(sigma,
+            GUIDANCE), encoder_hidden_states=self.t5(t5_ids)[0], pooled_projections=self.clip(clip_ids).pooler_output,
             img_ids=self.ids, txt_ids=torch.zeros(t5_ids.shape[1], 3), return_dict=False,
         )[0][:, :TOKENS]  # fmt: skip
 
@@ -203,7 +208,7 @@ def success(pipeline: FluxKontextPipeline, num_sessions: int, num_steps: int = 8
     latents = torch.randn(condition.shape, generator=torch.Generator().manual_seed(0))
     sigmas = sigma_schedule(num_steps, TOKENS).float()
     with torch.no_grad():
-        for sigma, sigma_next in zip(sigmas, sigmas[1:], strict=False):
+        for sigma, sigma_next in pairwise(sigmas):
             sigma_rows = sigma.expand(num_sessions)
             latents = latents + (sigma_next - sigma) * editor(latents, condition, sigma_rows, t5_ids, clip_ids)
     passed = [g >= 4 for g in grade([s.edits[0] for s in sessions], read(before), read(decode(pipeline.vae, latents)))]
@@ -213,7 +218,9 @@ def success(pipeline: FluxKontextPipeline, num_sessions: int, num_steps: int = 8
 
 
 def train_editor(pipeline: FluxKontextPipeline, pairs: Pairs, args: argparse.Namespace) -> None:
-    """Stage two: flow matching on single edits; saves the averaged weights as pipeline folders, and its own state, on the way."""
+    """Stage two: flow matching on single edits; saves the averaged weights as pipeline folders, and its own state, on
+    the way.
+    """
     editor, averaged, shift = Editor(pipeline).train(), deepcopy(pipeline), math.exp(FLUX_MU)
     velocity = cast(Editor, torch.compile(editor) if args.compile else editor)
     t5_ids, clip_ids = tokenize(pipeline, pairs.instructions)
@@ -251,7 +258,11 @@ def train_editor(pipeline: FluxKontextPipeline, pairs: Pairs, args: argparse.Nam
             shares = success(averaged, args.num_sessions)
             print(f"editor {number}: " + ", ".join(f"{k} {v:.0%}" for k, v in shares.items()), flush=True)
             save(averaged, args.output / f"editor-{number:06d}")
-            states = {"editor": editor.state_dict(), "averaged": Editor(averaged).state_dict(), "optimizer": optimizer.state_dict()}
+            states = {
+                "editor": editor.state_dict(),
+                "averaged": Editor(averaged).state_dict(),
+                "optimizer": optimizer.state_dict(),
+            }
             torch.save(states | {"batch": number}, state.with_suffix(".new"))
             state.with_suffix(".new").replace(state)
 

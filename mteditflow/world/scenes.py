@@ -1,7 +1,7 @@
 """The embedded editing world: what a scene is.
 
-A scene is a background and up to four objects, each alone in one quadrant of a 64 x 64 image. No two objects of a scene are of one
-kind, so that 'the ball' always has one meaning.
+A scene is a background and up to four objects, each alone in one quadrant of a 64 x 64 image. No two objects of a scene
+are of one kind, so that 'the ball' always has one meaning.
 """
 
 from dataclasses import dataclass

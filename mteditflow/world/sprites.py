@@ -1,8 +1,9 @@
 """What the embedded world looks like: every object and every background, drawn from formulas with numpy.
 
-A cell is 32 x 32 pixels. Objects are signed distance functions, shaded and textured on a grid four times finer and then averaged,
-so that edges are smooth and the same on every machine: no font, no image file, no drawing library. Materials are patterns of
-brightness over the object's colour with a period of at least five pixels, which a VAE with factor 8 can still carry.
+A cell is 32 x 32 pixels. Objects are signed distance functions, shaded and textured on a grid four times finer and then
+averaged, so that edges are smooth and the same on every machine: no font, no image file, no drawing library. Materials
+are patterns of brightness over the object's colour with a period of at least five pixels, which a VAE with factor 8 can
+still carry.
 """
 
 from collections.abc import Callable
@@ -168,72 +169,108 @@ def _blend(low: tuple[float, float, float], high: tuple[float, float, float], am
     return np.array(low)[:, None, None] * (1 - amount) + np.array(high)[:, None, None] * amount
 
 
+def _beach(x: Array, y: Array) -> Array:
+    down = y / IMAGE
+    picture = _blend((0.55, 0.80, 0.95), (0.85, 0.94, 0.98), down * 2)
+    picture = np.where(y > 30, _blend((0.15, 0.52, 0.72), (0.35, 0.72, 0.80), (y - 30) / 14), picture)
+    picture = np.where(
+        y > 44 + 1.5 * np.sin(x / 6), _blend((0.95, 0.86, 0.62), (0.86, 0.74, 0.50), (y - 44) / 20), picture
+    )
+    return picture
+
+
+def _meadow(x: Array, y: Array) -> Array:
+    down = y / IMAGE
+    picture = _blend((0.62, 0.84, 0.98), (0.90, 0.96, 0.98), down * 2)
+    picture = np.where(y > 34 + 4 * np.sin(x / 11), _blend((0.62, 0.82, 0.42), (0.50, 0.74, 0.34), down), picture)
+    picture = np.where(
+        y > 46 - 4 * np.sin(x / 13), _blend((0.50, 0.76, 0.34), (0.36, 0.62, 0.26), (y - 44) / 20), picture
+    )
+    return picture
+
+
+def _night(x: Array, y: Array) -> Array:
+    down = y / IMAGE
+    picture = _blend((0.05, 0.06, 0.20), (0.20, 0.16, 0.38), down)
+    picture = np.where(np.hypot(x - 32, y - 12) < 6.5, np.array((0.95, 0.93, 0.78))[:, None, None], picture)
+    for star_x, star_y in (
+        (6, 5),
+        (20, 30),
+        (47, 31),
+        (58, 7),
+        (31, 48),
+        (4, 45),
+        (60, 52),
+        (14, 60),
+        (44, 60),
+    ):
+        picture = np.where(np.hypot(x - star_x, y - star_y) < 1.3, 0.92, picture)
+    return picture
+
+
+def _snow(x: Array, y: Array) -> Array:
+    down = y / IMAGE
+    picture = _blend((0.62, 0.74, 0.86), (0.80, 0.87, 0.93), down * 2)
+    picture = np.where(
+        y > 14 + np.abs(x - 32) * 0.8, _blend((0.70, 0.76, 0.86), (0.86, 0.90, 0.95), down * 1.6), picture
+    )
+    picture = np.where(
+        y > 42 + 2.5 * np.sin(x / 9), _blend((0.93, 0.96, 0.99), (0.82, 0.88, 0.95), (y - 42) / 22), picture
+    )
+    return picture
+
+
+def _desert(x: Array, y: Array) -> Array:
+    down = y / IMAGE
+    picture = _blend((0.99, 0.80, 0.52), (0.99, 0.90, 0.70), down * 2)
+    picture = np.where(y > 30 + 5 * np.sin(x / 10 + 1), _blend((0.86, 0.58, 0.32), (0.78, 0.50, 0.28), down), picture)
+    picture = np.where(
+        y > 46 + 5 * np.sin(x / 12 + 3), _blend((0.76, 0.48, 0.26), (0.66, 0.40, 0.22), (y - 44) / 20), picture
+    )
+    return picture
+
+
+def _city(x: Array, y: Array) -> Array:
+    down = y / IMAGE
+    picture = _blend((0.74, 0.70, 0.82), (0.96, 0.82, 0.78), down * 1.4)
+    for left, top, width in ((0, 26, 12), (12, 16, 10), (24, 30, 13), (37, 12, 9), (46, 24, 18)):
+        tower = (x >= left) & (x < left + width) & (y > top) & (y < 52)
+        window = tower & ((x - left) % 5 > 2.6) & ((y - top) % 6 > 3.4)
+        picture = np.where(tower, np.array((0.46, 0.48, 0.60))[:, None, None], picture)
+        picture = np.where(window, np.array((0.66, 0.66, 0.70))[:, None, None], picture)
+    picture = np.where(y > 52, np.array((0.36, 0.37, 0.42))[:, None, None], picture)
+    return picture
+
+
+def _sea(x: Array, y: Array) -> Array:
+    down = y / IMAGE
+    picture = _blend((0.30, 0.74, 0.82), (0.06, 0.34, 0.52), down)
+    picture = picture + 0.06 * np.sin(2 * np.pi * (x + 10 * np.sin(y / 14)) / 21)
+    return picture
+
+
+def _kitchen(x: Array, y: Array) -> Array:
+    down = y / IMAGE
+    picture = _blend((0.98, 0.94, 0.84), (0.93, 0.86, 0.74), down * 1.5)
+    tile = ((np.floor(x / 8) + np.floor(y / 8)) % 2)[None]
+    picture = np.where(y > 40, 0.62 + 0.20 * tile + np.array((0.02, 0.0, -0.04))[:, None, None], picture)
+    return picture
+
+
+BACKDROPS: dict[str, Callable[[Array, Array], Array]] = {
+    "beach": _beach,
+    "meadow": _meadow,
+    "night": _night,
+    "snow": _snow,
+    "desert": _desert,
+    "city": _city,
+    "sea": _sea,
+    "kitchen": _kitchen,
+}
+
+
 def draw_background(name: str) -> Array:
     """A background, (3, 64, 64) in [0, 1]."""
     axis = (np.arange(IMAGE * FINE) + 0.5) / FINE
     y, x = np.meshgrid(axis, axis, indexing="ij")
-    down = y / IMAGE
-    match name:
-        case "beach":
-            picture = _blend((0.55, 0.80, 0.95), (0.85, 0.94, 0.98), down * 2)
-            picture = np.where(y > 30, _blend((0.15, 0.52, 0.72), (0.35, 0.72, 0.80), (y - 30) / 14), picture)
-            picture = np.where(
-                y > 44 + 1.5 * np.sin(x / 6), _blend((0.95, 0.86, 0.62), (0.86, 0.74, 0.50), (y - 44) / 20), picture
-            )
-        case "meadow":
-            picture = _blend((0.62, 0.84, 0.98), (0.90, 0.96, 0.98), down * 2)
-            picture = np.where(
-                y > 34 + 4 * np.sin(x / 11), _blend((0.62, 0.82, 0.42), (0.50, 0.74, 0.34), down), picture
-            )
-            picture = np.where(
-                y > 46 - 4 * np.sin(x / 13), _blend((0.50, 0.76, 0.34), (0.36, 0.62, 0.26), (y - 44) / 20), picture
-            )
-        case "night":
-            picture = _blend((0.05, 0.06, 0.20), (0.20, 0.16, 0.38), down)
-            picture = np.where(np.hypot(x - 32, y - 12) < 6.5, np.array((0.95, 0.93, 0.78))[:, None, None], picture)
-            for star_x, star_y in (
-                (6, 5),
-                (20, 30),
-                (47, 31),
-                (58, 7),
-                (31, 48),
-                (4, 45),
-                (60, 52),
-                (14, 60),
-                (44, 60),
-            ):
-                picture = np.where(np.hypot(x - star_x, y - star_y) < 1.3, 0.92, picture)
-        case "snow":
-            picture = _blend((0.62, 0.74, 0.86), (0.80, 0.87, 0.93), down * 2)
-            picture = np.where(
-                y > 14 + np.abs(x - 32) * 0.8, _blend((0.70, 0.76, 0.86), (0.86, 0.90, 0.95), down * 1.6), picture
-            )
-            picture = np.where(
-                y > 42 + 2.5 * np.sin(x / 9), _blend((0.93, 0.96, 0.99), (0.82, 0.88, 0.95), (y - 42) / 22), picture
-            )
-        case "desert":
-            picture = _blend((0.99, 0.80, 0.52), (0.99, 0.90, 0.70), down * 2)
-            picture = np.where(
-                y > 30 + 5 * np.sin(x / 10 + 1), _blend((0.86, 0.58, 0.32), (0.78, 0.50, 0.28), down), picture
-            )
-            picture = np.where(
-                y > 46 + 5 * np.sin(x / 12 + 3), _blend((0.76, 0.48, 0.26), (0.66, 0.40, 0.22), (y - 44) / 20), picture
-            )
-        case "city":
-            picture = _blend((0.74, 0.70, 0.82), (0.96, 0.82, 0.78), down * 1.4)
-            for left, top, width in ((0, 26, 12), (12, 16, 10), (24, 30, 13), (37, 12, 9), (46, 24, 18)):
-                tower = (x >= left) & (x < left + width) & (y > top) & (y < 52)
-                window = tower & ((x - left) % 5 > 2.6) & ((y - top) % 6 > 3.4)
-                picture = np.where(tower, np.array((0.46, 0.48, 0.60))[:, None, None], picture)
-                picture = np.where(window, np.array((0.66, 0.66, 0.70))[:, None, None], picture)
-            picture = np.where(y > 52, np.array((0.36, 0.37, 0.42))[:, None, None], picture)
-        case "sea":
-            picture = _blend((0.30, 0.74, 0.82), (0.06, 0.34, 0.52), down)
-            picture = picture + 0.06 * np.sin(2 * np.pi * (x + 10 * np.sin(y / 14)) / 21)
-        case "kitchen":
-            picture = _blend((0.98, 0.94, 0.84), (0.93, 0.86, 0.74), down * 1.5)
-            tile = ((np.floor(x / 8) + np.floor(y / 8)) % 2)[None]
-            picture = np.where(y > 40, 0.62 + 0.20 * tile + np.array((0.02, 0.0, -0.04))[:, None, None], picture)
-        case _:
-            raise ValueError(f"unknown background {name!r}")
-    return np.clip(picture, 0, 1).reshape(3, IMAGE, FINE, IMAGE, FINE).mean(axis=(2, 4))
+    return np.clip(BACKDROPS[name](x, y), 0, 1).reshape(3, IMAGE, FINE, IMAGE, FINE).mean(axis=(2, 4))

@@ -1,8 +1,8 @@
 """The exact verifier: what is in a picture, whether an edit was carried out, and what was left alone.
 
-Reading is by synthesis. Every cell of a picture is compared, in squared error, with every object that can exist on every background;
-the background that explains all four cells best is the picture's, and the object nearest to a cell is its content. A cell that
-nothing explains (root mean square error above `UNREADABLE`) is damaged and equals nothing.
+Reading is by synthesis. Every cell of a picture is compared, in squared error, with every object that can exist on
+every background; the background that explains all four cells best is the picture's, and the object nearest to a cell is
+its content. A cell that nothing explains (root mean square error above `UNREADABLE`) is damaged and equals nothing.
 
     |x - p - (1 - a) b|^2 = |x|^2 - 2 <x, p> - 2 <x, b> + 2 <x b, a> + |p + (1 - a) b|^2
 
@@ -29,10 +29,12 @@ MIN_SCORE_DONE = 4  # a turn counts as done from this score on
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """What is seen in a picture. `cells`: the object, None for an empty place, 'damaged' where nothing explains the pixels."""
+    """What is seen in a picture. `cells`: the object, None for an empty place, 'damaged' where nothing explains the
+    pixels.
+    """
 
     background: str
-    cells: tuple[Item | None | str, ...]
+    cells: tuple[Item | str | None, ...]
 
     def find(self, kind: str) -> int | None:
         """The place where an object of that kind is seen, or None."""
@@ -40,7 +42,9 @@ class Reading:
 
 
 class _Templates:
-    """The constant part of the search: M objects, U different coverages, 8 backgrounds, 4 places, D = 3072 numbers a cell."""
+    """The constant part of the search: M objects, U different coverages, 8 backgrounds, 4 places, D = 3072 numbers a
+    cell.
+    """
 
     def __init__(self) -> None:
         a = atlas()
@@ -89,7 +93,7 @@ def read(pictures: Tensor, chunk: int = 32) -> list[Reading]:
     return found
 
 
-def _differences(before: Item | None | str, after: Item | None | str) -> int:
+def _differences(before: Item | str | None, after: Item | str | None) -> int:
     """How far a content has changed: 0 not, 1 to 4 attributes of the same object, 4 another or lost object."""
     if before in (after, "damaged"):
         return 0
@@ -99,7 +103,9 @@ def _differences(before: Item | None | str, after: Item | None | str) -> int:
 
 
 def _outcome(edit: Edit, before: Reading, after: Reading) -> tuple[str, int, set[int]]:
-    """How far the edit was carried out ('done', 'partly', 'tried', 'no'), damage to its own object, and the places it concerns."""
+    """How far the edit was carried out ('done', 'partly', 'tried', 'no'), damage to its own object, and the places it
+    concerns.
+    """
     place = before.find(edit.kind) if edit.kind else None
     wanted = edit.after.cells[edit.place]
     seen = after.cells[edit.place]
@@ -145,8 +151,9 @@ def _outcome(edit: Edit, before: Reading, after: Reading) -> tuple[str, int, set
 def grade(edits: list[Edit], before: list[Reading], after: list[Reading]) -> list[int]:
     """Scores 1 to 5 of N edits, each from what was seen before it and after it.
 
-    5 done and everything else preserved; 4 done, one attribute of one thing lost; 3 done with more lost, or the right kind of object
-    with a wrong attribute; 2 tried, but wrong; 1 ignored, or the rest destroyed. What was damaged before cannot be lost again.
+    5 done and everything else preserved; 4 done, one attribute of one thing lost; 3 done with more lost, or the right
+    kind of object with a wrong attribute; 2 tried, but wrong; 1 ignored, or the rest destroyed. What was damaged before
+    cannot be lost again.
     """
     scores = []
     for edit, seen_before, seen_after in zip(edits, before, after, strict=True):
@@ -168,22 +175,28 @@ def grade(edits: list[Edit], before: list[Reading], after: list[Reading]) -> lis
 
 
 def consistency(session: Session, turn: int, source: Tensor, picture: Tensor) -> float:
-    """How well the picture (3, 64, 64) of a turn (from 0) keeps what no edit so far has touched, against I_0; NaN where nothing is left.
+    """How well the picture (3, 64, 64) of a turn (from 0) keeps what no edit so far has touched, against I_0; NaN where
+    nothing is left.
 
-    Half the background and half the untouched objects (EdiVal); the background alone while no object is untouched; the objects alone
-    once an edit has changed the background. The similarity of a region is 1 - rms / 0.5, at least 0, with pixels in [0, 1].
+    Half the background and half the untouched objects (EdiVal); the background alone while no object is untouched; the
+    objects alone once an edit has changed the background. The similarity of a region is 1 - rms / 0.5, at least 0, with
+    pixels in [0, 1].
     """
     weights, shares = _regions(session, turn)
     if not len(shares):
         return float("nan")
-    squared = (cells_of(picture[None]) - cells_of(source[None]))[0].square().unflatten(-1, (3, CELL**2)).mean(1)  # (4, 1024)
+    squared = (
+        (cells_of(picture[None]) - cells_of(source[None]))[0].square().unflatten(-1, (3, CELL**2)).mean(1)
+    )  # (4, 1024)
     rms = (weights @ squared.flatten()).sqrt()
     return (shares * (1 - rms / 0.5).clamp_min(0)).sum().item()
 
 
 @lru_cache(maxsize=4096)
 def _regions(session: Session, turn: int) -> tuple[Tensor, Tensor]:
-    """R regions that no edit up to `turn` has touched: pixel weights (R, 4096) that add up to 1, and shares (R,) that add up to 1."""
+    """R regions that no edit up to `turn` has touched: pixel weights (R, 4096) that add up to 1, and shares (R,) that
+    add up to 1.
+    """
     scenes, kept = session.scenes()[: turn + 2], session.untouched(turn)
     own = _covered([session.source], above=0.99)  # edges blend with the background, which may have been changed
     regions = [own * (torch.arange(4) == place)[:, None] for place in kept]
