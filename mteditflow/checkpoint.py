@@ -28,7 +28,14 @@ from mteditflow.config import Config
 
 VERSION = 1
 MANIFEST = "checkpoint.json"
-MAY_CHANGE = ("run.num_iterations", "run.save_every", "run.keep_checkpoints", "run.folder", "run.max_invalid_share")
+MAY_CHANGE = (
+    "run.num_iterations",
+    "run.save_every",
+    "run.keep_checkpoints",
+    "run.folder",
+    "run.max_invalid_share",
+    "run.max_ratio_error",
+)
 """Fields that a resumed run may change, with all of `evaluation`; the others change the numbers that follow."""
 
 _REPLACED = ".replaced"

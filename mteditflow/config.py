@@ -92,7 +92,7 @@ class RolloutConfig:
     hand_off: Literal["pixels", "latents"] = "pixels"
     """What the next turn edits: the decoded 8-bit image (what a user gets), or the latents as they are. Ours."""
     microbatch_size: int = 128
-    """Trajectories per forward pass of the rollout; changes memory, not results."""
+    """Trajectories per forward pass of the rollout; changes memory and, to rounding, results."""
 
     def __post_init__(self) -> None:
         _require(self.num_tasks >= 1, "rollout.num_tasks", self.num_tasks, "must be at least 1")
@@ -104,6 +104,8 @@ class RolloutConfig:
         )
         _require(self.num_steps >= 2, "rollout.num_steps", self.num_steps, "must be at least 2")
         _require(0 < self.noise_level <= 2, "rollout.noise_level", self.noise_level, "must lie in (0, 2]")
+        is_cps_right = self.rule == "sde" or self.noise_level <= 1
+        _require(is_cps_right, "rollout.noise_level", self.noise_level, "must be at most 1 with rule 'cps'")
         _require(
             0 <= self.window_size < self.num_steps,
             "rollout.window_size",

@@ -8,7 +8,7 @@ update has to be exactly 1.
 from collections.abc import Sequence
 
 import torch
-from mteditflow_kernels import counter_normal, noise_keys, sde_step
+from mteditflow_kernels import STD, counter_normal, noise_keys, sde_step
 from torch import Tensor
 
 from mteditflow.config import Config
@@ -33,11 +33,13 @@ def to_8_bit(images: Tensor) -> Tensor:
     return ((images + 1) * 127.5).round() / 127.5 - 1
 
 
-def denoise(policy: Policy, condition: Condition, sigmas: Tensor, table: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-    """All denoising steps of a turn: latents (S+1, B, L, C) and log-prob (S, B). `keys` (S+1, B, 5), the last for the
-    first latents.
+def denoise(
+    policy: Policy, condition: Condition, latents: Tensor, sigmas: Tensor, table: Tensor, keys: Sequence[Tensor | None]
+) -> tuple[Tensor, Tensor]:
+    """All denoising steps of a turn from noise `latents` (B, L, C): latents (S+1, B, L, C) and log-prob (S, B).
+
+    `keys`: per step the noise keys (B, 5), or None at an ODE step.
     """
-    latents = counter_normal(keys[-1], (policy.num_tokens, policy.num_channels)).to(condition.image)
     path, log_probs = [latents], []
     for step in range(len(table)):
         velocity = policy.velocity(latents, sigmas[step].expand(len(latents)), condition)
@@ -65,7 +67,7 @@ def roll_out(
     """G trajectories of K turns for each task, with the adapter that is selected. `sigmas` (S+1,) and `table` (S, 7)
     make a schedule.
     """
-    num_rows, num_steps = len(tasks) * group_size, len(table)
+    noisy = (table[:, STD] > 0).tolist()
     table, sigmas = table.to(policy.device), sigmas.float().to(policy.device)
     image_latents = policy.encode_image(torch.stack([task.source for task in tasks])).repeat_interleave(
         group_size, dim=0
@@ -78,15 +80,21 @@ def roll_out(
             pooled=pooled.repeat_interleave(group_size, dim=0),
             image=image_latents,
         )
-        keys = torch.stack(
-            [
-                row_keys(tasks, group_size, seed=seed, step=step, turn=turn, denoising_step=i)
-                for i in [*range(num_steps), INITIAL_NOISE]
-            ]
-        ).to(policy.device)  # (S+1, N, 5)
+        keys = [
+            row_keys(tasks, group_size, seed=seed, step=step, turn=turn, denoising_step=i).to(policy.device)
+            for i in [*range(len(table)), INITIAL_NOISE]
+        ]  # S+1 times (N, 5)
+        noise = counter_normal(keys[-1], (policy.num_tokens, policy.num_channels)).to(image_latents)
         parts = [
-            denoise(policy, condition.rows(rows), sigmas, table, keys[:, rows])
-            for rows in torch.arange(num_rows, device=policy.device).split(microbatch_size)
+            denoise(
+                policy,
+                condition.rows(rows),
+                noise[rows],
+                sigmas,
+                table,
+                [own[rows] if is_noisy else None for own, is_noisy in zip(keys, noisy, strict=False)],
+            )
+            for rows in torch.arange(len(noise), device=policy.device).split(microbatch_size)
         ]
         latents, log_prob = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
         image = to_8_bit(policy.decode(latents[-1]))

@@ -40,7 +40,8 @@ from mteditflow.report import write_report
 class Run:
     """Policy, optimizer and folder of a run, from its newest checkpoint where there is one.
 
-    Only the main rank writes. On SIGTERM to any rank the iteration at work is finished and saved, and `is_stopping` is set.
+    Only the main rank writes. On SIGTERM to any rank the iteration at work is finished and saved, and `is_stopping` is
+    set.
     """
 
     def __init__(self, config: Config, ranks: Ranks, timer: Timer) -> None:
@@ -180,7 +181,7 @@ class Run:
         state["optimizer"] = {
             f"{i}.{key}": value for i, own in self.optimizer.state_dict()["state"].items() for key, value in own.items()
         }
-        scalars = {"num_updates": self.num_updates}
+        scalars: checkpoint.Scalars = {"num_updates": self.num_updates}
         checkpoint.save(
             self.folder,
             iteration=done,

@@ -5,6 +5,7 @@ trained on has the geometry of the one that sampled it. Chunks in which every ad
 not run; the loss is normalised by the count of all transitions, so leaving them out changes nothing.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,11 @@ from mteditflow.policy import Policy
 from mteditflow.rollout import row_keys
 from mteditflow.types import Rollout, Scores, Transitions
 
+GRPO_FIGURES = (
+    *("ratio_mean", "ratio_error", "clip_fraction", "approx_kl", "kl"),
+    *("policy_loss", "log_prob_difference", "first_ratio_error"),
+)
+NFT_FIGURES = ("policy_loss", "kl")
 TIMES_KEY, NOISE_KEY = 2**15, 2**15 + 1  # where NFT's draws stand among the denoising steps of the noise keys
 
 
@@ -36,9 +42,12 @@ class Chunk:
 
 def minibatches(rollout: Rollout, advantages: Tensor, config: Config) -> list[list[Chunk]]:
     """The chunks of each optimizer step of an iteration. `advantages` (N, K)."""
+    num_times, num_steps = config.objective.nft_num_times, len(rollout.table)
+    if config.objective.name == "nft" and num_times > num_steps:
+        raise ValueError(f"objective.nft_num_times is {num_times}: must be at most rollout.num_steps = {num_steps}")
     rows = torch.arange(len(rollout.group))
     size, num_updates = config.optimizer.microbatch_size, config.optimizer.num_updates
-    steps = range(config.objective.nft_num_times) if config.objective.name == "nft" else rollout.trained_steps
+    steps = range(num_times) if config.objective.name == "nft" else rollout.trained_steps
     turns = range(len(rollout.turns))
     chunks = [Chunk(turn=turn, step=step, rows=part) for turn in turns for step in steps for part in rows.split(size)]
     parts = [chunks[update::num_updates] for update in range(num_updates)]
@@ -126,8 +135,9 @@ def update(
     iteration: int,
     ranks: Ranks,
 ) -> dict[str, float]:
-    """The optimizer steps of an iteration; returns diagnostics over the chunks. Raises GuardError before any harm is
-    done.
+    """The optimizer steps of an iteration; returns diagnostics over the chunks.
+
+    Every rank has all the keys: they are NaN where no chunk was run. Raises GuardError before any harm is done.
     """
     totals: dict[str, list[Tensor]] = {}
     is_nft = config.objective.name == "nft"
@@ -151,7 +161,7 @@ def update(
         totals.setdefault("update/loss", []).append(loss)
         totals.setdefault("update/grad_norm", []).append(norm)
     worst = {"update/ratio_error", "update/first_ratio_error", "update/log_prob_difference"}
-    return {
+    return {f"update/{name}": math.nan for name in (NFT_FIGURES if is_nft else GRPO_FIGURES)} | {
         name: (torch.stack(v).max() if name in worst else torch.stack(v).mean()).item() for name, v in totals.items()
     }
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 from conftest import TINY_MAX_TEXT_TOKENS
 from mteditflow_kernels import counter_normal
-from torch import Tensor
 
 from mteditflow.config import Config, DataConfig, LoraConfig, ModelConfig, ObjectiveConfig, RolloutConfig
 from mteditflow.data import training_tasks
@@ -20,8 +19,8 @@ from mteditflow.rollout import INITIAL_NOISE, roll_out, row_keys, sample_rollout
 from mteditflow.types import EditTask, Rollout
 
 ONE_RANK = Ranks(rank=0, world_size=1, device=torch.device("cpu"))
-# Latents are of the order of 1 to 10 (largest here: below 16), and a row in a batch of another size has float32 sums in another order:
-# two turns of 3 steps of about 1e2 operations each, of relative error 2^-24.
+# Latents are of the order of 1 to 10 (largest here: below 16), and a row in a batch of another size has float32 sums in
+# another order: two turns of 3 steps of about 1e2 operations each, of relative error 2^-24.
 BATCH_TOLERANCE = 2 * 3 * 1e2 * 2**-24 * 16
 
 
@@ -135,7 +134,8 @@ def test_log_prob_is_the_normal_density(policy: Policy, config: Config) -> None:
         mean, std = row[0] * turn.latents[step] + row[1] * velocity, row[2]
         z = (turn.latents[step + 1] - mean) / std
         expected = (-0.5 * z.square() - std.log() - 0.5 * math.log(2 * math.pi)).flatten(1).mean(1)
-        # The residual next - mean loses about |latents| / std = 1e2 of its digits: 2 * 1e2 * 2^-24 of terms of the order of 1.
+        # The residual next - mean loses about |latents| / std = 1e2 of its digits: 2 * 1e2 * 2^-24 of terms of the
+        # order of 1.
         torch.testing.assert_close(turn.old_log_prob[step].double(), expected, rtol=0, atol=2e-5)
 
 

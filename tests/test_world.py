@@ -2,6 +2,7 @@
 breaks.
 """
 
+import math
 from dataclasses import replace
 from random import Random
 
@@ -177,6 +178,12 @@ def test_consistency_is_of_what_no_edit_has_touched() -> None:
     lost = second.clone()
     lost[:, :CELL, CELL:] = -1
     assert consistency(session, 1, source, lost) < 0.45
+    alone = scene.with_cell(1, None)
+    edit = Edit(edit_type="subject_remove", instruction="", kind="ball", place=0, after=alone.with_cell(0, None))
+    nothing_kept = Session(source=alone, edits=(edit, replace(edits[1], after=replace(edit.after, background="night"))))
+    pictures = render([alone, *(e.after for e in nothing_kept.edits)])
+    assert consistency(nothing_kept, 0, pictures[0], pictures[1]) == 1.0  # the background alone
+    assert math.isnan(consistency(nothing_kept, 1, pictures[0], pictures[2]))  # nothing is left to compare
 
 
 def test_sessions_follow_the_rules() -> None:

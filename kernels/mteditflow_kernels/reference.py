@@ -90,16 +90,19 @@ def sde_log_prob(velocity: Tensor, latents: Tensor, next_latents: Tensor, table:
 
 
 def sde_step(
-    velocity: Tensor, latents: Tensor, table: Tensor, step: Tensor | int, keys: Tensor
+    velocity: Tensor, latents: Tensor, table: Tensor, step: Tensor | int, keys: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """One denoising step: next_latents (B, ...) in the dtype of `latents`, and log_prob (B,) of these stored values.
 
-    `keys` (B, 5) int64 are the noise keys of `counter_normal`; `step` (B,) int64, or one for all rows.
+    `keys` (B, 5) int64 are the noise keys of `counter_normal`; None draws no noise, which only an ODE step can do
+    without. `step` (B,) int64, or one for all rows.
     """
     velocity_, latents_ = _upcast(velocity, latents)
     coefficients = _coefficients(table, step, latents_)
-    noise = counter_normal(keys, tuple(latents.shape[1:])).to(latents_.dtype)
-    next_latents = _mean(velocity_, latents_, coefficients) + _column(coefficients[:, STD], latents) * noise
+    next_latents = _mean(velocity_, latents_, coefficients)
+    if keys is not None:
+        noise = counter_normal(keys, tuple(latents.shape[1:])).to(latents_.dtype)
+        next_latents = next_latents + _column(coefficients[:, STD], latents) * noise
     next_latents = next_latents.to(latents.dtype)
     return next_latents, sde_log_prob(velocity, latents, next_latents, table, step)
 

@@ -224,7 +224,9 @@ def train_editor(pipeline: FluxKontextPipeline, pairs: Pairs, args: argparse.Nam
     editor, averaged, shift = Editor(pipeline).train(), deepcopy(pipeline), math.exp(FLUX_MU)
     velocity = cast(Editor, torch.compile(editor) if args.compile else editor)
     t5_ids, clip_ids = tokenize(pipeline, pairs.instructions)
-    optimizer = torch.optim.AdamW(editor.parameters(), lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=1e-2)
+    optimizer = torch.optim.AdamW(
+        editor.parameters(), lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=1e-2, fused=True
+    )
     state, first = args.output / "state.pt", 1
     if state.exists():
         saved = torch.load(state, weights_only=True)

@@ -202,7 +202,7 @@ def _regions(session: Session, turn: int) -> tuple[Tensor, Tensor]:
     regions = [own * (torch.arange(4) == place)[:, None] for place in kept]
     if all(scene.background == session.source.background for scene in scenes):
         regions.append(1 - _covered(scenes))
-        shares = torch.tensor([0.5 / len(kept)] * len(kept) + [0.5 if kept else 1.0])
+        shares = torch.tensor([0.5 / len(kept)] * len(kept) + [0.5]) if kept else torch.ones(1)
     else:
         shares = torch.full((len(kept),), 1 / max(len(kept), 1))
     weights = torch.stack(regions).flatten(1) if regions else torch.zeros(0, 4 * CELL**2)

@@ -1,0 +1,153 @@
+"""EdiVal's metrics, paired gains, and the files of an evaluation."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_MAX_TEXT_TOKENS
+from torch import Tensor
+
+from mteditflow.config import Config, DataConfig, EvaluationConfig, LoraConfig, ModelConfig, RolloutConfig
+from mteditflow.data import held_out_tasks
+from mteditflow.evaluate import (
+    METRICS,
+    Evaluation,
+    _metrics,
+    compare,
+    evaluate,
+    final_table,
+    load_evaluation,
+    point_metrics,
+    save_comparison,
+    save_evaluation,
+    summary,
+)
+from mteditflow.policy import build_policy
+
+PUBLISHED_IF, PUBLISHED_CC = (59.97, 32.69, 16.61), (95.32, 92.24, 90.22)  # FLUX.1-Kontext-dev, algorithms.md section 5
+PUBLISHED_O = (75.61, 54.91, 38.71)
+
+
+def make(verdict: Tensor, consistency: Tensor | None = None) -> Evaluation:
+    n, num_turns = verdict.shape
+    return Evaluation(
+        verdict=verdict.bool(),
+        consistency=torch.full((n, num_turns), 0.8) if consistency is None else consistency,
+        edit_types=[("subject_add", "color_alter", "text_change")[:num_turns]] * n,
+        images=torch.zeros(num_turns, 1, 3, 4, 4),
+        num_steps=3,
+    )
+
+
+def test_published_figures() -> None:
+    """10,000 sessions of which 5,997 succeed at turn 1, 3,269 of these at turn 2 too, and 1,661 of these at turn 3."""
+    counts = torch.tensor([round(100 * value) for value in PUBLISHED_IF])
+    verdict = torch.arange(10_000)[:, None] < counts
+    verdict[counts[1] + 10, 2] = True  # success after a failure: MT counts it, IF does not
+    point = point_metrics(make(verdict, torch.tensor(PUBLISHED_CC, dtype=torch.float64).expand(10_000, 3) / 100))
+    marginal, joint, kept, overall = point
+    assert joint == pytest.approx(PUBLISHED_IF, abs=1e-9) and kept == pytest.approx(PUBLISHED_CC, abs=1e-9)
+    assert marginal[2] == pytest.approx(PUBLISHED_IF[2] + 0.01, abs=1e-9)
+    assert overall == pytest.approx(PUBLISHED_O, abs=0.0051)  # two decimals are published
+
+
+def test_overall_is_of_the_aggregates() -> None:
+    """Not the mean of each session's own: sqrt(1/2 * 0.5), not (sqrt(1 * 1) + sqrt(0 * 0)) / 2."""
+    point = point_metrics(make(torch.tensor([[1], [0]]), torch.tensor([[1.0], [0.0]])))
+    assert point[:, 0] == pytest.approx([50, 50, 50, 50])
+    point = point_metrics(make(torch.tensor([[1], [0]]), torch.tensor([[0.2], [0.6]])))
+    assert point[3, 0] == pytest.approx(100 * (0.5 * 0.4) ** 0.5)
+
+
+def test_undefined_consistency_is_left_out() -> None:
+    nan = torch.nan
+    point = point_metrics(make(torch.tensor([[1, 1], [1, 0]]), torch.tensor([[0.5, nan], [0.75, 0.25]])))
+    assert point[2] == pytest.approx([62.5, 25.0])
+    samples = _metrics(np.ones((5, 2, 3)), np.full((5, 2, 3), 0.5))
+    assert samples.shape == (4, 5, 3) and samples[2] == pytest.approx(50)
+
+
+def test_identical_evaluations_gain_nothing() -> None:
+    verdict = torch.rand(40, 3, generator=torch.Generator().manual_seed(0)) < 0.5
+    for turn in compare(make(verdict), make(verdict))["turns"]:
+        for name in METRICS:
+            assert turn[f"{name}_gain"] == 0 and turn[f"{name}_gain_interval"] == [0, 0]
+
+
+def test_a_better_evaluation_gains() -> None:
+    """Paired: 8 of 64 sessions go from failure to success, none back, so no bootstrap sample has a loss."""
+    before = torch.zeros(64, 3)
+    before[:32] = 1
+    after = before.clone()
+    after[32:40] = 1
+    for turn in compare(make(before), make(after))["turns"]:
+        assert turn["IF_gain"] == 12.5 and turn["MT_gain"] == 12.5 and turn["CC_gain"] == 0
+        low, high = turn["IF_gain_interval"]
+        # Binomial(64, 1/8): mean 8, standard deviation sqrt(7); 1.96 of these are 5.2 sessions, 8.1 points.
+        assert low == pytest.approx(12.5 - 8.1, abs=1.6) and high == pytest.approx(12.5 + 8.1, abs=1.6)
+        assert turn["O_gain_interval"][0] > 0
+        assert turn["O_gain"] == pytest.approx(100 * ((0.625 * 0.8) ** 0.5 - (0.5 * 0.8) ** 0.5), abs=0.005)
+    worse = compare(make(after), make(before))["turns"][2]
+    assert worse["IF_gain"] == -12.5 and worse["IF_gain_interval"][1] < 0
+
+
+def test_summary_counts_edit_types() -> None:
+    evaluation = make(torch.tensor([[1, 0], [1, 1], [0, 1], [1, 0]]))
+    found = summary(evaluation)
+    assert found["num_sessions"] == 4
+    assert found["edit_types"] == {
+        "color_alter": {"success": 0.5, "count": 4},
+        "subject_add": {"success": 0.75, "count": 4},
+    }
+    first, second = found["turns"]
+    assert (first["MT"], first["IF"], second["MT"], second["IF"]) == (75, 75, 50, 25)
+    low, high = first["MT_interval"]
+    assert low <= 75 <= high and (low, high) != (75, 75)
+
+
+def test_files_round_trip(tmp_path: Path) -> None:
+    consistency = torch.tensor([[0.5, torch.nan], [0.25, 1.0]])
+    evaluation = replace(make(torch.tensor([[1, 0], [0, 1]]), consistency), images=torch.rand(2, 1, 3, 4, 4))
+    assert load_evaluation(tmp_path, "before") is None
+    save_evaluation(tmp_path, "before", evaluation)
+    save_evaluation(tmp_path, "after", evaluation)
+    save_comparison(tmp_path, evaluation, evaluation)
+    loaded = load_evaluation(tmp_path, "before")
+    assert loaded is not None and loaded.edit_types == evaluation.edit_types and loaded.num_steps == 3
+    assert torch.equal(loaded.verdict, evaluation.verdict) and torch.equal(loaded.images, evaluation.images)
+    torch.testing.assert_close(loaded.consistency, consistency, rtol=0, atol=0, equal_nan=True)
+    assert json.loads((tmp_path / "evaluation_before.json").read_text()) == summary(evaluation)
+    assert final_table(tmp_path).row_count == 6  # before, after and gain of two turns
+    (tmp_path / "evaluation_before.json").unlink()  # killed between the two files
+    assert load_evaluation(tmp_path, "before") is None
+
+
+def test_an_evaluation_of_other_settings_is_not_taken_for_this_one() -> None:
+    config = EvaluationConfig(num_sessions=2, num_sessions_short=2, num_strips=1, num_steps=3)
+    evaluation = make(torch.zeros(2, 2))
+    assert evaluation.is_of(config)
+    others: list[dict[str, Any]] = [{"num_sessions": 3}, {"num_steps": 4}, {"num_strips": 2}]
+    assert not any(evaluation.is_of(replace(config, **other)) for other in others)
+
+
+def test_evaluation_is_deterministic_and_sees_the_adapter(tiny_pipeline_folder: Path) -> None:
+    config = Config(
+        model=ModelConfig(path=str(tiny_pipeline_folder), max_text_tokens=TINY_MAX_TEXT_TOKENS),
+        lora=LoraConfig(rank=2, alpha=4),
+        data=DataConfig(num_turns=2),
+        rollout=RolloutConfig(num_steps=3),
+        evaluation=EvaluationConfig(num_sessions=3, num_sessions_short=3, num_strips=2, num_steps=3),
+    )
+    policy, tasks = build_policy(config.model, config.lora, 0, "grpo"), held_out_tasks(3, 2)
+    base, again = evaluate(policy, tasks, config, "off"), evaluate(policy, tasks, config, "ema")
+    assert base.images.shape == (2, 2, 3, 64, 64) and base.verdict.shape == (3, 2) and base.is_of(config.evaluation)
+    assert torch.equal(base.images, again.images)  # B is 0: the same noise, the same pictures
+    policy.load_adapter_state("ema", {key: weight + 0.1 for key, weight in policy.adapter_state("ema").items()})
+    moved = evaluate(policy, tasks, config, "ema")
+    assert not torch.equal(moved.images, base.images)
+    assert torch.equal(evaluate(policy, tasks, config, "off").images, base.images)
+    assert held_out_tasks(2, 2)[1].instructions == tasks[1].instructions  # the first sessions of every number

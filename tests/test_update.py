@@ -1,0 +1,425 @@
+"""From advantages to optimizer steps: ratio, gradients, guards, and the sign of the whole thing."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TINY_MAX_TEXT_TOKENS
+from mteditflow_kernels import counter_normal, counter_uniform
+from torch import Tensor
+
+from mteditflow.advantage import advantages
+from mteditflow.config import (
+    AdvantageConfig,
+    Config,
+    DataConfig,
+    LoraConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    RolloutConfig,
+)
+from mteditflow.data import training_tasks
+from mteditflow.distributed import Ranks
+from mteditflow.metrics import of_scores
+from mteditflow.objective.nft import noised
+from mteditflow.policy import Policy, build_policy
+from mteditflow.reward import build_reward
+from mteditflow.rollout import row_keys, sample_rollout
+from mteditflow.types import Condition, Rollout, Scores
+from mteditflow.update import (
+    GRPO_FIGURES,
+    NFT_FIGURES,
+    NOISE_KEY,
+    TIMES_KEY,
+    GuardError,
+    check_adapter,
+    check_scores,
+    minibatches,
+    transitions,
+    update,
+)
+
+ONE_RANK = Ranks(rank=0, world_size=1, device=torch.device("cpu"))
+# (N, K): every trajectory and turn another one
+ADVANTAGE = torch.tensor([[1.0, -0.5], [-1.0, 0.25], [0.5, 2.0], [-0.25, -1.5]])
+
+
+@pytest.fixture(scope="module")
+def config(tiny_pipeline_folder: Path) -> Config:
+    return Config(
+        model=ModelConfig(path=str(tiny_pipeline_folder), max_text_tokens=TINY_MAX_TEXT_TOKENS),
+        lora=LoraConfig(rank=2, alpha=4),
+        data=DataConfig(num_turns=2),
+        rollout=RolloutConfig(num_tasks=2, group_size=2, num_steps=3, window_size=0),
+        objective=ObjectiveConfig(clip_range=1e-2),
+        optimizer=OptimizerConfig(weight_decay=0.0),
+    )
+
+
+def change(config: Config, section: str, **values: Any) -> Config:
+    return replace(config, **{section: replace(getattr(config, section), **values)})
+
+
+def in_chunks(config: Config, size: int) -> Config:
+    return change(change(config, "rollout", microbatch_size=size), "optimizer", microbatch_size=size)
+
+
+def as_nft(config: Config) -> Config:
+    return change(config, "objective", name="nft")
+
+
+def build(config: Config, is_moved: bool = True) -> Policy:
+    """A policy whose adapters, if moved, are not the zero that LoRA starts from; all adapters alike."""
+    policy = build_policy(config.model, config.lora, seed=0, objective=config.objective.name)
+    if is_moved:
+        generator = torch.Generator().manual_seed(1)
+        state = policy.adapter_state("current")
+        state = {key: w + 0.1 * torch.randn(w.shape, generator=generator) for key, w in state.items()}
+        for name in ("current", "ema", "old") if config.objective.name == "nft" else ("current", "ema"):
+            policy.load_adapter_state(name, state)
+    return policy
+
+
+def roll(policy: Policy, config: Config) -> Rollout:
+    return sample_rollout(policy, training_tasks(config, 0, ONE_RANK), config, 0)
+
+
+class KeepsGradients(torch.optim.SGD):
+    """An optimizer that notes the gradients of each step."""
+
+    def __init__(self, policy: Policy, learning_rate: float) -> None:
+        super().__init__([parameter for _, parameter in policy.trainable], lr=learning_rate)
+        self.gradients: list[Tensor] = []
+
+    def step(self, closure: Any = None) -> Any:
+        parameters = self.param_groups[0]["params"]
+        self.gradients.append(torch.cat([parameter.grad.flatten() for parameter in parameters]))
+        return super().step(closure)
+
+
+def step(
+    policy: Policy, rollout: Rollout, advantage: Tensor, config: Config, learning_rate: float = 1e-3
+) -> tuple[dict[str, float], list[Tensor]]:
+    """One call of `update` by plain SGD: figures, and the gradient of each step, unscaled by max_grad_norm."""
+    config = change(config, "optimizer", max_grad_norm=1e9)
+    optimizer = KeepsGradients(policy, learning_rate)
+    figures = update(policy, optimizer, rollout, advantage, config, 0, ONE_RANK)
+    assert all(parameter.grad is None for _, parameter in policy.trainable)
+    return figures, optimizer.gradients
+
+
+@contextmanager
+def counted(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """The batch size of every call of `policy.velocity`."""
+    calls: list[int] = []
+    original = policy.velocity
+
+    def velocity(latents: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+        calls.append(len(latents))
+        return original(latents, sigma, condition)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(policy, "velocity", velocity)
+        yield calls
+
+
+def assert_near(actual: Tensor, expected: Tensor, num_roundings: float) -> None:
+    """Equal up to so many float32 roundings of the largest element."""
+    atol = num_roundings * 2**-24 * expected.abs().max().item()
+    torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
+
+
+def assert_same_adapter(policy: Policy, before: dict[str, Tensor], name: Any = "current") -> None:
+    after = policy.adapter_state(name)
+    assert all(torch.equal(after[key], weight) for key, weight in before.items())
+
+
+@pytest.mark.parametrize("rule", ["sde", "cps"])
+@pytest.mark.parametrize("size", [128, 4, 3])
+def test_ratio_is_exactly_one_before_the_first_update(config: Config, rule: str, size: int) -> None:
+    config = in_chunks(change(config, "rollout", rule=rule), size)
+    policy = build(config)
+    figures, _ = step(policy, roll(policy, config), ADVANTAGE, config)
+    assert figures["update/first_ratio_error"] == 0 and figures["update/log_prob_difference"] == 0
+    assert figures["update/ratio_mean"] == 1 and figures["update/ratio_error"] == 0
+    assert figures["update/clip_fraction"] == 0 and figures["update/approx_kl"] == 0
+    assert figures["update/grad_norm"] > 0
+
+
+def test_another_ratio_trips_the_guard(config: Config) -> None:
+    policy = build(config)
+    rollout, before = roll(policy, config), policy.adapter_state("current")
+    turns = [replace(turn, old_log_prob=turn.old_log_prob + 1e-6) for turn in rollout.turns]
+    off = replace(rollout, turns=turns)
+    with pytest.raises(GuardError, match=r"ratio before the first update is off by .*microbatch_size") as caught:
+        update(policy, KeepsGradients(policy, 1e-3), off, ADVANTAGE, config, 0, ONE_RANK)
+    assert "\n" not in str(caught.value)
+    assert_same_adapter(policy, before)
+    policy = build(config)
+    allowed = replace(config, run=replace(config.run, max_ratio_error=1e-4))
+    figures, _ = step(policy, off, ADVANTAGE, allowed)
+    # The shift is 1e-6 up to the rounding of a log-prob below 8.
+    assert figures["update/first_ratio_error"] == pytest.approx(1e-6, abs=8 * 2**-23)
+
+
+def test_another_geometry_is_exact_or_trips_the_guard(config: Config) -> None:
+    """Cut elsewhere than the rollout: the same bits by luck, or the guard; never a silent difference."""
+    policy = build(config)
+    rollout = roll(policy, config)
+    cut = change(config, "optimizer", microbatch_size=1)
+    with torch.no_grad():
+        worst = 0.0
+        for chunk in minibatches(rollout, ADVANTAGE, cut)[0]:
+            t = transitions(rollout, ADVANTAGE, chunk)
+            alone = policy.velocity(t.latents, t.sigma, t.condition)
+            turn, every = rollout.turns[chunk.turn], torch.arange(4)
+            sigma = rollout.sigmas[chunk.step].expand(4)
+            whole = policy.velocity(turn.latents[chunk.step], sigma, turn.condition.rows(every))[chunk.rows]
+            worst = max(worst, (alone - whole).abs().max().item())
+    try:
+        figures, _ = step(policy, rollout, ADVANTAGE, cut)
+        assert figures["update/first_ratio_error"] == 0
+    except GuardError:
+        assert worst > 0
+
+
+@pytest.mark.parametrize("name", ["grpo", "nft"])
+def test_accumulation_over_chunks_is_one_big_chunk(config: Config, name: str) -> None:
+    config = replace(change(config, "objective", name=name), run=replace(config.run, max_ratio_error=1e-3))
+    gradients = []
+    for size in (4, 3, 1):
+        policy = build(config)
+        rollout = roll(policy, config)  # always in one chunk: the same rollout
+        figures, (gradient,) = step(policy, rollout, ADVANTAGE, change(config, "optimizer", microbatch_size=size))
+        gradients.append(gradient)
+        assert figures["update/grad_norm"] == pytest.approx(gradient.norm().item(), rel=1e-5)
+    # Sums in another order: a few hundred roundings, and GRPO's ratio magnifies those of the latents by 1 / std^2.
+    assert_near(gradients[1], gradients[0], 2e3)
+    assert_near(gradients[2], gradients[0], 2e3)
+    assert gradients[0].abs().max() > 1e-5
+
+
+def test_gradient_is_that_of_the_loss_written_out(config: Config) -> None:
+    """grad of -1/(N K T) sum A log_prob, which at ratio 1 is that of the clipped objective."""
+    policy = build(config)
+    rollout = roll(policy, config)
+    total = torch.zeros(())
+    for t, turn in enumerate(rollout.turns):
+        for s in rollout.trained_steps:
+            row, x, y = rollout.table[s], turn.latents[s], turn.latents[s + 1]
+            mean = row[0] * x + row[1] * policy.velocity(x, rollout.sigmas[s].expand(4), turn.condition)
+            log_prob = -((y - mean) ** 2).flatten(1).mean(1) / (2 * row[2] ** 2)
+            total = total - (ADVANTAGE[:, t] * log_prob).sum() / (4 * 2 * len(rollout.trained_steps))
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(total, [p for _, p in policy.trainable])])
+    _, (gradient,) = step(policy, rollout, ADVANTAGE, config)
+    assert_near(gradient, expected, 2e3)  # sums in another order, as above
+
+
+def test_second_update_is_off_policy(config: Config) -> None:
+    config = change(config, "optimizer", num_updates=2)
+    policy = build(config)
+    rollout = roll(policy, config)
+    parts = minibatches(rollout, ADVANTAGE, config)
+    assert [len(part) for part in parts] == [2, 2]  # 2 turns x 2 trained steps in all
+    assert len({(chunk.turn, chunk.step) for part in parts for chunk in part}) == 4
+    figures, gradients = step(policy, rollout, ADVANTAGE, config, learning_rate=0.1)
+    assert len(gradients) == 2
+    assert figures["update/first_ratio_error"] == 0 and figures["update/ratio_error"] > 1e-6
+    assert figures["update/log_prob_difference"] > 1e-6 and figures["update/approx_kl"] > 0
+    assert figures["update/ratio_mean"] != 1
+
+
+def test_kl_moves_only_an_adapter_that_is_not_zero(config: Config) -> None:
+    for is_moved in (False, True):
+        gradients, kl = [], []
+        for kl_beta in (0.0, 0.5):
+            policy = build(config, is_moved)
+            own = change(config, "objective", kl_beta=kl_beta)
+            figures, (gradient,) = step(policy, roll(policy, own), ADVANTAGE, own)
+            gradients.append(gradient)
+            kl.append(figures["update/kl"])
+        assert torch.equal(*gradients) is not is_moved
+        assert kl[0] == 0 and (kl[1] > 0) is is_moved
+
+
+def test_nothing_finite_is_refused_and_nothing_moves(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    for own in (config, as_nft(config)):
+        policy = build(own)
+        rollout, before, averaged = roll(policy, own), policy.adapter_state("current"), policy.adapter_state("ema")
+        bad = ADVANTAGE.clone()
+        bad[2, 1] = torch.nan
+        with pytest.raises(GuardError, match="not finite"):
+            step(policy, rollout, bad, own)
+        original = policy.velocity
+        with monkeypatch.context() as patch:
+            patch.setattr(policy, "velocity", lambda *args, run=original: run(*args) * torch.nan)
+            with pytest.raises(GuardError, match="not finite"):
+                step(policy, rollout, ADVANTAGE, own)
+        assert_same_adapter(policy, before)
+        assert_same_adapter(policy, averaged, "ema")
+
+
+def test_chunks_of_zero_advantage_are_not_run(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = in_chunks(config, 2)
+    half = ADVANTAGE.clone()
+    half[2:] = 0  # the second task has no spread
+    policy = build(config)
+    rollout = roll(policy, config)
+    with counted(policy, monkeypatch) as calls:
+        figures, (gradient,) = step(policy, rollout, half, config)
+    assert calls == [2] * 4  # 2 turns x 2 trained steps x 1 of the 2 chunks
+    # With advantages too small to count in float32 all chunks run: the same loss, so the scale is that of all rows.
+    policy = build(config)
+    with counted(policy, monkeypatch) as calls:
+        full, (expected,) = step(policy, rollout, half + 1e-30 * (half == 0), config)
+    assert calls == [2] * 8
+    assert torch.equal(gradient, expected) and figures["update/loss"] == full["update/loss"]
+
+
+@pytest.mark.parametrize("name", ["grpo", "nft"])
+def test_without_any_advantage_nothing_moves(config: Config, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = change(config, "objective", name=name)
+    policy = build(config)
+    rollout, before = roll(policy, config), policy.adapter_state("current")
+    with counted(policy, monkeypatch) as calls:
+        figures, gradients = step(policy, rollout, torch.zeros(4, 2), config)
+    assert not calls and not gradients
+    assert figures["update/loss"] == 0 and figures["update/grad_norm"] == 0
+    names = GRPO_FIGURES if name == "grpo" else NFT_FIGURES
+    assert figures.keys() == {f"update/{key}" for key in (*names, "loss", "grad_norm")}  # as on the other ranks
+    assert_same_adapter(policy, before)
+
+
+def test_figures_are_named(config: Config) -> None:
+    for own, names in ((config, GRPO_FIGURES), (as_nft(config), NFT_FIGURES)):
+        policy = build(own)
+        figures, _ = step(policy, roll(policy, own), ADVANTAGE, own)
+        assert figures.keys() == {f"update/{name}" for name in (*names, "loss", "grad_norm")}
+        assert all(value == value for value in figures.values())
+
+
+def test_average_and_clipping(config: Config) -> None:
+    policy = build(config)
+    rollout, before = roll(policy, config), policy.adapter_state("current")
+    small = change(config, "optimizer", max_grad_norm=1e-6, ema_decay=0.75)
+    optimizer = KeepsGradients(policy, 1e3)
+    figures = update(policy, optimizer, rollout, ADVANTAGE, small, 0, ONE_RANK)
+    assert figures["update/grad_norm"] > 1e-5  # the norm before clipping
+    # clip_grad_norm_ divides by norm + 1e-6: here that is at most 10 % of the norm.
+    assert optimizer.gradients[0].norm().item() == pytest.approx(1e-6, rel=0.1)
+    for key, weight in policy.adapter_state("ema").items():
+        expected = 0.75 * before[key].double() + 0.25 * policy.adapter_state("current")[key].double()
+        torch.testing.assert_close(weight.double(), expected, rtol=0, atol=3 * 2 * 2**-24)  # three roundings below 2
+
+
+def log_prob_of(policy: Policy, rollout: Rollout) -> Tensor:
+    """(N,): mean over turns and trained steps, scaled residual alone, in float64."""
+    total = torch.zeros(4, dtype=torch.float64)
+    with torch.no_grad():
+        for turn in rollout.turns:
+            for s in rollout.trained_steps:
+                velocity = policy.velocity(turn.latents[s], rollout.sigmas[s].expand(4), turn.condition).double()
+                row = rollout.table[s].double()
+                residual = turn.latents[s + 1].double() - row[0] * turn.latents[s].double() - row[1] * velocity
+                total -= residual.square().flatten(1).mean(1) / (2 * row[2] ** 2)
+    return total
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_grpo_raises_what_was_rewarded(config: Config, sign: float) -> None:
+    """The sign of the whole thing: a small step makes a rewarded trajectory likelier, a punished one less so."""
+    policy = build(config)
+    rollout = roll(policy, config)
+    before = log_prob_of(policy, rollout)
+    advantage = torch.zeros(4, 2)
+    advantage[1] = sign
+    _, (gradient,) = step(policy, rollout, advantage, config, learning_rate=0.1)
+    gain = (log_prob_of(policy, rollout) - before)[1].item() / 4  # mean over 2 turns x 2 steps
+    # First order: a step -lr g of the loss -A log_prob / 4 trajectories changes A log_prob by 4 lr |g|^2.
+    assert sign * gain == pytest.approx(4 * 0.1 * gradient.square().sum().item(), rel=0.2)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_nft_moves_towards_what_was_rewarded(config: Config, sign: float) -> None:
+    """The velocity at the noised edit comes nearer to noise - x0 of the rewarded edit, and leaves a punished one."""
+    config = as_nft(config)
+    policy = build(config)
+    rollout = roll(policy, config)
+
+    def error() -> float:
+        total = 0.0
+        for number, turn in enumerate(rollout.turns):
+
+            def keys(kind: int, turn: int = number) -> Tensor:
+                return row_keys(rollout.tasks, 2, seed=config.run.seed, step=0, turn=turn, denoising_step=kind)
+
+            order = counter_uniform(keys(TIMES_KEY), 3).argsort(dim=1)
+            for draw in range(config.objective.nft_num_times):
+                sigma, clean = rollout.sigmas[order[:, draw]], turn.latents[-1]
+                noise = counter_normal(keys(NOISE_KEY + draw), tuple(clean.shape[1:]))
+                with torch.no_grad():
+                    velocity = policy.velocity(noised(clean, noise, sigma), sigma, turn.condition)
+                total += (sigma[1] * (velocity - (noise - clean))[1]).double().square().mean().item()
+        return total
+
+    before = error()
+    advantage = torch.zeros(4, 2)
+    advantage[1] = 5 * sign
+    step(policy, rollout, advantage, config, learning_rate=1e-2)
+    assert sign * (before - error()) > 1e-7 * before
+
+
+def test_nft_draws_each_time_once(config: Config) -> None:
+    config = change(as_nft(config), "objective", nft_num_times=4)
+    policy = build(config)
+    with pytest.raises(ValueError, match=r"objective\.nft_num_times is 4: must be at most rollout\.num_steps = 3"):
+        step(policy, roll(policy, config), ADVANTAGE, config)
+
+
+def test_an_adapter_without_effect_stops_the_run(config: Config) -> None:
+    policy = build(config, is_moved=False)
+    rollout = roll(policy, config)
+    with pytest.raises(GuardError, match="does not change the velocity"):
+        check_adapter(policy, rollout)  # B is 0
+    step(policy, rollout, ADVANTAGE, config, learning_rate=1.0)
+    check_adapter(policy, rollout)
+
+
+def scores_of(valid: list[bool]) -> Scores:
+    instruction = torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.5, 1.0], [torch.nan, 0.5]])
+    return Scores(instruction=instruction, consistency=torch.full((4, 2), 0.5), valid=torch.tensor(valid))
+
+
+def test_a_reward_that_fails_is_masked_and_counted(config: Config) -> None:
+    scores, group = scores_of([True, True, True, False]), torch.zeros(4, dtype=torch.int64)
+    advantage = advantages(scores, group, AdvantageConfig())
+    assert (advantage[3] == 0).all() and (advantage[:3] != 0).all()
+    alone = Scores(instruction=scores.instruction[:3], consistency=scores.consistency[:3], valid=scores.valid[:3])
+    assert torch.equal(advantage[:3], advantages(alone, group[:3], AdvantageConfig()))  # as if it had not been there
+    figures = of_scores(scores, advantage, group)
+    assert figures["reward/valid_share"] == 0.75 and figures["reward/mean"] == pytest.approx(2.5 / 6, rel=1e-6)
+    check_scores(scores, config)
+    check_scores(scores_of([True, True, False, False]), config)  # half is allowed
+    with pytest.raises(GuardError, match=r"75% of the trajectories .* run\.max_invalid_share is 50%") as caught:
+        check_scores(scores_of([True, False, False, False]), config)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_picture_that_is_not_finite_is_not_scored(config: Config) -> None:
+    policy = build(config)
+    rollout = roll(policy, config)
+    whole = build_reward()(rollout)
+    images = rollout.turns[1].image.clone()
+    images[2, 0, 5, 5] = torch.nan
+    broken = replace(rollout, turns=[rollout.turns[0], replace(rollout.turns[1], image=images)])
+    scores = build_reward()(broken)
+    assert scores.valid.tolist() == [True, True, False, True] and whole.valid.all()
+    keep = torch.tensor([0, 1, 3])
+    assert torch.equal(scores.instruction[keep], whole.instruction[keep])
+    advantage = advantages(scores, rollout.group, AdvantageConfig())
+    assert (advantage[2:] == 0).all()  # and the other one of its group has nobody to be compared with
