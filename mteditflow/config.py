@@ -44,7 +44,7 @@ class LoraConfig:
     """Rank of the adapter (DiffusionNFT: 32, Flow-GRPO: 64)."""
     alpha: int = 64
     """Scale of the adapter is alpha / rank."""
-    targets: tuple[str, ...] = ()
+    targets: tuple[str, ...] = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.add_k_proj", "attn.add_v_proj")
     """Names of modules to adapt; empty: attention and feed-forward linears of the model's family."""
 
     def __post_init__(self) -> None:
@@ -78,8 +78,8 @@ class RolloutConfig:
     """P, tasks per iteration, over all ranks."""
     group_size: int = 16
     """G, trajectories per task (paper: 16); at least 2, since the advantage is relative to the group."""
-    num_steps: int = 8
-    """S, denoising steps per turn (paper: 12 on FLUX.1-Kontext)."""
+    num_steps: int = 4
+    """S, denoising steps per turn (paper: 12 on FLUX.1-Kontext; the miniature does as well with 4)."""
     rule: Literal["sde", "cps"] = "sde"
     """How a noisy step is made: Flow-GRPO's SDE or Flow-CPS."""
     noise_level: float = 0.9
@@ -91,7 +91,7 @@ class RolloutConfig:
     """Where the window lies: drawn per iteration, or moving from the first step to the last over the run (MixGRPO)."""
     hand_off: Literal["pixels", "latents"] = "pixels"
     """What the next turn edits: the decoded 8-bit image (what a user gets), or the latents as they are. Ours."""
-    microbatch_size: int = 128
+    microbatch_size: int = 32
     """Trajectories per forward pass of the rollout; changes memory and, to rounding, results."""
 
     def __post_init__(self) -> None:
@@ -131,8 +131,8 @@ class AdvantageConfig:
     """Aggregate rewards over turns, then normalise; or normalise each turn's reward, then average the advantages."""
     fusion: Literal["advantage", "reward"] = "advantage"
     """Where instruction following and consistency are added: after normalisation (paper's choice) or before."""
-    consistency_weight: float = 0.3
-    """Weight of the consistency reward, lambda_CC (paper: 0.3)."""
+    consistency_weight: float = 0.1
+    """Weight of the consistency reward, lambda_CC (paper: 0.3; the miniature learns faster with less: docs/log.md)."""
     weights: Literal["additive", "convex"] = "additive"
     """A_IF + w A_CC (paper), or (1 - w) A_IF + w A_CC. Convex is ours."""
     credit: Credit = "broadcast"
@@ -173,7 +173,7 @@ class AdvantageConfig:
 class ObjectiveConfig:
     """The loss."""
 
-    name: Literal["grpo", "nft"] = "grpo"
+    name: Literal["grpo", "nft"] = "nft"
     """GRPO on the log-prob of noisy steps, or DiffusionNFT on noised final images."""
     clip_range: float = 1e-3
     """GRPO: the ratio is clipped to 1 +- this; grows as the number of latent elements falls (1e-4 at 512 px)."""
@@ -185,9 +185,9 @@ class ObjectiveConfig:
     """Advantages are clamped to +- this."""
     nft_beta: float = 1.0
     """NFT: how far the implicit positive and negative policies stand from the old one."""
-    nft_num_times: int = 2
+    nft_num_times: int = 1
     """NFT: training times per turn and trajectory, drawn from the schedule's sigmas."""
-    nft_old_decay: Literal["on_policy", "ramp", "late_ramp"] = "ramp"
+    nft_old_decay: Literal["on_policy", "ramp", "late_ramp"] = "on_policy"
     """NFT: decay of the old policy after an iteration: 0 | min(0.001 n, 0.5) | 0 until n = 75, then min(0.0075 (n -
     75), 0.999)."""
 
@@ -202,7 +202,7 @@ class ObjectiveConfig:
 class OptimizerConfig:
     """AdamW on the adapter."""
 
-    learning_rate: float = 1e-3
+    learning_rate: float = 1.5e-3
     """Peak learning rate (3e-4 for the large editors)."""
     warmup_iterations: int = 0
     """Iterations over which the learning rate rises from 0."""
@@ -212,9 +212,9 @@ class OptimizerConfig:
     """The gradient is scaled down to this norm."""
     num_updates: int = 1
     """Optimizer steps per iteration, 1 or 2; the second is off-policy."""
-    microbatch_size: int = 128
+    microbatch_size: int = 32
     """Transitions per forward and backward pass; gradients are accumulated."""
-    ema_decay: float = 0.9
+    ema_decay: float = 0.95
     """Decay per optimizer step of the averaged adapter, which is evaluated and exported; 0: no averaging."""
 
     def __post_init__(self) -> None:
@@ -236,7 +236,7 @@ class EvaluationConfig:
     """Held-out sessions of the evaluation before and after training."""
     num_steps: int = 8
     """Denoising steps (ODE) per turn at evaluation."""
-    every: int = 10
+    every: int = 20
     """Iterations between short evaluations on the first `num_sessions_short` sessions; 0: none."""
     num_sessions_short: int = 64
     """Sessions of the short evaluation."""
@@ -263,7 +263,7 @@ class RunConfig:
     """Where everything that the run makes is written; the same command in the same folder continues it."""
     seed: int = 0
     """Seed of noise, adapter initialisation and window placement."""
-    num_iterations: int = 40
+    num_iterations: int = 130
     """Iterations of roll out, score, update."""
     save_every: int = 1
     """Iterations between checkpoints."""

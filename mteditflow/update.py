@@ -40,6 +40,14 @@ class Chunk:
     rows: Tensor  # (B,) int64
 
 
+@dataclass(frozen=True, kw_only=True)
+class Draw:
+    """What NFT's draws depend on, and whether the trained adapter still is the one that made the rollout."""
+
+    iteration: int
+    is_on_policy: bool
+
+
 def minibatches(rollout: Rollout, advantages: Tensor, config: Config) -> list[list[Chunk]]:
     """The chunks of each optimizer step of an iteration. `advantages` (N, K)."""
     num_times, num_steps = config.objective.nft_num_times, len(rollout.table)
@@ -70,9 +78,9 @@ def transitions(rollout: Rollout, advantages: Tensor, chunk: Chunk) -> Transitio
 
 
 def grpo_chunk(
-    policy: Policy, rollout: Rollout, advantages: Tensor, chunk: Chunk, config: Config, scale: float, iteration: int
+    policy: Policy, rollout: Rollout, advantages: Tensor, chunk: Chunk, config: Config, scale: float, _draw: Draw
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """GRPO's loss on a chunk, each row weighted by `scale`; it needs nothing drawn, so `iteration` does not matter."""
+    """GRPO's loss on a chunk, each row weighted by `scale`; nothing is drawn."""
     t = transitions(rollout, advantages, chunk)
     reference = None
     if config.objective.kl_beta > 0:
@@ -83,35 +91,40 @@ def grpo_chunk(
 
 
 def nft_chunk(
-    policy: Policy, rollout: Rollout, advantages: Tensor, chunk: Chunk, config: Config, scale: float, iteration: int
+    policy: Policy, rollout: Rollout, advantages: Tensor, chunk: Chunk, config: Config, scale: float, draw: Draw
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """NFT's loss on a chunk: the clean latents of the turn, noised to sigmas drawn per row without replacement over
-    the draws.
+    """NFT's loss on a chunk: the turn's clean latents, noised to sigmas drawn per row, without replacement over draws.
+
+    Where the trained adapter still is the old one (`is_on_policy`), one forward pass gives both velocities.
     """
     turn, rows = rollout.turns[chunk.turn], chunk.rows.to(rollout.table.device)
     group_size = config.rollout.group_size
 
-    def keys(kind: int, draw: int) -> Tensor:
+    def keys(kind: int, number: int) -> Tensor:
         own = row_keys(
-            rollout.tasks, group_size, seed=config.run.seed, step=iteration, turn=chunk.turn, denoising_step=kind + draw
+            rollout.tasks,
+            group_size,
+            seed=config.run.seed,
+            step=draw.iteration,
+            turn=chunk.turn,
+            denoising_step=kind + number,
         )
         return own[chunk.rows].to(rollout.table.device)
 
-    order = counter_uniform(keys(TIMES_KEY, 0), len(rollout.sigmas) - 1).argsort(
-        dim=1
-    )  # a permutation of the steps per row
+    order = counter_uniform(keys(TIMES_KEY, 0), len(rollout.sigmas) - 1).argsort(dim=1)  # the steps, permuted per row
     sigma = rollout.sigmas[order[:, chunk.step]]
     clean, condition = turn.latents[-1, rows], turn.condition.rows(rows)
     noise = counter_normal(keys(NOISE_KEY, chunk.step), tuple(clean.shape[1:])).to(clean)
     latents = nft.noised(clean, noise, sigma)
+    velocity = policy.velocity(latents, sigma, condition)
+    old_velocity, reference = velocity.detach(), None
     with torch.no_grad():
-        with policy.adapter("old"):
-            old_velocity = policy.velocity(latents, sigma, condition)
-        reference = None
+        if not draw.is_on_policy:
+            with policy.adapter("old"):
+                old_velocity = policy.velocity(latents, sigma, condition)
         if config.objective.kl_beta > 0:
             with policy.adapter("off"):
                 reference = policy.velocity(latents, sigma, condition)
-    velocity = policy.velocity(latents, sigma, condition)
     advantage = advantages[chunk.rows, chunk.turn].to(clean.device)
     return nft.loss(
         velocity,
@@ -145,9 +158,10 @@ def update(
     scale = config.optimizer.num_updates / (advantages.numel() * num_steps * ranks.world_size)
     for number, chunks in enumerate(minibatches(rollout, advantages, config)):
         losses = [torch.zeros((), device=policy.device)]
+        draw = Draw(iteration=iteration, is_on_policy=number == 0 and config.objective.nft_old_decay == "on_policy")
         for chunk in chunks:
             loss, diagnostics = (nft_chunk if is_nft else grpo_chunk)(
-                policy, rollout, advantages, chunk, config, scale, iteration
+                policy, rollout, advantages, chunk, config, scale, draw
             )
             loss.backward()
             losses.append(loss.detach())

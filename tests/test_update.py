@@ -423,3 +423,20 @@ def test_a_picture_that_is_not_finite_is_not_scored(config: Config) -> None:
     assert torch.equal(scores.instruction[keep], whole.instruction[keep])
     advantage = advantages(scores, rollout.group, AdvantageConfig())
     assert (advantage[2:] == 0).all()  # and the other one of its group has nobody to be compared with
+
+
+@pytest.mark.parametrize("chunk_size", [2, 4])
+def test_on_policy_saves_the_old_forward_pass_and_nothing_else(
+    config: Config, chunk_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the first step of an iteration the old adapter is the trained one, so its velocity is already there."""
+    gradients, num_forwards = [], []
+    for schedule in ("on_policy", "ramp"):
+        own = change(in_chunks(as_nft(config), chunk_size), "objective", nft_old_decay=schedule, nft_num_times=2)
+        policy = build(own)
+        rollout = roll(policy, own)
+        with counted(policy, monkeypatch) as sizes:
+            gradients += step(policy, rollout, ADVANTAGE, own)[1]
+            num_forwards.append(len(sizes))
+    assert num_forwards[1] == 2 * num_forwards[0]
+    assert torch.equal(gradients[0], gradients[1])
