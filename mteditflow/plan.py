@@ -94,7 +94,8 @@ def batch_plan(config: Config) -> Batches:
     trajectories = rollout.num_tasks * rollout.group_size
     turn_images = trajectories * turns
     if config.objective.name == "nft":
-        steps, forwards = config.objective.nft_num_times, 2  # trained and old
+        is_old_known = config.objective.nft_old_decay == "on_policy" and config.optimizer.num_updates == 1
+        steps, forwards = config.objective.nft_num_times, 1 if is_old_known else 2  # trained, and old where it differs
     else:
         steps, forwards = rollout.window_size or rollout.num_steps - 1, 1
     forwards += config.objective.kl_beta > 0  # the reference

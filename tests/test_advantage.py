@@ -1,5 +1,7 @@
 """Advantages against the golden tables (G = 4, K = 3; computed in float64 from the formulas) and their invariants."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,6 +9,8 @@ from torch import Tensor
 from mteditflow.advantage import advantages, aggregate_turns, nft_probability, zero_spread
 from mteditflow.config import AdvantageConfig
 from mteditflow.types import Scores
+
+paper = partial(AdvantageConfig, consistency_weight=0.3)  # the golden values are for the paper's weight
 
 NAN = float("nan")
 IF = torch.tensor([[5, 5, 5], [5, 1, 5], [3, 3, 3], [4, 5, 2]], dtype=torch.float64).sub(1).div(4)
@@ -46,7 +50,7 @@ def is_close(actual: Tensor, expected: object, atol: float) -> None:
 @pytest.mark.parametrize(("how", "reward", "z"), GOLDEN)
 def test_golden_aggregations(how: str, reward: list[float], z: list[float]) -> None:
     is_close(aggregate_turns(IF, how), reward, SIX)
-    config = AdvantageConfig(turn_aggregation=how, consistency_weight=0)  # pyright: ignore[reportArgumentType]
+    config = paper(turn_aggregation=how, consistency_weight=0)  # pyright: ignore[reportArgumentType]
     is_close(advantages(make_scores(), GROUP, config), [[value] * 3 for value in z], FOUR)
 
 
@@ -56,20 +60,20 @@ def test_other_aggregations(how: str, reward: list[float]) -> None:
 
 
 def test_golden_fusion_and_nft_probability() -> None:
-    advantage = advantages(make_scores(), GROUP, AdvantageConfig())
+    advantage = advantages(make_scores(), GROUP, paper())
     is_close(advantage, [[value] * 3 for value in (1.703758, 0.145890, -1.600612, -0.249036)], SIX)
     is_close(nft_probability(advantage[:, 0], 5.0), [0.670376, 0.514589, 0.339939, 0.475096], SIX)
-    reward_level = advantages(make_scores(), GROUP, AdvantageConfig(fusion="reward"))
+    reward_level = advantages(make_scores(), GROUP, paper(fusion="reward"))
     is_close(reward_level, [[value] * 3 for value in (1.584763, -0.173291, -1.184307, -0.227164)], SIX)
 
 
 def test_golden_aggregate_at_advantage() -> None:
-    advantage = advantages(make_scores(), GROUP, AdvantageConfig(aggregate_at="advantage"))
+    advantage = advantages(make_scores(), GROUP, paper(aggregate_at="advantage"))
     is_close(advantage, [[value] * 3 for value in (1.024894, 0.478081, -1.236592, -0.266383)], SIX)
 
 
 def test_golden_return_to_go() -> None:
-    config = AdvantageConfig(credit="return_to_go", consistency_weight=0)
+    config = paper(credit="return_to_go", consistency_weight=0)
     expected = [
         [1.6056, 1.6771, 0.962],
         [-0.2294, -0.7623, 0.962],
@@ -88,20 +92,20 @@ ROUNDING = 1e-11  # float64 differences of 1e-16 in rewards, over a std of at le
 
 def test_per_turn_and_early_stop() -> None:
     expected = z_by_hand(IF) + 0.3 * z_by_hand(CC)
-    is_close(advantages(make_scores(), GROUP, AdvantageConfig(credit="per_turn")), expected, ROUNDING)
+    is_close(advantages(make_scores(), GROUP, paper(credit="per_turn")), expected, ROUNDING)
     # trajectory 1 fails at turn 1, 2 at turn 0, 3 at turn 2: nothing after that
     alive = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0], [1, 1, 1]])
-    is_close(advantages(make_scores(), GROUP, AdvantageConfig(credit="early_stop")), expected * alive, ROUNDING)
+    is_close(advantages(make_scores(), GROUP, paper(credit="early_stop")), expected * alive, ROUNDING)
 
 
 def test_return_to_go_of_consistency() -> None:
-    config = AdvantageConfig(credit="return_to_go")
+    config = paper(credit="return_to_go")
     to_go = [values.flip(1).cumsum(1).flip(1) for values in (IF, CC)]
     is_close(advantages(make_scores(), GROUP, config), z_by_hand(to_go[0]) + 0.3 * z_by_hand(to_go[1]), ROUNDING)
 
 
 def test_convex_weights() -> None:
-    config = AdvantageConfig(weights="convex")
+    config = paper(weights="convex")
     expected = 0.7 * z_by_hand(IF.mean(1)) + 0.3 * z_by_hand(CC.mean(1))
     is_close(advantages(make_scores(), GROUP, config)[:, 0], expected, ROUNDING)
 
@@ -111,7 +115,7 @@ def test_global_std() -> None:
     reward = scores.instruction.mean(1)
     expected = torch.cat([reward[:4] - reward[:4].mean(), reward[4:] - reward[4:].mean()])
     expected = expected / (reward.std(correction=0) + 1e-4)
-    actual = advantages(scores, group, AdvantageConfig(std="global", consistency_weight=0))
+    actual = advantages(scores, group, paper(std="global", consistency_weight=0))
     is_close(actual[:, 0], expected, ROUNDING)
 
 
@@ -120,8 +124,8 @@ def test_whitening_uses_valid_trajectories() -> None:
     valid = torch.ones(8, dtype=torch.bool)
     valid[1] = False
     scores = make_scores(scores.instruction, scores.consistency, valid)
-    plain = advantages(scores, group, AdvantageConfig())
-    white = advantages(scores, group, AdvantageConfig(is_whitened=True))
+    plain = advantages(scores, group, paper())
+    white = advantages(scores, group, paper(is_whitened=True))
     expected = (plain - plain[valid].mean()) / (plain[valid].std(correction=0) + 1e-4)
     is_close(white[valid], expected[valid], ROUNDING)
     assert torch.equal(white[1], torch.zeros(3, dtype=torch.float64))
@@ -130,7 +134,7 @@ def test_whitening_uses_valid_trajectories() -> None:
 @pytest.mark.parametrize("credit", ["broadcast", "per_turn", "return_to_go", "early_stop"])
 @pytest.mark.parametrize("fusion", ["advantage", "reward"])
 def test_invalid_trajectory_is_as_if_absent(credit: str, fusion: str) -> None:
-    config = AdvantageConfig(credit=credit, fusion=fusion)  # pyright: ignore[reportArgumentType]
+    config = paper(credit=credit, fusion=fusion)  # pyright: ignore[reportArgumentType]
     row = torch.full((1, 3), NAN, dtype=torch.float64)
     scores = make_scores(torch.cat([IF[:2], row, IF[2:]]), torch.cat([CC[:2], row, CC[2:]]), torch.arange(5) != 2)
     advantage = advantages(scores, torch.zeros(5, dtype=torch.int64), config)
@@ -142,7 +146,7 @@ def test_group_with_one_valid_trajectory_is_dropped() -> None:
     scores, group = two_groups()
     valid = torch.tensor([True, False, False, False, True, True, True, True])
     scores = make_scores(scores.instruction, scores.consistency, valid)
-    for config in (AdvantageConfig(), AdvantageConfig(std="global", is_whitened=True)):
+    for config in (paper(), paper(std="global", is_whitened=True)):
         advantage = advantages(scores, group, config)
         assert torch.equal(advantage[:4], torch.zeros(4, 3, dtype=torch.float64))
         assert (advantage[4:].abs() > 0.01).all()
@@ -150,7 +154,7 @@ def test_group_with_one_valid_trajectory_is_dropped() -> None:
         rest = make_scores(scores.instruction[4:], scores.consistency[4:])
         is_close(advantage[4:], advantages(rest, GROUP, config), ROUNDING)  # no part in the batch's std either
     nobody = make_scores(scores.instruction, scores.consistency, torch.zeros(8, dtype=torch.bool))
-    assert not advantages(nobody, group, AdvantageConfig(is_whitened=True)).any()
+    assert not advantages(nobody, group, paper(is_whitened=True)).any()
 
 
 def test_undefined_consistency_contributes_nothing() -> None:
@@ -158,22 +162,22 @@ def test_undefined_consistency_contributes_nothing() -> None:
     consistency[1] = NAN
     consistency[0, 1] = NAN
     scores = make_scores(consistency=consistency)
-    advantage = advantages(scores, GROUP, AdvantageConfig())[:, 0]
+    advantage = advantages(scores, GROUP, paper())[:, 0]
     defined = torch.tensor([(0.95 + 0.90) / 2, CC[2].mean(), CC[3].mean()], dtype=torch.float64)
     expected = z_by_hand(IF.mean(1))
     is_close(advantage[1], expected[1], ROUNDING)
     is_close(advantage[[0, 2, 3]], expected[[0, 2, 3]] + 0.3 * z_by_hand(defined), ROUNDING)
     # before z, the mean of the others stands in
     filled = torch.stack([defined[0], defined.mean(), defined[1], defined[2]])
-    reward_level = advantages(scores, GROUP, AdvantageConfig(fusion="reward"))[:, 0]
+    reward_level = advantages(scores, GROUP, paper(fusion="reward"))[:, 0]
     is_close(reward_level, z_by_hand(IF.mean(1) + 0.3 * filled), ROUNDING)
     # return to go: a missing turn counts as the mean of the trajectory's remaining ones
-    to_go = advantages(scores, GROUP, AdvantageConfig(credit="return_to_go"))
+    to_go = advantages(scores, GROUP, paper(credit="return_to_go"))
     rest = torch.stack([torch.tensor(0.90, dtype=torch.float64) * 2, CC[2, 1:].sum(), CC[3, 1:].sum()])
     sums = z_by_hand(IF[:, 1:].sum(1))[[0, 2, 3]] + 0.3 * z_by_hand(rest)
     is_close(to_go[[0, 2, 3], 1], sums, ROUNDING)
     nothing = make_scores(consistency=torch.full_like(CC, NAN))
-    is_close(advantages(nothing, GROUP, AdvantageConfig())[:, 0], expected, ROUNDING)
+    is_close(advantages(nothing, GROUP, paper())[:, 0], expected, ROUNDING)
 
 
 @pytest.mark.parametrize("fusion", ["advantage", "reward"])
@@ -183,7 +187,7 @@ def test_zero_spread_is_exactly_zero(fusion: str, std: str) -> None:
     flat = torch.tensor([[0.1, 0.7, 0.3], [0.7, 0.3, 0.1], [0.3, 0.1, 0.7], [0.1, 0.3, 0.7]], dtype=torch.float64)
     scores = make_scores(torch.cat([flat, IF]), torch.cat([flat, CC]))
     group = torch.arange(8) // 4
-    config = AdvantageConfig(fusion=fusion, std=std, is_whitened=True)  # pyright: ignore[reportArgumentType]
+    config = paper(fusion=fusion, std=std, is_whitened=True)  # pyright: ignore[reportArgumentType]
     advantage = advantages(scores, group, config)
     assert torch.equal(advantage[:4], torch.zeros(4, 3, dtype=torch.float64))
     assert zero_spread(scores, group, config).tolist() == [True, False]
@@ -191,35 +195,35 @@ def test_zero_spread_is_exactly_zero(fusion: str, std: str) -> None:
 
 def test_zero_spread_of_one_reward_leaves_the_other() -> None:
     scores = make_scores(instruction=torch.full_like(IF, 0.1))
-    is_close(advantages(scores, GROUP, AdvantageConfig())[:, 0], 0.3 * z_by_hand(CC.mean(1)), ROUNDING)
-    assert zero_spread(scores, GROUP, AdvantageConfig(consistency_weight=0)).tolist() == [True]
+    is_close(advantages(scores, GROUP, paper())[:, 0], 0.3 * z_by_hand(CC.mean(1)), ROUNDING)
+    assert zero_spread(scores, GROUP, paper(consistency_weight=0)).tolist() == [True]
 
 
 def test_permutation_of_rows() -> None:
     scores, group = two_groups()
     order = torch.randperm(8, generator=torch.Generator().manual_seed(1))
     shuffled = make_scores(scores.instruction[order], scores.consistency[order])
-    for config in (AdvantageConfig(), AdvantageConfig(std="global"), AdvantageConfig(credit="early_stop")):
+    for config in (paper(), paper(std="global"), paper(credit="early_stop")):
         is_close(advantages(shuffled, group[order], config), advantages(scores, group, config)[order], ROUNDING)
 
 
 def test_float32_scores() -> None:
     scores = make_scores(IF.float(), CC.float())
-    advantage = advantages(scores, GROUP, AdvantageConfig())
+    advantage = advantages(scores, GROUP, paper())
     assert advantage.dtype == torch.float32
     # consistency rounded to float32 (6e-8), over its std of 0.025, times 0.3; and the result's own rounding (1e-7)
-    is_close(advantage.double(), advantages(make_scores(), GROUP, AdvantageConfig()), 1e-6)
+    is_close(advantage.double(), advantages(make_scores(), GROUP, paper()), 1e-6)
 
 
 def test_nan_of_a_valid_row_is_an_error() -> None:
     instruction = IF.clone()
     instruction[2, 1] = NAN
     with pytest.raises(ValueError, match="instruction"):
-        advantages(make_scores(instruction), GROUP, AdvantageConfig())
+        advantages(make_scores(instruction), GROUP, paper())
     consistency = CC.clone()
     consistency[0, 0] = float("inf")
     with pytest.raises(ValueError, match="advantage"):
-        advantages(make_scores(consistency=consistency), GROUP, AdvantageConfig())
+        advantages(make_scores(consistency=consistency), GROUP, paper())
     with pytest.raises(ValueError, match="turn_aggregation"):
         aggregate_turns(IF, "median")
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from mteditflow.cli import DEFAULT_TITLE, commented_yaml, from_yaml, parse, settings, to_yaml
-from mteditflow.config import Config, ModelConfig, RolloutConfig
+from mteditflow.config import Config, ModelConfig, ObjectiveConfig, OptimizerConfig, RolloutConfig
 from mteditflow.plan import RowSeconds, batch_plan, dry_run, duration_plan, memory_plan, read_pipeline
 
 ROOT = Path(__file__).parent.parent
@@ -145,25 +145,36 @@ def test_print_config_and_to_yaml_are_read_back_equal(tmp_path: Path, capsys: py
         assert from_yaml(write(tmp_path, text)) == config
 
 
-def test_batch_arithmetic_of_the_defaults() -> None:
+GRPO = replace(
+    Config(),
+    objective=ObjectiveConfig(name="grpo"),
+    rollout=RolloutConfig(num_tasks=8, group_size=16, num_steps=8, window_size=2, microbatch_size=128),
+    optimizer=OptimizerConfig(microbatch_size=128),
+)
+
+
+def test_batch_arithmetic() -> None:
     """P 8, G 16, K 3, S 8, window 2: N 128, turn-images 384."""
-    batches = batch_plan(Config())
+    batches = batch_plan(GRPO)
     assert (batches.trajectories, batches.turn_images, batches.rollout_rows) == (128, 384, 3072)
     assert (batches.rollout_microbatches, batches.transitions, batches.train_microbatches) == (24, 768, 6)
     assert batches.train_forward_rows == 768
 
-    every_step = replace(Config(), rollout=RolloutConfig(window_size=0, microbatch_size=100))
+    every_step = replace(GRPO, rollout=replace(GRPO.rollout, window_size=0, microbatch_size=100))
     assert batch_plan(every_step).transitions == 384 * 7
     assert batch_plan(every_step).rollout_microbatches == 3 * 8 * 2
 
-    nft = replace(Config(), objective=replace(Config().objective, name="nft", kl_beta=1e-4, nft_num_times=3))
+    objective = ObjectiveConfig(name="nft", kl_beta=1e-4, nft_num_times=3, nft_old_decay="ramp")
+    nft = replace(GRPO, objective=objective)
     assert batch_plan(nft).transitions == 384 * 3
     assert batch_plan(nft).train_forward_rows == 384 * 3 * 3  # trained, old, reference
+    on_policy = replace(GRPO, objective=replace(objective, nft_old_decay="on_policy"))
+    assert batch_plan(on_policy).train_forward_rows == 384 * 3 * 2  # the trained one is the old one
 
 
 def test_duration_is_extrapolated() -> None:
     config = replace(
-        Config(),
+        GRPO,
         run=replace(Config().run, num_iterations=20),
         evaluation=replace(Config().evaluation, every=10, num_sessions=100, num_sessions_short=10, num_steps=4),
     )
@@ -182,10 +193,10 @@ def test_dry_run(tiny_pipeline_folder: Path) -> None:
 
     from mteditflow.policy import build_policy
 
-    policy = build_policy(model, config.lora, 0, "grpo")
+    policy = build_policy(model, config.lora, 0, "nft")
     assert pipeline.num_adapter_weights == sum(parameter.numel() for _, parameter in policy.trainable)
     assert memory_plan(config, pipeline)["adapter, gradient, optimizer, averages"] == (
-        pipeline.num_adapter_weights * 4 * 5 / 2**30
+        pipeline.num_adapter_weights * 4 * 6 / 2**30  # with the old adapter of NFT
     )
     text = dry_run(config)
     assert "turn-images N K" in text and "6 = 2 x 3" in text

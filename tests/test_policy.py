@@ -16,7 +16,7 @@ from mteditflow.policy import Policy, build_policy
 from mteditflow.types import Condition
 
 HEIGHT, WIDTH, NUM_STEPS = 64, 48, 5  # not square: a swap of height and width would show
-LORA = LoraConfig(rank=4, alpha=12)
+LORA = LoraConfig(rank=4, alpha=12, targets=())
 PROMPTS = ("make the red square blue", "remove the circle", "add a blue circle left of the square")
 # One image through the editor differs from the same within a batch by the order of float32 sums. Of 1e3 operations in
 # sequence, each of relative error 2^-24 at values of at most about 4 before the final clamp: 1e3 * 2^-24 * 4 < 3e-4.

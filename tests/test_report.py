@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from mteditflow.config import Config
+from mteditflow.config import Config, ObjectiveConfig, RolloutConfig, RunConfig
 from mteditflow.metrics import strip
 from mteditflow.report import _ticks, main, write_report
 
@@ -87,7 +87,13 @@ def lines_of(num: int, iteration_0: int = 0) -> list[dict[str, float | None]]:
 
 def write_run(folder: Path, *, is_finished: bool) -> Path:
     folder.mkdir()
-    config = dataclasses.asdict(Config())
+    config = dataclasses.asdict(
+        Config(
+            rollout=RolloutConfig(num_steps=8),
+            objective=ObjectiveConfig(name="grpo"),
+            run=RunConfig(num_iterations=40),
+        )
+    )
     config["lora"]["targets"] = ["<to_q & to_k>"]  # must be escaped
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     lines = lines_of(40 if is_finished else 12)

@@ -31,6 +31,7 @@ def config(tiny_pipeline_folder: Path) -> Config:
         lora=LoraConfig(rank=2, alpha=4),
         data=DataConfig(num_turns=2),
         rollout=RolloutConfig(num_tasks=2, group_size=2, num_steps=3, window_size=1),
+        objective=ObjectiveConfig(name="grpo"),
     )
 
 

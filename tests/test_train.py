@@ -57,6 +57,7 @@ def arguments(tiny_pipeline_folder: Path) -> Callable[..., list[str]]:
             "rollout.num_steps": 3,
             "optimizer.num_updates": 2,
             "optimizer.warmup_iterations": 2,
+            "objective.name": "grpo",
             "objective.kl_beta": 0.01,
             "evaluation.num_sessions": 3,
             "evaluation.num_sessions_short": 2,

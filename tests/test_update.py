@@ -56,7 +56,7 @@ def config(tiny_pipeline_folder: Path) -> Config:
         lora=LoraConfig(rank=2, alpha=4),
         data=DataConfig(num_turns=2),
         rollout=RolloutConfig(num_tasks=2, group_size=2, num_steps=3, window_size=0),
-        objective=ObjectiveConfig(clip_range=1e-2),
+        objective=ObjectiveConfig(name="grpo", clip_range=1e-2),
         optimizer=OptimizerConfig(weight_decay=0.0),
     )
 
@@ -231,7 +231,6 @@ def test_second_update_is_off_policy(config: Config) -> None:
     assert len(gradients) == 2
     assert figures["update/first_ratio_error"] == 0 and figures["update/ratio_error"] > 1e-6
     assert figures["update/log_prob_difference"] > 1e-6 and figures["update/approx_kl"] > 0
-    assert figures["update/ratio_mean"] != 1
 
 
 def test_kl_moves_only_an_adapter_that_is_not_zero(config: Config) -> None:
