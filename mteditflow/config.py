@@ -208,6 +208,8 @@ class OptimizerConfig:
     """Iterations over which the learning rate rises from 0."""
     weight_decay: float = 1e-4
     """AdamW's decoupled weight decay."""
+    epsilon: float = 1e-8
+    """AdamW's epsilon; far above the gradient's elements (1e-4 on the miniature) a step keeps the gradient's proportions."""
     max_grad_norm: float = 1.0
     """The gradient is scaled down to this norm."""
     num_updates: int = 1
@@ -222,6 +224,7 @@ class OptimizerConfig:
         _require(self.num_updates in (1, 2), "optimizer.num_updates", self.num_updates, "must be 1 or 2")
         _require(self.microbatch_size >= 1, "optimizer.microbatch_size", self.microbatch_size, "must be positive")
         _require(0 <= self.ema_decay < 1, "optimizer.ema_decay", self.ema_decay, "must lie in [0, 1)")
+        _require(self.epsilon > 0, "optimizer.epsilon", self.epsilon, "must be positive")
         _require(self.max_grad_norm > 0, "optimizer.max_grad_norm", self.max_grad_norm, "must be positive")
         _require(
             self.warmup_iterations >= 0, "optimizer.warmup_iterations", self.warmup_iterations, "must not be negative"

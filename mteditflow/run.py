@@ -65,7 +65,10 @@ class Run:
         self.policy = build_policy(config.model, config.lora, config.run.seed, config.objective.name)
         parameters = [parameter for _, parameter in self.policy.trainable]
         self.optimizer = torch.optim.AdamW(
-            parameters, lr=config.optimizer.learning_rate, weight_decay=config.optimizer.weight_decay
+            parameters,
+            lr=config.optimizer.learning_rate,
+            eps=config.optimizer.epsilon,
+            weight_decay=config.optimizer.weight_decay,
         )
         self.num_updates, self.first_iteration = 0, 0
         saved = checkpoint.load_latest(self.folder, config, lambda line: print(line, file=sys.stderr))

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxKontextPipeline
+from diffusers.pipelines.flux.pipeline_flux_kontext import FluxKontextPipeline
 from PIL import Image
 
 from mteditflow.config import Config, LoraConfig, ModelConfig
@@ -44,8 +44,8 @@ def test_stock_pipeline_loads_it_and_edits() -> None:
         edit = pipeline(
             image=to_picture(task.source), prompt=task.instructions[0], height=size, width=size, max_area=size * size,
             _auto_resize=False, max_sequence_length=Config().model.max_text_tokens, guidance_scale=2.5,
-            num_inference_steps=8, generator=noise,
-        ).images[0]  # fmt: skip
+            num_inference_steps=8, generator=noise, return_dict=False,
+        )[0][0]  # fmt: skip
         edits.append(to_tensor(edit))
     before = read(torch.stack([task.source for task in tasks]))
     grades = grade([task.truth.edits[0] for task in tasks], before, read(torch.stack(edits)))

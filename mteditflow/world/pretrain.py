@@ -254,8 +254,8 @@ def train_editor(pipeline: FluxKontextPipeline, pairs: Pairs, args: Namespace) -
         decay = min(1.0, (args.editor_batches - number) / (0.3 * args.editor_batches) + 0.05)
         _step(optimizer, args.learning_rate * min(1.0, number / 200) * decay)
         with torch.no_grad():
-            old, new = list(Editor(averaged).parameters()), list(editor.parameters())
-            torch._foreach_lerp_(old, new, 1 - min(0.998, number / (number + 10)))
+            for old, new in zip(Editor(averaged).parameters(), editor.parameters(), strict=True):
+                old.lerp_(new, 1 - min(0.998, number / (number + 10)))
         smooth += 0.02 * (loss.item() - smooth)
         if number % 100 == 0:
             rate = (time.monotonic() - start) / (number - first + 1)
@@ -310,7 +310,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         train_vae(pipeline.vae, args.vae_batches, 32, args.seed)
         pipeline.vae.save_pretrained(args.output / "vae")
-    pipeline.vae.to(memory_format=torch.contiguous_format)
+    pipeline.vae.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
     started = time.monotonic()
     pairs = make_pairs(pipeline.vae, args.num_pairs, args.seed)
     print(f"{len(pairs.instructions)} single edits made in {time.monotonic() - started:.0f} s", flush=True)
