@@ -209,7 +209,7 @@ class OptimizerConfig:
     weight_decay: float = 1e-4
     """AdamW's decoupled weight decay."""
     epsilon: float = 1e-8
-    """AdamW's epsilon; far above the gradient's elements (1e-4 on the miniature) a step keeps the gradient's proportions."""
+    """AdamW's epsilon; far above the gradient's elements (1e-4 on the miniature), a step keeps their proportions."""
     max_grad_norm: float = 1.0
     """The gradient is scaled down to this norm."""
     num_updates: int = 1
