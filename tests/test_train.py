@@ -56,6 +56,7 @@ def arguments(tiny_pipeline_folder: Path) -> Callable[..., list[str]]:
             "rollout.group_size": 4,
             "rollout.num_steps": 3,
             "optimizer.num_updates": 2,
+            "optimizer.learning_rate": 1e-3,
             "optimizer.warmup_iterations": 2,
             "objective.name": "grpo",
             "objective.kl_beta": 0.01,
