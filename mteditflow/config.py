@@ -137,8 +137,8 @@ class AdvantageConfig:
     """A_IF + w A_CC (paper), or (1 - w) A_IF + w A_CC. Convex is ours."""
     credit: Credit = "broadcast"
     """Who gets the advantage: every turn alike (paper's choice), or one of the baselines."""
-    std: Literal["group", "global"] = "group"
-    """Standard deviation that divides: of the group (paper), or of the whole batch."""
+    std: Literal["group", "global"] = "global"
+    """Standard deviation that divides: of the group (paper), or of the batch (a group that agrees weighs little)."""
     is_whitened: bool = False
     """Normalise the final advantages over the batch once more. Ours."""
 
@@ -202,13 +202,13 @@ class ObjectiveConfig:
 class OptimizerConfig:
     """AdamW on the adapter."""
 
-    learning_rate: float = 1.5e-3
-    """Peak learning rate (3e-4 for the large editors)."""
+    learning_rate: float = 2e-2
+    """Peak learning rate; goes with epsilon (the large editors: 3e-4 with epsilon 1e-8)."""
     warmup_iterations: int = 0
     """Iterations over which the learning rate rises from 0."""
     weight_decay: float = 1e-4
     """AdamW's decoupled weight decay."""
-    epsilon: float = 1e-8
+    epsilon: float = 1e-3
     """AdamW's epsilon; far above the gradient's elements (1e-4 on the miniature), a step keeps their proportions."""
     max_grad_norm: float = 1.0
     """The gradient is scaled down to this norm."""
@@ -216,7 +216,7 @@ class OptimizerConfig:
     """Optimizer steps per iteration, 1 or 2; the second is off-policy."""
     microbatch_size: int = 32
     """Transitions per forward and backward pass; gradients are accumulated."""
-    ema_decay: float = 0.95
+    ema_decay: float = 0.9
     """Decay per optimizer step of the averaged adapter, which is evaluated and exported; 0: no averaging."""
 
     def __post_init__(self) -> None:

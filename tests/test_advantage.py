@@ -10,7 +10,9 @@ from mteditflow.advantage import advantages, aggregate_turns, nft_probability, z
 from mteditflow.config import AdvantageConfig
 from mteditflow.types import Scores
 
-paper = partial(AdvantageConfig, consistency_weight=0.3)  # the golden values are for the paper's weight
+paper = partial(
+    AdvantageConfig, consistency_weight=0.3, std="group"
+)  # the golden values are for the paper's weight and std
 
 NAN = float("nan")
 IF = torch.tensor([[5, 5, 5], [5, 1, 5], [3, 3, 3], [4, 5, 2]], dtype=torch.float64).sub(1).div(4)

@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import get_type_hints
 
@@ -208,3 +208,25 @@ def test_dry_run_of_no_pipeline(tmp_path: Path) -> None:
         dry_run(replace(Config(), model=ModelConfig(path=str(tmp_path))))
     with pytest.raises(ValueError, match=r"model\.path is 'nowhere': no folder"):
         dry_run(replace(Config(), model=ModelConfig(path="nowhere")))
+
+
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("mini_long", {"run.folder", "run.num_iterations"}),
+        (
+            "mini_grpo",
+            {
+                "objective.name",
+                "rollout.num_steps",
+                "optimizer.learning_rate",
+                "optimizer.epsilon",
+                "run.folder",
+            },
+        ),
+    ],
+)
+def test_the_other_configs_differ_where_they_say(name: str, changed: set[str]) -> None:
+    own, default = asdict(from_yaml(ROOT / "configs" / f"{name}.yaml")), asdict(Config())
+    different = {f"{s}.{f}" for s, fields in own.items() for f, value in fields.items() if value != default[s][f]}
+    assert different == changed
