@@ -59,6 +59,7 @@ def arguments(tiny_pipeline_folder: Path) -> Callable[..., list[str]]:
             "optimizer.learning_rate": 1e-3,
             "optimizer.warmup_iterations": 2,
             "objective.name": "grpo",
+            "advantage.std": "group",  # the global one is over a rank
             "objective.kl_beta": 0.01,
             "evaluation.num_sessions": 3,
             "evaluation.num_sessions_short": 2,
