@@ -126,7 +126,8 @@ def check_resume(saved: dict[str, Any], config: Config, path: Path) -> None:
     """Raise ValueError, naming the fields, where `config` changes the problem that the `saved` config set."""
     before, now = _flat(saved), _flat(config_dict(config))
     may_change = set(MAY_CHANGE)
-    if config.rollout.window_placement == "progressive":  # the window moves over the whole run: its length matters
+    # Both move over the whole run, so its length matters.
+    if config.rollout.window_placement == "progressive" or config.optimizer.schedule == "linear":
         may_change.remove("run.num_iterations")
     changed = [
         f"{name}: was {before.get(name)!r}, is {now.get(name)!r}"

@@ -206,6 +206,8 @@ class OptimizerConfig:
     """Peak learning rate; goes with epsilon (the large editors: 3e-4 with epsilon 1e-8)."""
     warmup_iterations: int = 0
     """Iterations over which the learning rate rises from 0."""
+    schedule: Literal["constant", "linear"] = "constant"
+    """Learning rate after the warm-up: constant, or falling to 0 at the end of the run."""
     weight_decay: float = 1e-4
     """AdamW's decoupled weight decay."""
     epsilon: float = 1e-3
@@ -300,3 +302,11 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        _require(
+            self.objective.name != "nft" or self.objective.nft_num_times <= self.rollout.num_steps,
+            "objective.nft_num_times",
+            self.objective.nft_num_times,
+            f"must be at most rollout.num_steps = {self.rollout.num_steps}",
+        )

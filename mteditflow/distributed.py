@@ -28,6 +28,15 @@ class Ranks:
             for tensor in tensors:
                 dist.all_reduce(tensor)
 
+    def gather(self, tensor: Tensor) -> Tensor:
+        """The rows of all ranks, (world_size * N, ...), in the order of the ranks; every rank has N rows."""
+        if self.world_size == 1:
+            return tensor
+        own = tensor.to(self.device).contiguous()
+        parts = [torch.empty_like(own) for _ in range(self.world_size)]
+        dist.all_gather(parts, own)
+        return torch.cat(parts).to(tensor.device)
+
     def barrier(self) -> None:
         """Wait for every rank."""
         if self.world_size > 1:

@@ -109,8 +109,10 @@ class Run:
         self.is_stopping = num_asked.item() > 0
 
     def _set_learning_rate(self) -> None:
-        warmup = self.config.optimizer.warmup_iterations
-        share = min(1.0, (self.first_iteration + 1) / (warmup + 1))
+        optimizer, done, end = self.config.optimizer, self.first_iteration, self.config.run.num_iterations
+        share = min(1.0, (done + 1) / (optimizer.warmup_iterations + 1))
+        if optimizer.schedule == "linear":
+            share = min(share, max(0, end - done) / max(1, end - optimizer.warmup_iterations))
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.optimizer.learning_rate * share
 

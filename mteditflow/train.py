@@ -26,7 +26,7 @@ def train(config: "Config", ranks: "Ranks") -> None:
     from mteditflow.advantage import advantages
     from mteditflow.data import training_tasks
     from mteditflow.metrics import Timer, of_scores
-    from mteditflow.reward import build_reward
+    from mteditflow.reward import build_reward, of_all_ranks
     from mteditflow.rollout import sample_rollout
     from mteditflow.run import Run
     from mteditflow.update import check_adapter, check_scores, update
@@ -39,15 +39,16 @@ def train(config: "Config", ranks: "Ranks") -> None:
             with timer("time/rollout"):
                 rollout = sample_rollout(policy, tasks, config, iteration)
             with timer("time/score"):
-                scores = reward(rollout)
+                scores, group = of_all_ranks(reward(rollout), rollout.group, ranks)
                 check_scores(scores, config)
-            advantage = advantages(scores, rollout.group, config.advantage)
+            advantage = advantages(scores, group, config.advantage)
             with timer("time/update"):
-                figures = update(policy, optimizer, rollout, advantage, config, iteration, ranks)
+                own = advantage.chunk(ranks.world_size)[ranks.rank]
+                figures = update(policy, optimizer, rollout, own, config, iteration, ranks)
             if not is_adapter_checked and advantage.any():
                 check_adapter(policy, rollout)
                 is_adapter_checked = True
-            run.record(iteration, of_scores(scores, advantage, rollout.group) | figures)
+            run.record(iteration, of_scores(scores, advantage, group) | figures)
             if run.is_stopping:
                 return
         run.finish()

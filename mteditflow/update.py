@@ -50,12 +50,9 @@ class Draw:
 
 def minibatches(rollout: Rollout, advantages: Tensor, config: Config) -> list[list[Chunk]]:
     """The chunks of each optimizer step of an iteration. `advantages` (N, K)."""
-    num_times, num_steps = config.objective.nft_num_times, len(rollout.table)
-    if config.objective.name == "nft" and num_times > num_steps:
-        raise ValueError(f"objective.nft_num_times is {num_times}: must be at most rollout.num_steps = {num_steps}")
     rows = torch.arange(len(rollout.group))
     size, num_updates = config.optimizer.microbatch_size, config.optimizer.num_updates
-    steps = range(num_times) if config.objective.name == "nft" else rollout.trained_steps
+    steps = range(config.objective.nft_num_times) if config.objective.name == "nft" else rollout.trained_steps
     turns = range(len(rollout.turns))
     chunks = [Chunk(turn=turn, step=step, rows=part) for turn in turns for step in steps for part in rows.split(size)]
     parts = [chunks[update::num_updates] for update in range(num_updates)]

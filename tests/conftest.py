@@ -5,6 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from mteditflow.config import (
+    Config,
+    DataConfig,
+    LoraConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    RolloutConfig,
+)
 from mteditflow.world.parts import build_pipeline
 
 TINY_MAX_TEXT_TOKENS = 8
@@ -55,3 +64,16 @@ def tiny_pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tiny_kontext"
     pipeline.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tiny_pipeline_folder: Path) -> Config:
+    """GRPO on that folder: 2 tasks x 2 trajectories, 2 turns, 3 noisy steps of which 2 are trained."""
+    return Config(
+        model=ModelConfig(path=str(tiny_pipeline_folder), max_text_tokens=TINY_MAX_TEXT_TOKENS),
+        lora=LoraConfig(rank=2, alpha=4),
+        data=DataConfig(num_turns=2),
+        rollout=RolloutConfig(num_tasks=2, group_size=2, num_steps=3, window_size=0),
+        objective=ObjectiveConfig(name="grpo"),
+        optimizer=OptimizerConfig(weight_decay=0.0),
+    )

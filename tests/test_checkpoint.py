@@ -161,8 +161,10 @@ def test_what_does_not_change_the_problem_may_change(tmp_path: Path) -> None:
         load_latest(tmp_path, replace(CONFIG, "run", seed=1), refuse)
 
 
-def test_progressive_window_fixes_the_number_of_iterations(tmp_path: Path) -> None:
-    config = replace(CONFIG, "rollout", window_placement="progressive")
+@pytest.mark.parametrize("moves", [("rollout", "window_placement", "progressive"), ("optimizer", "schedule", "linear")])
+def test_what_moves_over_the_run_fixes_the_number_of_iterations(tmp_path: Path, moves: tuple[str, str, str]) -> None:
+    section, field, value = moves
+    config = replace(CONFIG, section, **{field: value})
     save_one(tmp_path, 1, config=config)
     assert_is(load_latest(tmp_path, config, refuse), 1)
     with pytest.raises(ValueError, match=r"run\.num_iterations: was 40, is 41"):

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.pipelines.flux.pipeline_flux_kontext import FluxKontextPipeline
 from PIL import Image
 
@@ -61,6 +62,18 @@ def test_verifier_reads_through_the_autoencoder() -> None:
         pictures = to_8_bit(policy.decode(policy.encode_image(render([edit.after for edit in edits]))))
     grades = grade(edits, read(torch.stack([task.source for task in tasks])), read(pictures))
     assert sum(g >= 4 for g in grades) >= 97
+
+
+def test_pairs_are_chained_and_a_quarter_of_the_targets_is_flawed() -> None:
+    pairs = pretrain.make_pairs(AutoencoderKL.from_pretrained(FOLDER / "vae"), 400, seed=0)
+    is_last = torch.arange(1, 400) % 8 == 0  # of its chain
+    assert torch.equal(pairs.target[:-1][~is_last], pairs.source[1:][~is_last])
+    is_ignored, is_right = pairs.flawed == pairs.source, pairs.flawed == pairs.target
+    assert not (is_ignored & is_right).any() and len(pairs.instructions) == 400
+    # 4 standard deviations of a share of 400
+    assert is_ignored.float().mean().item() == pytest.approx(pretrain.IGNORED, abs=0.07)
+    assert 1 - is_right.float().mean().item() == pytest.approx(pretrain.IGNORED + pretrain.MISTAKEN, abs=0.09)
+    assert (pairs.latents[pairs.target] != pairs.latents[pairs.source]).flatten(1).any(1).all()
 
 
 def test_pretraining_makes_a_pipeline_folder_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,15 +2,13 @@
 
 import math
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import TINY_MAX_TEXT_TOKENS
 from mteditflow_kernels import counter_normal
 
-from mteditflow.config import Config, DataConfig, LoraConfig, ModelConfig, ObjectiveConfig, RolloutConfig
+from mteditflow.config import Config, DataConfig, ObjectiveConfig
 from mteditflow.data import training_tasks
 from mteditflow.distributed import Ranks
 from mteditflow.flow import step_table, window_steps
@@ -25,14 +23,8 @@ BATCH_TOLERANCE = 2 * 3 * 1e2 * 2**-24 * 16
 
 
 @pytest.fixture(scope="module")
-def config(tiny_pipeline_folder: Path) -> Config:
-    return Config(
-        model=ModelConfig(path=str(tiny_pipeline_folder), max_text_tokens=TINY_MAX_TEXT_TOKENS),
-        lora=LoraConfig(rank=2, alpha=4),
-        data=DataConfig(num_turns=2),
-        rollout=RolloutConfig(num_tasks=2, group_size=2, num_steps=3, window_size=1),
-        objective=ObjectiveConfig(name="grpo"),
-    )
+def config(tiny_config: Config) -> Config:
+    return with_rollout(tiny_config, window_size=1)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,10 @@
 
 from typing import Protocol
 
+import torch
+from torch import Tensor
+
+from mteditflow.distributed import Ranks
 from mteditflow.reward.exact import ExactReward
 from mteditflow.types import Rollout, Scores
 
@@ -19,3 +23,15 @@ class Reward(Protocol):
 def build_reward() -> Reward:
     """The reward of the embedded world."""
     return ExactReward()
+
+
+def of_all_ranks(scores: Scores, group: Tensor, ranks: Ranks) -> tuple[Scores, Tensor]:
+    """The scores and groups (N,) of every rank's trajectories, on every rank; groups are numbered through."""
+    num_groups, num_rows = int(group.max()) + 1, len(group)
+    every = Scores(
+        instruction=ranks.gather(scores.instruction),
+        consistency=ranks.gather(scores.consistency),
+        valid=ranks.gather(scores.valid),
+    )
+    rank = torch.arange(ranks.world_size * num_rows, device=group.device) // num_rows
+    return every, ranks.gather(group) + rank * num_groups

@@ -74,9 +74,9 @@ PARAPHRASES: dict[str, tuple[str, ...]] = {
     ),
     "count_change": (
         "change the number of {plural} to {value}",
-        "show {value} {plural} instead",
-        "make it {value} {plural}",
-        "there should be {value} {plural}",
+        "show {value} {counted} instead",
+        "make it {value} {counted}",
+        "there should be {value} {counted}",
     ),
     "background_change": (
         "change the background to {value}",
@@ -177,7 +177,9 @@ def sample_edit(scene: Scene, edit_type: str, random: Random, created: frozenset
     form = random.choice(PARAPHRASES[edit_type])
 
     def edit(kind: str, place: int, after: Scene, **words: str) -> Edit:
-        text = form.format(old=kind, plural=PLURALS.get(kind, ""), place=PLACES[place], **words)
+        plural = PLURALS.get(kind, "")
+        counted = kind if words.get("value") == NUMBERS[1] else plural
+        text = form.format(old=kind, plural=plural, counted=counted, place=PLACES[place], **words)
         return Edit(edit_type=edit_type, instruction=text, kind=kind, place=place, after=after)
 
     if edit_type == "background_change":
