@@ -206,7 +206,7 @@ class OptimizerConfig:
     """Peak learning rate; goes with epsilon (the large editors: 3e-4 with epsilon 1e-8)."""
     warmup_iterations: int = 0
     """Iterations over which the learning rate rises from 0."""
-    schedule: Literal["constant", "linear"] = "constant"
+    schedule: Literal["constant", "linear"] = "linear"
     """Learning rate after the warm-up: constant, or falling to 0 at the end of the run."""
     weight_decay: float = 1e-4
     """AdamW's decoupled weight decay."""
@@ -268,7 +268,7 @@ class RunConfig:
     """Where everything that the run makes is written; the same command in the same folder continues it."""
     seed: int = 0
     """Seed of noise, adapter initialisation and window placement."""
-    num_iterations: int = 130
+    num_iterations: int = 60
     """Iterations of roll out, score, update."""
     save_every: int = 1
     """Iterations between checkpoints."""
