@@ -308,7 +308,7 @@ def test_a_full_disk_is_one_line(
 
 
 def test_nft_runs_and_resumes(arguments: Arguments, tmp_path: Path) -> None:
-    nft = {"objective__name": "nft", "objective__nft_old_decay": "on_policy", "evaluation__every": 0}
+    nft = {"objective__name": "nft", "optimizer__schedule": "constant", "evaluation__every": 0}
     main(arguments(tmp_path / "whole", run__num_iterations=3, **nft))
     main(arguments(tmp_path / "parts", run__num_iterations=1, **nft))
     main(arguments(tmp_path / "parts", run__num_iterations=3, **nft))
