@@ -270,6 +270,8 @@ class RunConfig:
     """Seed of noise, adapter initialisation and window placement."""
     num_iterations: int = 60
     """Iterations of roll out, score, update."""
+    backend: Literal["auto", "triton", "reference"] = "auto"
+    """Implementation of the ops: Triton kernels for CUDA tensors where triton is installed (auto), or one by name."""
     save_every: int = 1
     """Iterations between checkpoints."""
     keep_checkpoints: int = 2

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 def train(config: "Config", ranks: "Ranks") -> None:
     """Run, or continue, the training that `config` describes in its run folder."""
+    from mteditflow_kernels import use_backend
+
     from mteditflow.advantage import advantages
     from mteditflow.data import training_tasks
     from mteditflow.metrics import Timer, of_scores
@@ -31,6 +33,7 @@ def train(config: "Config", ranks: "Ranks") -> None:
     from mteditflow.run import Run
     from mteditflow.update import check_adapter, check_scores, update
 
+    use_backend(config.run.backend)
     timer, is_adapter_checked = Timer(), False
     with Run(config, ranks, timer) as run:
         policy, optimizer, reward = run.policy, run.optimizer, build_reward()

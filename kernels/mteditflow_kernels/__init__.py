@@ -1,6 +1,14 @@
-"""The ops of the trainer. This file chooses the implementation, nothing else does; `reference` defines each."""
+"""The ops of the trainer. `ops` chooses the implementation, nothing else does; `reference` defines each."""
 
-from mteditflow_kernels.philox import counter_normal, counter_uniform, noise_keys, philox_4x32
+from mteditflow_kernels.ops import (
+    counter_normal,
+    grpo_loss,
+    nft_loss,
+    sde_log_prob,
+    sde_step,
+    use_backend,
+)
+from mteditflow_kernels.philox import counter_uniform, noise_keys, philox_4x32
 from mteditflow_kernels.reference import (
     C_V,
     C_X,
@@ -10,11 +18,7 @@ from mteditflow_kernels.reference import (
     LOG_PROB_SCALE,
     NUM_COLUMNS,
     STD,
-    grpo_loss,
-    nft_loss,
     noised,
-    sde_log_prob,
-    sde_step,
 )
 
 __all__ = [
@@ -35,4 +39,5 @@ __all__ = [
     "philox_4x32",
     "sde_log_prob",
     "sde_step",
+    "use_backend",
 ]

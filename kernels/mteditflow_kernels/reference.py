@@ -107,6 +107,14 @@ def sde_step(
     return next_latents, sde_log_prob(velocity, latents, next_latents, table, step)
 
 
+def check_kl(kl_beta: float, ref_velocity: Tensor | None, kl_form: str) -> None:
+    """Raise ValueError where the penalty is asked for and cannot be had."""
+    if kl_form not in ("published", "exact"):
+        raise ValueError(f"kl_form is {kl_form!r}: must be 'published' or 'exact'")
+    if kl_beta > 0 and ref_velocity is None:
+        raise ValueError(f"kl_beta is {kl_beta}: the penalty needs ref_velocity")
+
+
 def grpo_loss(
     velocity: Tensor,
     latents: Tensor,
@@ -128,10 +136,7 @@ def grpo_loss(
     detached: ratio_mean, ratio_error (largest |ratio - 1|), clip_fraction, approx_kl, kl, policy_loss,
     log_prob_difference (largest |log_prob - old_log_prob|). An ODE row makes the loss NaN.
     """
-    if kl_form not in ("published", "exact"):
-        raise ValueError(f"kl_form is {kl_form!r}: must be 'published' or 'exact'")
-    if kl_beta > 0 and ref_velocity is None:
-        raise ValueError(f"kl_beta is {kl_beta}: the penalty needs ref_velocity")
+    check_kl(kl_beta, ref_velocity, kl_form)
     velocity, latents = _upcast(velocity, latents)
     coefficients = _coefficients(table, step, latents)
     log_ratio = sde_log_prob(velocity, latents, next_latents, table, step) - old_log_prob
@@ -191,8 +196,7 @@ def nft_loss(
     noise and velocities (B, ...); sigma, reward_probability r and weight (B,), which is 1/B by default. The diagnostics
     policy_loss and kl are 0-d, unweighted, detached.
     """
-    if kl_beta > 0 and ref_velocity is None:
-        raise ValueError(f"kl_beta is {kl_beta}: the penalty needs ref_velocity")
+    check_kl(kl_beta, ref_velocity, "published")
     velocity, clean_latents = _upcast(velocity, clean_latents)
     old_velocity = old_velocity.detach().to(velocity.dtype)
     latents = noised(clean_latents, noise, sigma).to(velocity.dtype)

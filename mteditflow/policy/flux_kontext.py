@@ -196,7 +196,7 @@ class FluxKontextPolicy:
             img_ids=self._image_ids,
             return_dict=False,
         )[0]
-        return predicted[:, :num_tokens].float()
+        return predicted[:, :num_tokens].float().contiguous()
 
     def sigmas(self, num_steps: int) -> Tensor:
         """FLUX's shifted schedule of noise levels (S+1,), float64 on the host."""
