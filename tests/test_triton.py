@@ -1,0 +1,53 @@
+"""The Triton kernels without a GPU: under the interpreter in another process, and compiled ahead of time."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from mteditflow_kernels.static import LATENTS, VARIANTS, figures
+
+# SASS instructions of the whole kernel per element of a thread: what was reached, and a tenth more.
+INSTRUCTIONS = {
+    "noise": 73,
+    "step, noisy": 115,
+    "step, ODE": 41,
+    "log-prob": 41,
+    "log-prob, backward": 24,
+    "GRPO": 70,
+    "GRPO, KL": 86,
+    "GRPO, backward": 24,
+    "GRPO, KL, backward": 30,
+    "NFT": 94,
+    "NFT, KL": 110,
+    "NFT, backward": 49,
+    "NFT, KL, backward": 55,
+}
+
+
+def test_the_ops_under_the_interpreter() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    file = Path(__file__).parent / "triton_cases.py"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400)
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-8000:]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_what_the_compiler_made(name: str) -> None:
+    """No spill, no local memory, no float64, whole 128-bit loads and stores, within the budget."""
+    f = figures(VARIANTS[name])
+    assert f.stack == 0 and f.local == 0 and f.float64 == 0
+    assert f.registers <= 48 and f.instructions_per_element <= INSTRUCTIONS[name], f
+    latents = [n for n in VARIANTS[name].kernel.arg_names if n in LATENTS]
+    stored = [n for n in latents if n == "grad_velocity" or (n == "next_latents" and name.startswith("step"))]
+    unused = 0 if "KL" in name or "ref_velocity" not in latents else 1
+    assert f.loads_128 == len(latents) - len(stored) - unused
+    assert f.stores_128 == (2 if name == "noise" else len(stored))  # noise is float32
+
+
+def test_sums_have_one_order() -> None:
+    """The log-prob has the bits of the step that made it only if both sum in the same layout."""
+    step, *others = (figures(VARIANTS[name]).reduced[:2] for name in ("step, noisy", "step, ODE", "log-prob", "GRPO"))
+    assert len(step) == 2 and all(own == step for own in others)
