@@ -369,6 +369,7 @@ def test_two_ranks_are_one_rank_to_rounding(arguments: Arguments, tmp_path: Path
         [*launch, *arguments(tmp_path / "two", **own)], capture_output=True, text=True, timeout=PATIENCE
     )
     assert done.returncode == 0, done.stderr
+    assert "\r" not in done.stderr  # piped: no progress bar
     main(arguments(tmp_path / "one", **own))
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
     assert len(one) == len(two) == 2 and one[0].keys() == two[0].keys()

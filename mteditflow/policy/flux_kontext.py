@@ -24,6 +24,7 @@ from typing import Any, Literal
 import peft
 import torch
 from diffusers.pipelines.flux.pipeline_flux_kontext import FluxKontextPipeline
+from diffusers.utils import logging
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
@@ -72,6 +73,7 @@ class FluxKontextPolicy:
         with warnings.catch_warnings():
             # `dtype` is its new name; the old one is known to every diffusers that pyproject.toml allows.
             warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated")
+            logging.disable_progress_bar()  # the run has its own, and none where output is piped
             pipeline: Any = FluxKontextPipeline.from_pretrained(path, torch_dtype=self.dtype)
         pipeline.set_progress_bar_config(disable=True)
         pipeline.to(device)
