@@ -87,6 +87,34 @@ def normals(keys, block, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def own_elements(num_elements, BLOCK: tl.constexpr):
+    """Where this program's BLOCK elements of its row lie, and which of them the row has."""
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    return tl.program_id(1).to(tl.int64) * num_elements + place, place < num_elements
+
+
+@triton.jit
+def load(tensor, offset, inside):
+    """As float32, 0 outside the row."""
+    return tl.load(tensor + offset, inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def coefficients_of(table, steps, step, HAS_STEPS: tl.constexpr):
+    """The row of the table for this program's row: its own step, or the one for all."""
+    if HAS_STEPS:
+        step = tl.load(steps + tl.program_id(1)).to(tl.int32)
+    return table + step * COLUMNS
+
+
+@triton.jit
+def mean_of(velocity, latents, coefficients, offset, inside):
+    """The step's mean, and the velocity."""
+    v = load(velocity, offset, inside)
+    return tl.load(coefficients + C_X) * load(latents, offset, inside) + tl.load(coefficients + C_V) * v, v
+
+
+@triton.jit
 def is_last(ticket, total):
     """Whether this program is the last of `total` to arrive; what the others stored before is visible to it."""
     number = tl.atomic_add(ticket, 1, sem="acq_rel")

@@ -13,15 +13,17 @@ from torch import Tensor
 from mteditflow_kernels.triton_common import (
     BLOCK,
     C_V,
-    C_X,
-    COLUMNS,
     CONST,
     OPTIONS,
     SCALE,
     STD,
+    coefficients_of,
     geometry,
     is_last,
+    load,
+    mean_of,
     ordered_sum,
+    own_elements,
     step_arguments,
     tickets,
 )
@@ -31,29 +33,22 @@ from mteditflow_kernels.triton_common import (
 def _grpo_kernel(
     velocity, latents, next_latents, ref_velocity, old_log_prob, advantage, weight, rows, figures, partial, tickets,
     table, steps, step, kl_column, clip_range, kl_beta, num_rows, num_elements, num_blocks, HAS_REF: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr, HAS_STEPS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, ROWS:
-    tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, HAS_STEPS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Row sums as in `_step_kernel`; the last program of a row writes its row of `rows` (4, B), the last of all rows
     writes the loss and the diagnostics to `figures` (8,).
     """
     block, row = tl.program_id(0), tl.program_id(1)
-    if HAS_STEPS:
-        step = tl.load(steps + row).to(tl.int32)
-    coefficients = table + step * COLUMNS
+    coefficients = coefficients_of(table, steps, step, HAS_STEPS)
     c_v = tl.load(coefficients + C_V)
-    place = block * BLOCK + tl.arange(0, BLOCK)
-    inside = place < num_elements
-    offset = row.to(tl.int64) * num_elements + place
-    x = tl.load(latents + offset, inside, other=0.0).to(tl.float32)
-    v = tl.load(velocity + offset, inside, other=0.0).to(tl.float32)
-    mean = tl.load(coefficients + C_X) * x + c_v * v
-    residual = tl.load(next_latents + offset, inside, other=0.0).to(tl.float32) - mean
+    offset, inside = own_elements(num_elements, BLOCK)
+    mean, v = mean_of(velocity, latents, coefficients, offset, inside)
+    residual = load(next_latents, offset, inside) - mean
     residual = tl.where(inside, residual, 0.0)
     own = partial + row * num_blocks
     tl.store(own + block, tl.sum(residual * residual))
     if HAS_REF:
-        difference = c_v * (v - tl.load(ref_velocity + offset, inside, other=0.0).to(tl.float32))
+        difference = c_v * (v - load(ref_velocity, offset, inside))
         tl.store(own + num_rows * num_blocks + block, tl.sum(difference * difference))
     if is_last(tickets + row, num_blocks):
         square = ordered_sum(own, num_blocks, BLOCKS) / num_elements
@@ -73,8 +68,8 @@ def _grpo_kernel(
 
 @triton.jit
 def _grpo_figures(
-    rows, advantage, weight, figures, clip_range, kl_beta, num_rows, HAS_REF: tl.constexpr, HAS_WEIGHT:
-    tl.constexpr, ROWS: tl.constexpr,
+    rows, advantage, weight, figures, clip_range, kl_beta, num_rows, HAS_REF: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
     """Ratio, clip, loss and diagnostics of all rows; `rows` gets the derivatives after log_prob and after kl."""
     place = tl.arange(0, ROWS)
@@ -109,24 +104,18 @@ def _grpo_backward_kernel(
     num_rows, num_elements, HAS_REF: tl.constexpr, HAS_STEPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Chain rule through log_prob and kl, whose derivatives by row the forward pass has left in `rows`."""
-    block, row = tl.program_id(0), tl.program_id(1)
-    if HAS_STEPS:
-        step = tl.load(steps + row).to(tl.int32)
-    coefficients = table + step * COLUMNS
+    row = tl.program_id(1)
+    coefficients = coefficients_of(table, steps, step, HAS_STEPS)
     c_v = tl.load(coefficients + C_V)
     outer = tl.load(grad_loss)
     factor = outer * tl.load(rows + 2 * num_rows + row) * 2.0 * tl.load(coefficients + SCALE) * c_v / num_elements
-    place = block * BLOCK + tl.arange(0, BLOCK)
-    inside = place < num_elements
-    offset = row.to(tl.int64) * num_elements + place
-    x = tl.load(latents + offset, inside, other=0.0).to(tl.float32)
-    v = tl.load(velocity + offset, inside, other=0.0).to(tl.float32)
-    mean = tl.load(coefficients + C_X) * x + c_v * v
-    grad = factor * (tl.load(next_latents + offset, inside, other=0.0).to(tl.float32) - mean)
+    offset, inside = own_elements(num_elements, BLOCK)
+    mean, v = mean_of(velocity, latents, coefficients, offset, inside)
+    grad = factor * (load(next_latents, offset, inside) - mean)
     if HAS_REF:
         kl_factor = outer * tl.load(rows + 3 * num_rows + row) * 2.0 * tl.load(coefficients + kl_column)
         kl_factor = kl_factor * c_v * c_v / num_elements
-        grad += kl_factor * (v - tl.load(ref_velocity + offset, inside, other=0.0).to(tl.float32))
+        grad += kl_factor * (v - load(ref_velocity, offset, inside))
     tl.store(grad_velocity + offset, grad.to(grad_velocity.dtype.element_ty), inside)
 
 
@@ -136,8 +125,8 @@ class _GrpoLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, velocity: Tensor, latents: Tensor, next_latents: Tensor, ref_velocity: Tensor | None,
-        old_log_prob: Tensor, advantage: Tensor, weight: Tensor | None, table: Tensor, options: tuple[Any, float,
-        float, int],
+        old_log_prob: Tensor, advantage: Tensor, weight: Tensor | None, table: Tensor,
+        options: tuple[Any, float, float, int],
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         step, clip_range, kl_beta, kl_column = options
         num_rows, num_elements, num_blocks = geometry(latents)
@@ -147,11 +136,11 @@ class _GrpoLoss(torch.autograd.Function):
         table, steps, number, has_steps = step_arguments(table, step)
         _grpo_kernel[(num_blocks, num_rows)](
             velocity, latents, next_latents, velocity if ref_velocity is None else ref_velocity, old_log_prob,
-            advantage, advantage if weight is None else weight, rows, figures, partial, tickets(num_rows,
-            latents.device), table, steps, number, kl_column, clip_range, kl_beta, num_rows, num_elements,
-            num_blocks, HAS_REF=ref_velocity is not None, HAS_WEIGHT=weight is not None, HAS_STEPS=has_steps,
-            BLOCK=BLOCK, BLOCKS=triton.next_power_of_2(num_blocks), ROWS=triton.next_power_of_2(num_rows),
-            **OPTIONS,
+            advantage, advantage if weight is None else weight, rows, figures, partial,
+            tickets(num_rows, latents.device), table, steps, number, kl_column, clip_range, kl_beta, num_rows,
+            num_elements, num_blocks, HAS_REF=ref_velocity is not None, HAS_WEIGHT=weight is not None,
+            HAS_STEPS=has_steps, BLOCK=BLOCK, BLOCKS=triton.next_power_of_2(num_blocks),
+            ROWS=triton.next_power_of_2(num_rows), **OPTIONS,
         )  # fmt: skip
         ctx.save_for_backward(velocity, latents, next_latents, ref_velocity, rows, table)
         ctx.options = options

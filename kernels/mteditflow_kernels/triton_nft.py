@@ -15,7 +15,9 @@ from mteditflow_kernels.triton_common import (
     OPTIONS,
     geometry,
     is_last,
+    load,
     ordered_sum,
+    own_elements,
     tickets,
 )
 
@@ -23,10 +25,10 @@ from mteditflow_kernels.triton_common import (
 @triton.jit
 def _nft_errors(velocity, old_velocity, clean, noise, sigma, offset, inside, beta):
     """x+ - x0 and x- - x0, the velocity, all float32; 0 outside the row."""
-    v = tl.load(velocity + offset, inside, other=0.0).to(tl.float32)
-    old = tl.load(old_velocity + offset, inside, other=0.0).to(tl.float32)
-    x0 = tl.load(clean + offset, inside, other=0.0).to(tl.float32)
-    xt = (1.0 - sigma) * x0 + sigma * tl.load(noise + offset, inside, other=0.0).to(tl.float32)
+    v = load(velocity, offset, inside)
+    old = load(old_velocity, offset, inside)
+    x0 = load(clean, offset, inside)
+    xt = (1.0 - sigma) * x0 + sigma * load(noise, offset, inside)
     positive = xt - sigma * (beta * v + (1.0 - beta) * old) - x0
     negative = xt - sigma * ((1.0 + beta) * old - beta * v) - x0
     return positive, negative, v
@@ -34,15 +36,13 @@ def _nft_errors(velocity, old_velocity, clean, noise, sigma, offset, inside, bet
 
 @triton.jit
 def _nft_kernel(
-    velocity, old_velocity, clean, noise, ref_velocity, sigmas, probability, weight, rows, figures, partial,
-    tickets, beta, kl_beta, max_advantage, num_rows, num_elements, num_blocks, HAS_REF: tl.constexpr, HAS_WEIGHT:
-    tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr,
+    velocity, old_velocity, clean, noise, ref_velocity, sigmas, probability, weight, rows, figures, partial, tickets,
+    beta, kl_beta, max_advantage, num_rows, num_elements, num_blocks, HAS_REF: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Five sums a row; `rows` (4, B) gets policy, kl, w+ and w-, `figures` (3,) loss, policy_loss and kl."""
     block, row = tl.program_id(0), tl.program_id(1)
-    place = block * BLOCK + tl.arange(0, BLOCK)
-    inside = place < num_elements
-    offset = row.to(tl.int64) * num_elements + place
+    offset, inside = own_elements(num_elements, BLOCK)
     sigma = tl.load(sigmas + row)
     positive, negative, v = _nft_errors(velocity, old_velocity, clean, noise, sigma, offset, inside, beta)
     own, stride = partial + row * num_blocks, num_rows * num_blocks
@@ -51,7 +51,7 @@ def _nft_kernel(
     tl.store(own + 2 * stride + block, tl.sum(positive * positive))
     tl.store(own + 3 * stride + block, tl.sum(negative * negative))
     if HAS_REF:
-        difference = v - tl.load(ref_velocity + offset, inside, other=0.0).to(tl.float32)
+        difference = v - load(ref_velocity, offset, inside)
         tl.store(own + 4 * stride + block, tl.sum(difference * difference))
     if is_last(tickets + row, num_blocks):
         scale_positive = tl.maximum(ordered_sum(own, num_blocks, BLOCKS) / num_elements, 1e-5)
@@ -82,14 +82,12 @@ def _nft_kernel(
 @triton.jit
 def _nft_backward_kernel(
     velocity, old_velocity, clean, noise, ref_velocity, sigmas, probability, weight, grad_loss, grad_velocity, rows,
-    beta, kl_beta, max_advantage, num_rows, num_elements, HAS_REF: tl.constexpr, HAS_WEIGHT: tl.constexpr, BLOCK:
-    tl.constexpr,
+    beta, kl_beta, max_advantage, num_rows, num_elements, HAS_REF: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """(2 / D) weight {A_max t [-r (x+ - x0) / w+ + (1 - r) (x- - x0) / w-] + kl_beta (v - v_ref)}"""
-    block, row = tl.program_id(0), tl.program_id(1)
-    place = block * BLOCK + tl.arange(0, BLOCK)
-    inside = place < num_elements
-    offset = row.to(tl.int64) * num_elements + place
+    row = tl.program_id(1)
+    offset, inside = own_elements(num_elements, BLOCK)
     sigma = tl.load(sigmas + row)
     positive, negative, v = _nft_errors(velocity, old_velocity, clean, noise, sigma, offset, inside, beta)
     r = tl.load(probability + row)
@@ -98,7 +96,7 @@ def _nft_backward_kernel(
     grad = (1.0 - r) * negative / tl.load(rows + 3 * num_rows + row) - r * positive / tl.load(rows + 2 * num_rows + row)
     grad = outer * max_advantage * sigma * grad
     if HAS_REF:
-        grad += outer * kl_beta * (v - tl.load(ref_velocity + offset, inside, other=0.0).to(tl.float32))
+        grad += outer * kl_beta * (v - load(ref_velocity, offset, inside))
     tl.store(grad_velocity + offset, grad.to(grad_velocity.dtype.element_ty), inside)
 
 
@@ -116,10 +114,10 @@ class _NftLoss(torch.autograd.Function):
         )
         _nft_kernel[(num_blocks, num_rows)](
             velocity, old_velocity, clean, noise, velocity if ref_velocity is None else ref_velocity, sigma,
-            probability, sigma if weight is None else weight, rows, figures, partial, tickets(num_rows,
-            clean.device), *options, num_rows, num_elements, num_blocks, HAS_REF=ref_velocity is not None,
-            HAS_WEIGHT=weight is not None, BLOCK=BLOCK, BLOCKS=triton.next_power_of_2(num_blocks),
-            ROWS=triton.next_power_of_2(num_rows), **OPTIONS,
+            probability, sigma if weight is None else weight, rows, figures, partial,
+            tickets(num_rows, clean.device), *options, num_rows, num_elements, num_blocks,
+            HAS_REF=ref_velocity is not None, HAS_WEIGHT=weight is not None, BLOCK=BLOCK,
+            BLOCKS=triton.next_power_of_2(num_blocks), ROWS=triton.next_power_of_2(num_rows), **OPTIONS,
         )  # fmt: skip
         ctx.save_for_backward(velocity, old_velocity, clean, noise, ref_velocity, sigma, probability, weight, rows)
         ctx.options = options

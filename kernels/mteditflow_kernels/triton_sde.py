@@ -13,16 +13,18 @@ from torch import Tensor
 from mteditflow_kernels.triton_common import (
     BLOCK,
     C_V,
-    C_X,
-    COLUMNS,
     CONST,
     OPTIONS,
     SCALE,
     STD,
+    coefficients_of,
     geometry,
     is_last,
+    load,
+    mean_of,
     normals,
     ordered_sum,
+    own_elements,
     step_arguments,
     tickets,
 )
@@ -31,28 +33,22 @@ from mteditflow_kernels.triton_common import (
 @triton.jit
 def _normal_kernel(keys, out, num_elements, BLOCK: tl.constexpr):
     block, row = tl.program_id(0), tl.program_id(1)
-    place = block * BLOCK + tl.arange(0, BLOCK)
-    tl.store(out + row.to(tl.int64) * num_elements + place, normals(keys + row * 5, block, BLOCK), place < num_elements)
+    offset, inside = own_elements(num_elements, BLOCK)
+    tl.store(out + offset, normals(keys + row * 5, block, BLOCK), inside)
 
 
 @triton.jit(do_not_specialize=["step"])
 def _step_kernel(
     velocity, latents, next_latents, log_prob, partial, tickets, table, steps, step, keys, num_elements, num_blocks,
-    IS_SAMPLED: tl.constexpr, IS_NOISY: tl.constexpr, HAS_STEPS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS:
-    tl.constexpr,
+    IS_SAMPLED: tl.constexpr, IS_NOISY: tl.constexpr, HAS_STEPS: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Makes next_latents (IS_SAMPLED) or reads them, and scores the stored values."""
     block, row = tl.program_id(0), tl.program_id(1)
-    if HAS_STEPS:
-        step = tl.load(steps + row).to(tl.int32)
-    coefficients = table + step * COLUMNS
+    coefficients = coefficients_of(table, steps, step, HAS_STEPS)
     std = tl.load(coefficients + STD)
-    place = block * BLOCK + tl.arange(0, BLOCK)
-    inside = place < num_elements
-    offset = row.to(tl.int64) * num_elements + place
-    x = tl.load(latents + offset, inside, other=0.0).to(tl.float32)
-    v = tl.load(velocity + offset, inside, other=0.0).to(tl.float32)
-    mean = tl.load(coefficients + C_X) * x + tl.load(coefficients + C_V) * v
+    offset, inside = own_elements(num_elements, BLOCK)
+    mean, _ = mean_of(velocity, latents, coefficients, offset, inside)
     if IS_SAMPLED:
         sample = mean
         if IS_NOISY:
@@ -72,24 +68,17 @@ def _step_kernel(
 
 @triton.jit(do_not_specialize=["step"])
 def _log_prob_backward_kernel(
-    velocity, latents, next_latents, grad_log_prob, grad_velocity, table, steps, step, num_elements, HAS_STEPS:
-    tl.constexpr, BLOCK: tl.constexpr,
+    velocity, latents, next_latents, grad_log_prob, grad_velocity, table, steps, step, num_elements,
+    HAS_STEPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dlog_prob/dv = 2 scale c_v (next - mean) / D."""
-    block, row = tl.program_id(0), tl.program_id(1)
-    if HAS_STEPS:
-        step = tl.load(steps + row).to(tl.int32)
-    coefficients = table + step * COLUMNS
+    row = tl.program_id(1)
+    coefficients = coefficients_of(table, steps, step, HAS_STEPS)
     c_v = tl.load(coefficients + C_V)
     factor = tl.load(grad_log_prob + row) * 2.0 * tl.load(coefficients + SCALE) * c_v / num_elements
-    place = block * BLOCK + tl.arange(0, BLOCK)
-    inside = place < num_elements
-    offset = row.to(tl.int64) * num_elements + place
-    x = tl.load(latents + offset, inside, other=0.0).to(tl.float32)
-    v = tl.load(velocity + offset, inside, other=0.0).to(tl.float32)
-    residual = tl.load(next_latents + offset, inside, other=0.0).to(tl.float32) - (
-        tl.load(coefficients + C_X) * x + c_v * v
-    )
+    offset, inside = own_elements(num_elements, BLOCK)
+    mean, _ = mean_of(velocity, latents, coefficients, offset, inside)
+    residual = load(next_latents, offset, inside) - mean
     tl.store(grad_velocity + offset, (factor * residual).to(grad_velocity.dtype.element_ty), inside)
 
 
@@ -115,9 +104,10 @@ def step_and_score(
     log_prob, partial = (torch.empty(n, device=latents.device) for n in (num_rows, num_rows * num_blocks))
     table, steps, number, has_steps = step_arguments(table, step)
     _step_kernel[(num_blocks, num_rows)](
-        velocity, latents, made, log_prob, partial, tickets(num_rows, latents.device), table, steps, number, table
-        if keys is None else keys, num_elements, num_blocks, IS_SAMPLED=next_latents is None, IS_NOISY=keys is not
-        None, HAS_STEPS=has_steps, BLOCK=BLOCK, BLOCKS=triton.next_power_of_2(num_blocks), **OPTIONS,
+        velocity, latents, made, log_prob, partial, tickets(num_rows, latents.device), table, steps, number,
+        table if keys is None else keys, num_elements, num_blocks, IS_SAMPLED=next_latents is None,
+        IS_NOISY=keys is not None, HAS_STEPS=has_steps, BLOCK=BLOCK, BLOCKS=triton.next_power_of_2(num_blocks),
+        **OPTIONS,
     )  # fmt: skip
     return made, log_prob
 
