@@ -10,7 +10,7 @@ Noise is Philox-4x32-10 and Box-Muller in float32 by polynomials; its difference
 rounds float64, is at most NORMAL_ERROR.
 """
 
-# pyright: reportGeneralTypeIssues=false
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
 
 import torch
 import triton

@@ -1,6 +1,6 @@
 """DiffusionNFT: both implicit policies, adaptive weights, KL and diagnostics in one launch; the gradient in another."""
 
-# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportCallIssue=false, reportOperatorIssue=false
 # (constexpr parameters take plain values)
 
 from typing import Any

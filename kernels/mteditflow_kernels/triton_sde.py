@@ -1,6 +1,6 @@
 """The denoising step with its noise, and the log-prob of stored latents: one kernel, so both give the same bits."""
 
-# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportCallIssue=false, reportOperatorIssue=false
 # (constexpr parameters take plain values)
 
 from typing import Any
