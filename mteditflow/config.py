@@ -138,7 +138,7 @@ class AdvantageConfig:
     credit: Credit = "broadcast"
     """Who gets the advantage: every turn alike (paper's choice), or one of the baselines."""
     std: Literal["group", "global"] = "global"
-    """Standard deviation that divides: of the group (paper), or of the rank's batch (close groups weigh less)."""
+    """Standard deviation that divides: of the group (paper), or of the whole batch (close groups weigh less)."""
     is_whitened: bool = False
     """Normalise the final advantages over the batch once more. Ours."""
 
