@@ -86,5 +86,6 @@ def test_pretraining_makes_a_pipeline_folder_and_goes_on(tmp_path: Path, capsys:
     assert first != second
     capsys.readouterr()
     pretrain.main([*arguments, "--vae", str(tmp_path / "vae"), "--editor_batches", "3"])
+    assert str(tmp_path) not in (tmp_path / "editor-000003" / "vae" / "config.json").read_text()
     said = capsys.readouterr().out
     assert "editor 3:" in said and "editor 2:" not in said

@@ -328,6 +328,7 @@ def main(argv: list[str] | None = None) -> None:
     pipeline = new_pipeline(args.seed)
     if args.vae:
         pipeline.vae = AutoencoderKL.from_pretrained(args.vae)
+        pipeline.vae.register_to_config(_name_or_path="")  # what is shipped names no folder of this machine
     else:
         train_vae(pipeline.vae, args.vae_batches, 32, args.seed)
         pipeline.vae.save_pretrained(args.output / "vae")
