@@ -177,6 +177,11 @@ class ObjectiveConfig:
     """GRPO on the log-prob of noisy steps, or DiffusionNFT on noised final images."""
     clip_range: float = 1e-3
     """GRPO: the ratio is clipped to 1 +- this; grows as the number of latent elements falls (1e-4 at 512 px)."""
+    ratio: Literal["plain", "guard"] = "plain"
+    """GRPO: ratio of the log-probs, or GRPO-Guard's, centred on 1 and of one scale at all steps (its clip_range:
+    2e-6)."""
+    step_weight: Literal["uniform", "inverse_dt"] = "uniform"
+    """GRPO: weight of a denoising step's policy term, alike or 1 / -dt (GRPO-Guard)."""
     kl_beta: float = 0.0
     """Weight of the penalty for leaving the reference, the adapter off (GRPO's kl_beta, NFT's lambda_kl)."""
     kl_form: Literal["published", "exact"] = "published"

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from mteditflow_kernels import counter_normal, counter_uniform
+from mteditflow_kernels import C_V, C_X, STD, counter_normal, counter_uniform
 from torch import Tensor
 
 from mteditflow.config import Config
@@ -74,17 +74,40 @@ def transitions(rollout: Rollout, advantages: Tensor, chunk: Chunk) -> Transitio
     )
 
 
+def chunk_keys(rollout: Rollout, chunk: Chunk, config: Config, iteration: int, denoising_step: int) -> Tensor:
+    """Noise keys (B, 5) of a chunk's rows."""
+    keys = row_keys(
+        rollout.tasks,
+        config.rollout.group_size,
+        seed=config.run.seed,
+        step=iteration,
+        turn=chunk.turn,
+        denoising_step=denoising_step,
+    )
+    return keys[chunk.rows].to(rollout.table.device)
+
+
+def old_velocity(t: Transitions, table: Tensor, keys: Tensor) -> Tensor:
+    """What moved `latents` to `next_latents` in the rollout: the step undone, since its noise can be counted again."""
+    noise = counter_normal(keys, tuple(t.latents.shape[1:]))
+    c_x, c_v, std = (table[t.step, column].reshape(-1, 1, 1) for column in (C_X, C_V, STD))
+    return (t.next_latents - std * noise - c_x * t.latents) / c_v
+
+
 def grpo_chunk(
-    policy: Policy, rollout: Rollout, advantages: Tensor, chunk: Chunk, config: Config, scale: float, _draw: Draw
+    policy: Policy, rollout: Rollout, advantages: Tensor, chunk: Chunk, config: Config, scale: float, draw: Draw
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """GRPO's loss on a chunk, each row weighted by `scale`; nothing is drawn."""
+    """GRPO's loss on a chunk, each row weighted by `scale`."""
     t = transitions(rollout, advantages, chunk)
-    reference = None
+    reference, old = None, None
+    if config.objective.ratio == "guard":
+        keys = chunk_keys(rollout, chunk, config, draw.iteration, chunk.step)
+        old = old_velocity(t, rollout.table, keys).to(t.latents.dtype)
     if config.objective.kl_beta > 0:
         with torch.no_grad(), policy.adapter("off"):
             reference = policy.velocity(t.latents, t.sigma, t.condition)
     velocity = policy.velocity(t.latents, t.sigma, t.condition)
-    return grpo.loss(velocity, t, rollout.table, config.objective, reference, torch.full_like(t.sigma, scale))
+    return grpo.loss(velocity, t, rollout.table, config.objective, reference, old, torch.full_like(t.sigma, scale))
 
 
 def nft_chunk(
@@ -95,18 +118,9 @@ def nft_chunk(
     Where the trained adapter still is the old one (`is_on_policy`), one forward pass gives both velocities.
     """
     turn, rows = rollout.turns[chunk.turn], chunk.rows.to(rollout.table.device)
-    group_size = config.rollout.group_size
 
     def keys(kind: int, number: int) -> Tensor:
-        own = row_keys(
-            rollout.tasks,
-            group_size,
-            seed=config.run.seed,
-            step=draw.iteration,
-            turn=chunk.turn,
-            denoising_step=kind + number,
-        )
-        return own[chunk.rows].to(rollout.table.device)
+        return chunk_keys(rollout, chunk, config, draw.iteration, kind + number)
 
     order = counter_uniform(keys(TIMES_KEY, 0), len(rollout.sigmas) - 1).argsort(dim=1)  # the steps, permuted per row
     sigma = rollout.sigmas[order[:, chunk.step]]

@@ -69,7 +69,7 @@ def test_arguments_that_do_not_go_together(call: Callable[[], object], message: 
 
 
 def test_without_triton_only_the_reference_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mteditflow_kernels.ops._has_triton", lambda: False)
+    monkeypatch.setattr("mteditflow_kernels.backend._has_triton", lambda: False)
     with pytest.raises(ValueError, match="backend is 'triton': triton is not installed"):
         use_backend("triton")
     for name in ("reference", "auto"):

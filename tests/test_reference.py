@@ -91,6 +91,23 @@ def test_cps_log_prob_is_minus_the_mean_square() -> None:
     torch.testing.assert_close(log_prob, -(next_latents - mean).square().mean((1, 2)), rtol=0, atol=F64)
 
 
+def test_guard_ratio_is_linear_in_the_velocity() -> None:
+    """GRPO-Guard's log ratio is mean_d eps (mean - mean_old): no step's scale, no bias below 1."""
+    velocity, latents, next_latents, old_log_prob = make_step()
+    moved = velocity + draw(6, *SHAPE)
+    for row in range(4):
+        own = slice(row, row + 1)
+        _, figures = grpo_loss(
+            moved[own], latents[own], next_latents[own], old_log_prob[own], torch.ones(1).double(), make_table(),
+            STEP[own], clip_range=1.0, old_velocity=velocity[own],
+        )  # fmt: skip
+        noise = counter_normal(make_keys(4), SHAPE[1:]).double()[own]
+        c_v = make_table().double()[STEP[own], C_V]
+        expected = torch.exp((noise * c_v * (moved - velocity)[own]).mean())
+        # the table's scale, float32, is 1 / (2 std^2) to 6e-8; log-probs of up to 100 carry that into the ratio
+        torch.testing.assert_close(figures["ratio_mean"], expected, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_step_gives_the_log_prob_of_what_it_stores(dtype: torch.dtype) -> None:
     velocity, latents, next_latents, log_prob = make_step(dtype)

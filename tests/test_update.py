@@ -119,10 +119,11 @@ def assert_same_adapter(policy: Policy, before: dict[str, Tensor], name: Any = "
     assert all(torch.equal(after[key], weight) for key, weight in before.items())
 
 
+@pytest.mark.parametrize("ratio", ["plain", "guard"])
 @pytest.mark.parametrize("rule", ["sde", "cps"])
 @pytest.mark.parametrize("size", [128, 4, 3])
-def test_ratio_is_exactly_one_before_the_first_update(config: Config, rule: str, size: int) -> None:
-    config = in_chunks(change(config, "rollout", rule=rule), size)
+def test_ratio_is_exactly_one_before_the_first_update(config: Config, rule: str, size: int, ratio: str) -> None:
+    config = change(in_chunks(change(config, "rollout", rule=rule), size), "objective", ratio=ratio)
     policy = build(config)
     figures, _ = step(policy, roll(policy, config), ADVANTAGE, config)
     assert figures["update/first_ratio_error"] == 0 and figures["update/log_prob_difference"] == 0
@@ -184,8 +185,14 @@ def test_accumulation_over_chunks_is_one_big_chunk(config: Config, name: str) ->
     assert gradients[0].abs().max() > 1e-5
 
 
-def test_gradient_is_that_of_the_loss_written_out(config: Config) -> None:
-    """grad of -1/(N K T) sum A log_prob, which at ratio 1 is that of the clipped objective."""
+@pytest.mark.parametrize(
+    ("ratio", "step_weight"), [("plain", "uniform"), ("guard", "uniform"), ("guard", "inverse_dt")]
+)
+def test_gradient_is_that_of_the_loss_written_out(config: Config, ratio: str, step_weight: str) -> None:
+    """grad of -1/(N K T) sum A log_prob, which at ratio 1 is that of the clipped objective; GRPO-Guard's is std times
+    that of a step, and divided by -dt.
+    """
+    config = change(config, "objective", ratio=ratio, step_weight=step_weight)
     policy = build(config)
     rollout = roll(policy, config)
     total = torch.zeros(())
@@ -194,6 +201,10 @@ def test_gradient_is_that_of_the_loss_written_out(config: Config) -> None:
             row, x, y = rollout.table[s], turn.latents[s], turn.latents[s + 1]
             mean = row[0] * x + row[1] * policy.velocity(x, rollout.sigmas[s].expand(4), turn.condition)
             log_prob = -((y - mean) ** 2).flatten(1).mean(1) / (2 * row[2] ** 2)
+            if ratio == "guard":
+                log_prob = log_prob * row[2]
+            if step_weight == "inverse_dt":
+                log_prob = log_prob / (rollout.sigmas[s] - rollout.sigmas[s + 1])
             total = total - (ADVANTAGE[:, t] * log_prob).sum() / (4 * 2 * len(rollout.trained_steps))
     expected = torch.cat([g.flatten() for g in torch.autograd.grad(total, [p for _, p in policy.trainable])])
     _, (gradient,) = step(policy, rollout, ADVANTAGE, config)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from itertools import product
 
 import pytest
+import registered_cases
 import torch
 from mteditflow_kernels import (
     STD,
@@ -134,9 +135,11 @@ def test_gradient_of_the_log_prob(dtype: torch.dtype, shape: tuple[int, ...]) ->
         assert_near(own / exact.abs().max(), eager / exact.abs().max(), exact / exact.abs().max(), ROUNDING[dtype])
 
 
-@pytest.mark.parametrize(("dtype", "shape", "kl_form"), product(DTYPES, SHAPES, ["published", "exact"]))
+@pytest.mark.parametrize(("dtype", "shape", "kl_form"), product(DTYPES, SHAPES, ["published", "exact", "guard"]))
 def test_grpo(dtype: torch.dtype, shape: tuple[int, ...], kl_form: str) -> None:
-    """Rows clipped above and below and not at all, all weights; the loss, every diagnostic and the gradient."""
+    """Rows clipped above and below and not at all, all weights; the loss, every diagnostic and the gradient. The third
+    form is GRPO-Guard's ratio.
+    """
     table, clip_range = step_table(SIGMAS, noise_level=0.9), 1e-3
     velocity, latents, ref = (draw(i, *shape, dtype=dtype) for i in range(3))
     advantage = torch.tensor([1.0, -2.0, 0.5, -1.0]).repeat(4)[: shape[0]]
@@ -146,13 +149,17 @@ def test_grpo(dtype: torch.dtype, shape: tuple[int, ...], kl_form: str) -> None:
         made, old = reference.sde_step(velocity, latents, table, step, make_keys(shape[0]))
         old = old - shift
         figures: dict[object, dict[str, Tensor]] = {}
+        old_velocity = velocity + 0.01 * draw(7, *shape, dtype=dtype) if kl_form == "guard" else None
 
         def run(
-            op: Callable, v: Tensor, to: torch.dtype, step=step, weight=weight, made=made, old=old, figures=figures
-        ) -> Tensor:
+            op: Callable, v: Tensor, to: torch.dtype, step=step, weight=weight, made=made, old=old, figures=figures,
+            old_velocity=old_velocity,
+        ) -> Tensor:  # fmt: skip
             loss, figures[op, to] = op(
                 v, latents.to(to), made.to(to), old.to(to if to == torch.float64 else torch.float32), advantage, table,
-                step, clip_range=clip_range, kl_beta=0.1, ref_velocity=ref.to(to), kl_form=kl_form, weight=weight,
+                step, clip_range=clip_range, kl_beta=0.1, ref_velocity=ref.to(to), weight=weight,
+                kl_form="published" if kl_form == "guard" else kl_form,
+                old_velocity=None if old_velocity is None else old_velocity.to(to),
             )  # fmt: skip
             return loss
 
@@ -206,3 +213,14 @@ def test_nft_without_preference_is_flat_at_the_old_policy() -> None:
     half, sigma = torch.full((3,), 0.5), torch.tensor([1.0, 0.5, 0.1])
     loss, grad = gradient(lambda v: nft_loss(v, velocity, clean, noise, sigma, half, beta=1.0)[0], velocity)
     assert loss > 0 and not grad.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", registered_cases.registered_arguments(torch.float32))
+def test_opcheck(name: str, dtype: torch.dtype) -> None:
+    registered_cases.check_op(name, dtype)
+
+
+@pytest.mark.parametrize("name", registered_cases.calls())
+def test_compiled_without_a_graph_break(name: str) -> None:
+    registered_cases.check_compiled(name, "aot_eager")

@@ -2,53 +2,17 @@
 
 `reference` says what each op computes. Triton runs on CUDA tensors of float32, bfloat16 and float16; float64 is always
 eager. Both give a row the same bits in every batch, and the log-prob that training computes those of the rollout, but
-not each other's bits.
+not each other's bits. Inside torch.compile the ops are those of `registered`.
 """
-
-from functools import cache
-from importlib import import_module
-from importlib.util import find_spec
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from mteditflow_kernels import philox, reference
+from mteditflow_kernels import philox, reference, registered
+from mteditflow_kernels.backend import is_triton, triton
+from mteditflow_kernels.reference import GRPO_FIGURES, NFT_FIGURES
 
-BACKENDS = ("auto", "triton", "reference")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_chosen = "auto"
-
-GRPO_FIGURES = (
-    *("ratio_mean", "ratio_error", "clip_fraction", "approx_kl", "kl", "policy_loss", "log_prob_difference"),
-)
-
-
-def use_backend(name: str) -> None:
-    """'auto': Triton for CUDA tensors where it is installed; 'triton': Triton or an error; 'reference': eager torch."""
-    global _chosen
-    if name not in BACKENDS:
-        raise ValueError(f"backend is {name!r}: must be one of {', '.join(BACKENDS)}")
-    if name == "triton" and not _has_triton():
-        raise ValueError("backend is 'triton': triton is not installed, pip install triton")
-    _chosen = name
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
-
-
-@cache
-def _triton(part: str) -> ModuleType:
-    """The Triton implementation of a part of the ops; imported when it first runs."""
-    return import_module(f"mteditflow_kernels.triton_{part}")
-
-
-def _is_triton(tensor: Tensor) -> bool:
-    if _chosen == "reference" or tensor.dtype == torch.float64:
-        return False
-    return _chosen == "triton" or (tensor.is_cuda and _has_triton())
 
 
 def _check_latents(like: Tensor, **tensors: Tensor | None) -> None:
@@ -93,7 +57,7 @@ def _check_step(like: Tensor, table: Tensor, step: Tensor | int) -> None:
             f"step is {step.dtype} {tuple(step.shape)} on {step.device}: must be an int, or int64 of shape "
             f"({len(like)},) on {like.device}"
         )
-    elif step.is_cuda:
+    elif step.is_cuda or torch.compiler.is_compiling():
         return  # its values are not the host's to know
     else:
         smallest, largest = int(step.min()), int(step.max())
@@ -109,31 +73,45 @@ def _check_keys(like: Tensor, keys: Tensor) -> None:
         )
 
 
+def _split(step: Tensor | int) -> tuple[Tensor | None, int]:
+    """A step per row, or one for all, as the registered ops take it."""
+    return (None, step) if isinstance(step, int) else (step, 0)
+
+
+def _rows(like: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
+    """What the kernels read one number of per row: float32 (float64 for such latents), contiguous."""
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return [None if tensor is None else tensor.detach().to(dtype).contiguous() for tensor in tensors]
+
+
 def counter_normal(keys: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Standard normal numbers, float32 (B, *shape), a function of `keys` (B, 5) int64 and the element alone."""
     _check_keys(keys, keys)
-    if _is_triton(keys):
-        return _triton("sde").normal(keys.contiguous(), shape)
+    if torch.compiler.is_compiling():
+        return registered.counter_normal(keys.contiguous(), list(shape))
+    if is_triton(keys):
+        return triton("sde").normal(keys.contiguous(), shape)
     return philox.counter_normal(keys, shape)
 
 
 def sde_step(
-    velocity: Tensor, latents: Tensor, table: Tensor, step: Tensor | int, keys: Tensor | None
+    velocity: Tensor, latents: Tensor, table: Tensor, step: Tensor | int, noise_keys: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """One denoising step: next_latents (B, ...) in the dtype of `latents`, and log_prob (B,) of these stored values.
 
-    `keys` (B, 5) int64 are the noise keys of `counter_normal`; None draws no noise, which only an ODE step can do
+    `noise_keys` (B, 5) int64 are the keys of `counter_normal`; None draws no noise, which only an ODE step can do
     without. `step` (B,) int64, or one for all rows. Raises ValueError for arguments that do not go together.
     """
     _check_latents(latents, latents=latents, velocity=velocity)
     _check_step(latents, table, step)
-    if keys is not None:
-        _check_keys(latents, keys)
-    if _is_triton(latents):
-        return _triton("sde").step_and_score(
-            velocity, latents, None, table, step, None if keys is None else keys.contiguous()
-        )
-    return reference.sde_step(velocity, latents, table, step, keys)
+    if noise_keys is not None:
+        _check_keys(latents, noise_keys)
+        noise_keys = noise_keys.contiguous()
+    if torch.compiler.is_compiling():
+        return registered.sde_step(velocity.detach(), latents.detach(), table, *_split(step), noise_keys)
+    if is_triton(latents):
+        return triton("sde").step_and_score(velocity, latents, None, table, step, noise_keys)
+    return reference.sde_step(velocity, latents, table, step, noise_keys)
 
 
 def sde_log_prob(velocity: Tensor, latents: Tensor, next_latents: Tensor, table: Tensor, step: Tensor | int) -> Tensor:
@@ -142,8 +120,10 @@ def sde_log_prob(velocity: Tensor, latents: Tensor, next_latents: Tensor, table:
     """
     _check_latents(latents, latents=latents, velocity=velocity, next_latents=next_latents)
     _check_step(latents, table, step)
-    if _is_triton(latents):
-        return _triton("sde").log_prob(velocity, latents, next_latents, table, step)
+    if torch.compiler.is_compiling():
+        return registered.sde_log_prob(velocity, latents, next_latents, table, *_split(step))
+    if is_triton(latents):
+        return triton("sde").log_prob(velocity, latents, next_latents, table, step)
     return reference.sde_log_prob(velocity, latents, next_latents, table, step)
 
 
@@ -160,24 +140,31 @@ def grpo_loss(
     kl_beta: float = 0.0,
     ref_velocity: Tensor | None = None,
     kl_form: str = "published",
+    old_velocity: Tensor | None = None,
     weight: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`reference.grpo_loss`; differentiable in velocity. Raises ValueError for arguments that do not go together."""
-    _check_latents(latents, latents=latents, velocity=velocity, next_latents=next_latents, ref_velocity=ref_velocity)
+    own = {"velocity": velocity, "next_latents": next_latents, "ref_velocity": ref_velocity}
+    _check_latents(latents, latents=latents, **own, old_velocity=old_velocity)
     _check_rows(latents, old_log_prob=old_log_prob, advantage=advantage, weight=weight)
     _check_step(latents, table, step)
     reference.check_kl(kl_beta, ref_velocity, kl_form)
-    if not _is_triton(latents):
+    is_compiling = torch.compiler.is_compiling()
+    if not is_compiling and not is_triton(latents):
         return reference.grpo_loss(
-            velocity, latents, next_latents, old_log_prob, advantage, table, step,
-            clip_range=clip_range, kl_beta=kl_beta, ref_velocity=ref_velocity, kl_form=kl_form, weight=weight,
+            velocity, latents, next_latents, old_log_prob, advantage, table, step, clip_range=clip_range,
+            kl_beta=kl_beta, ref_velocity=ref_velocity, kl_form=kl_form, old_velocity=old_velocity, weight=weight,
         )  # fmt: skip
-    column = reference.KL_EXACT if kl_form == "exact" else reference.KL_PUBLISHED
-    loss, figures = _triton("grpo").loss(
-        velocity, latents, next_latents, ref_velocity, *_rows(old_log_prob, advantage, weight), table,
-        (step, clip_range, kl_beta, column),
-    )  # fmt: skip
-    return loss, dict(zip(GRPO_FIGURES, figures[1:].unbind(), strict=True))
+    tensors = velocity, latents, next_latents, ref_velocity, old_velocity
+    rows = _rows(latents, old_log_prob, advantage, weight)
+    if is_compiling:
+        loss, figures, _ = registered.grpo_loss(
+            *tensors, *rows, table, *_split(step), float(clip_range), float(kl_beta), kl_form
+        )
+    else:
+        column = reference.KL_EXACT if kl_form == "exact" else reference.KL_PUBLISHED
+        loss, figures = triton("grpo").loss(tensors, tuple(rows), table, step, clip_range, kl_beta, column)
+    return loss, dict(zip(GRPO_FIGURES, figures.detach().unbind(), strict=True))
 
 
 def nft_loss(
@@ -199,18 +186,16 @@ def nft_loss(
     _check_latents(clean_latents, clean_latents=clean_latents, **own)
     _check_rows(clean_latents, sigma=sigma, reward_probability=reward_probability, weight=weight)
     reference.check_kl(kl_beta, ref_velocity, "published")
-    if not _is_triton(clean_latents):
+    is_compiling = torch.compiler.is_compiling()
+    if not is_compiling and not is_triton(clean_latents):
         return reference.nft_loss(
             velocity, old_velocity, clean_latents, noise, sigma, reward_probability, beta=beta, kl_beta=kl_beta,
             ref_velocity=ref_velocity, max_advantage=max_advantage, weight=weight,
         )  # fmt: skip
-    loss, figures = _triton("nft").loss(
-        velocity, old_velocity.detach(), clean_latents, noise, ref_velocity,
-        *_rows(sigma, reward_probability, weight), (beta, kl_beta, max_advantage),
-    )  # fmt: skip
-    return loss, dict(zip(("policy_loss", "kl"), figures[1:].unbind(), strict=True))
-
-
-def _rows(*tensors: Tensor | None) -> list[Tensor | None]:
-    """What the kernels read one number of per row: float32, contiguous."""
-    return [None if tensor is None else tensor.detach().to(torch.float32).contiguous() for tensor in tensors]
+    tensors = velocity, old_velocity.detach(), clean_latents, noise, ref_velocity
+    rows = _rows(clean_latents, sigma, reward_probability, weight)
+    if is_compiling:
+        loss, figures, _ = registered.nft_loss(*tensors, *rows, float(beta), float(kl_beta), float(max_advantage))
+    else:
+        loss, figures = triton("nft").loss(tensors, tuple(rows), beta, kl_beta, max_advantage)
+    return loss, dict(zip(NFT_FIGURES, figures.detach().unbind(), strict=True))

@@ -71,7 +71,7 @@ def counter_normal(keys: Tensor, shape: tuple[int, ...]) -> Tensor:
     radius = torch.sqrt(-2.0 * torch.log((uniforms[..., 0::2] + 1.0) * 2.0**-24))  # (B, n, 2)
     angle = uniforms[..., 1::2] * (2.0 * math.pi * 2.0**-24)
     normals = torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)], dim=-1)  # (B, n, 2, 2)
-    return normals.to(torch.float32).flatten(1)[:, :num_elements].reshape(len(keys), *shape)
+    return normals.to(torch.float32).flatten(1)[:, :num_elements].reshape(len(keys), *shape).contiguous()
 
 
 def noise_keys(*, seed: int, step: int, task: Tensor, trajectory: Tensor, turn: int, denoising_step: int) -> Tensor:

@@ -24,6 +24,10 @@ from mteditflow_kernels.philox import counter_normal
 
 C_X, C_V, STD, LOG_PROB_SCALE, LOG_PROB_CONST, KL_PUBLISHED, KL_EXACT = range(7)
 NUM_COLUMNS = 7
+GRPO_FIGURES = (
+    *("ratio_mean", "ratio_error", "clip_fraction", "approx_kl", "kl", "policy_loss", "log_prob_difference"),
+)
+NFT_FIGURES = ("policy_loss", "kl")
 
 
 class _RowMean(torch.autograd.Function):
@@ -89,19 +93,29 @@ def sde_log_prob(velocity: Tensor, latents: Tensor, next_latents: Tensor, table:
     return log_prob.masked_fill(coefficients[:, STD] == 0, torch.nan)
 
 
+def sde_log_prob_backward(
+    grad_log_prob: Tensor, velocity: Tensor, latents: Tensor, next_latents: Tensor, table: Tensor, step: Tensor | int
+) -> Tensor:
+    """dlog_prob/dv = 2 scale c_v (next - mean) / D, times grad_log_prob (B,)."""
+    x, v, next_latents = _upcast(latents, velocity, next_latents)
+    coefficients = _coefficients(table, step, x)
+    slope = grad_log_prob * 2 * coefficients[:, LOG_PROB_SCALE] * coefficients[:, C_V] / x[0].numel()
+    return (_column(slope, x) * (next_latents - _mean(v, x, coefficients))).to(velocity.dtype)
+
+
 def sde_step(
-    velocity: Tensor, latents: Tensor, table: Tensor, step: Tensor | int, keys: Tensor | None
+    velocity: Tensor, latents: Tensor, table: Tensor, step: Tensor | int, noise_keys: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """One denoising step: next_latents (B, ...) in the dtype of `latents`, and log_prob (B,) of these stored values.
 
-    `keys` (B, 5) int64 are the noise keys of `counter_normal`; None draws no noise, which only an ODE step can do
+    `noise_keys` (B, 5) int64 are the noise keys of `counter_normal`; None draws no noise, which only an ODE step can do
     without. `step` (B,) int64, or one for all rows.
     """
     velocity_, latents_ = _upcast(velocity, latents)
     coefficients = _coefficients(table, step, latents_)
     next_latents = _mean(velocity_, latents_, coefficients)
-    if keys is not None:
-        noise = counter_normal(keys, tuple(latents.shape[1:])).to(latents_.dtype)
+    if noise_keys is not None:
+        noise = counter_normal(noise_keys, tuple(latents.shape[1:])).to(latents_.dtype)
         next_latents = next_latents + _column(coefficients[:, STD], latents) * noise
     next_latents = next_latents.to(latents.dtype)
     return next_latents, sde_log_prob(velocity, latents, next_latents, table, step)
@@ -113,6 +127,19 @@ def check_kl(kl_beta: float, ref_velocity: Tensor | None, kl_form: str) -> None:
         raise ValueError(f"kl_form is {kl_form!r}: must be 'published' or 'exact'")
     if kl_beta > 0 and ref_velocity is None:
         raise ValueError(f"kl_beta is {kl_beta}: the penalty needs ref_velocity")
+
+
+def _log_ratio(
+    velocity: Tensor, latents: Tensor, next_latents: Tensor, old_log_prob: Tensor, old_velocity: Tensor | None,
+    table: Tensor, step: Tensor | int,
+) -> Tensor:  # fmt: skip
+    """log_prob - old_log_prob (B,); GRPO-Guard's where the old velocity is given."""
+    log_ratio = sde_log_prob(velocity, latents, next_latents, table, step) - old_log_prob
+    if old_velocity is None:
+        return log_ratio
+    c = _coefficients(table, step, velocity)
+    moved = _column(c[:, C_V], latents) * (velocity - old_velocity.to(velocity.dtype))
+    return (log_ratio + c[:, LOG_PROB_SCALE] * row_mean(moved.square())) * c[:, STD]
 
 
 def grpo_loss(
@@ -128,18 +155,23 @@ def grpo_loss(
     kl_beta: float = 0.0,
     ref_velocity: Tensor | None = None,
     kl_form: str = "published",
+    old_velocity: Tensor | None = None,
     weight: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Flow-GRPO's objective: sum_b weight_b [max(-A ratio, -A clip(ratio)) + kl_beta kl], weight 1/B by default.
 
-    Latents and velocities (B, ...); old_log_prob, advantage, weight (B,). The diagnostics are 0-d, unweighted,
-    detached: ratio_mean, ratio_error (largest |ratio - 1|), clip_fraction, approx_kl, kl, policy_loss,
-    log_prob_difference (largest |log_prob - old_log_prob|). An ODE row makes the loss NaN.
+    Latents and velocities (B, ...); old_log_prob, advantage, weight (B,). With `old_velocity`, that of the rollout, the
+    ratio is GRPO-Guard's (arXiv 2510.22319), whose log is linear in the velocity and alike in scale at every step:
+
+        exp(std (log_prob - old_log_prob + scale mean_d (mean - mean_old)^2))
+
+    The diagnostics are 0-d, unweighted, detached: ratio_mean, ratio_error (largest |ratio - 1|), clip_fraction,
+    approx_kl, kl, policy_loss, log_prob_difference (largest |log ratio|). An ODE row makes the loss NaN.
     """
     check_kl(kl_beta, ref_velocity, kl_form)
     velocity, latents = _upcast(velocity, latents)
     coefficients = _coefficients(table, step, latents)
-    log_ratio = sde_log_prob(velocity, latents, next_latents, table, step) - old_log_prob
+    log_ratio = _log_ratio(velocity, latents, next_latents, old_log_prob, old_velocity, table, step)
     ratio = torch.exp(log_ratio)  # (B,)
     policy = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip_range, 1 + clip_range))
     kl = torch.zeros_like(ratio)
@@ -162,6 +194,41 @@ def grpo_loss(
     return loss, {name: value.detach() for name, value in diagnostics.items()}
 
 
+def grpo_loss_backward(
+    grad_loss: Tensor,
+    velocity: Tensor,
+    latents: Tensor,
+    next_latents: Tensor,
+    old_log_prob: Tensor,
+    advantage: Tensor,
+    table: Tensor,
+    step: Tensor | int,
+    *,
+    clip_range: float,
+    kl_beta: float,
+    ref_velocity: Tensor | None,
+    kl_form: str,
+    old_velocity: Tensor | None,
+    weight: Tensor | None,
+) -> Tensor:
+    """The gradient of `velocity` in closed form; GRPO-Guard's takes the residual to the old mean."""
+    v, x = _upcast(velocity, latents)
+    c = _coefficients(table, step, x)
+    ratio = torch.exp(_log_ratio(v, x, next_latents, old_log_prob, old_velocity, table, step))
+    is_clipped = ((advantage > 0) & (ratio > 1 + clip_range)) | ((advantage < 0) & (ratio < 1 - clip_range))
+    share = grad_loss * (1 / len(x) if weight is None else weight)
+    slope = (share * -advantage * ratio).masked_fill(is_clipped, 0)  # after the log ratio
+    mean = _mean(v if old_velocity is None else old_velocity.to(v.dtype), x, c)
+    slope = slope if old_velocity is None else slope * c[:, STD]
+    slope = slope * 2 * c[:, LOG_PROB_SCALE] * c[:, C_V] / x[0].numel()
+    grad = _column(slope, x) * (next_latents.to(x.dtype) - mean)
+    if ref_velocity is not None:
+        coefficient = c[:, KL_EXACT if kl_form == "exact" else KL_PUBLISHED]
+        slope = kl_beta * share * 2 * coefficient * c[:, C_V].square() / x[0].numel()
+        grad = grad + _column(slope, x) * (v - ref_velocity.to(v.dtype))
+    return grad.to(velocity.dtype)
+
+
 def noised(clean_latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
     """(1 - sigma) x0 + sigma eps, (B, ...), float32 or float64; `sigma` (B,)."""
     clean_latents, noise, sigma = _upcast(clean_latents, noise, sigma)
@@ -169,11 +236,20 @@ def noised(clean_latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
     return (1 - level) * clean_latents + level * noise
 
 
-def _nft_term(velocity: Tensor, latents: Tensor, clean_latents: Tensor, level: Tensor) -> Tensor:
-    """L (B,) = mean_d (xh - x0)^2 / w with xh = xt - t v and w = max(mean_d |xh - x0|, 1e-5) held constant."""
-    error = latents - level * velocity - clean_latents
-    scale = row_mean(error.detach().abs()).clamp(min=1e-5)
-    return row_mean(error.square()) / scale
+def _nft_errors(
+    velocity: Tensor, old_velocity: Tensor, clean_latents: Tensor, noise: Tensor, sigma: Tensor, beta: float
+) -> tuple[Tensor, Tensor]:
+    """x0 of the implicit good and bad policies minus the true one, (B, ...) each: xt - t v+- - x0."""
+    latents = noised(clean_latents, noise, sigma).to(velocity.dtype)
+    old_velocity, level = old_velocity.to(velocity.dtype), _column(sigma.to(velocity.dtype), latents)
+    positive = latents - level * (beta * velocity + (1 - beta) * old_velocity) - clean_latents
+    negative = latents - level * ((1 + beta) * old_velocity - beta * velocity) - clean_latents
+    return positive, negative
+
+
+def _nft_scale(error: Tensor) -> Tensor:
+    """w (B,) = max(mean_d |error|, 1e-5), held constant."""
+    return row_mean(error.detach().abs()).clamp(min=1e-5)
 
 
 def nft_loss(
@@ -198,14 +274,38 @@ def nft_loss(
     """
     check_kl(kl_beta, ref_velocity, "published")
     velocity, clean_latents = _upcast(velocity, clean_latents)
-    old_velocity = old_velocity.detach().to(velocity.dtype)
-    latents = noised(clean_latents, noise, sigma).to(velocity.dtype)
-    level = _column(sigma.to(velocity.dtype), latents)
-    positive = _nft_term(beta * velocity + (1 - beta) * old_velocity, latents, clean_latents, level)
-    negative = _nft_term((1 + beta) * old_velocity - beta * velocity, latents, clean_latents, level)
+    errors = _nft_errors(velocity, old_velocity.detach(), clean_latents, noise, sigma, beta)
+    positive, negative = (row_mean(error.square()) / _nft_scale(error) for error in errors)
     policy = max_advantage * (reward_probability * positive + (1 - reward_probability) * negative) / beta  # (B,)
     kl = torch.zeros_like(policy)
     if ref_velocity is not None:
         kl = row_mean((velocity - ref_velocity.to(velocity.dtype)).square())
     loss = _weighted_sum(policy + kl_beta * kl if kl_beta > 0 else policy, weight)
     return loss, {"policy_loss": policy.mean().detach(), "kl": kl.mean().detach()}
+
+
+def nft_loss_backward(
+    grad_loss: Tensor,
+    velocity: Tensor,
+    old_velocity: Tensor,
+    clean_latents: Tensor,
+    noise: Tensor,
+    sigma: Tensor,
+    reward_probability: Tensor,
+    *,
+    beta: float,
+    kl_beta: float,
+    ref_velocity: Tensor | None,
+    max_advantage: float,
+    weight: Tensor | None,
+) -> Tensor:
+    """(2 / D) weight {A_max t [-r (x+ - x0) / w+ + (1 - r) (x- - x0) / w-] + kl_beta (v - v_ref)}, as (B, ...)."""
+    v, x0 = _upcast(velocity, clean_latents)
+    positive, negative = _nft_errors(v, old_velocity, x0, noise, sigma, beta)
+    share = grad_loss * (1 / len(x0) if weight is None else weight) * 2 / x0[0].numel()  # 0-d or (B,)
+    good = share * max_advantage * sigma * reward_probability / _nft_scale(positive)
+    bad = share * max_advantage * sigma * (1 - reward_probability) / _nft_scale(negative)
+    grad = _column(bad, x0) * negative - _column(good, x0) * positive
+    if ref_velocity is not None:
+        grad = grad + _column(kl_beta * share.expand(len(x0)), x0) * (v - ref_velocity.to(v.dtype))
+    return grad.to(velocity.dtype)

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mteditflow_kernels.reference import NFT_FIGURES
 from mteditflow_kernels.triton_common import (
     BLOCK,
     OPTIONS,
@@ -36,11 +37,11 @@ def _nft_errors(velocity, old_velocity, clean, noise, sigma, offset, inside, bet
 
 @triton.jit
 def _nft_kernel(
-    velocity, old_velocity, clean, noise, ref_velocity, sigmas, probability, weight, rows, figures, partial, tickets,
-    beta, kl_beta, max_advantage, num_rows, num_elements, num_blocks, HAS_REF: tl.constexpr,
+    velocity, old_velocity, clean, noise, ref_velocity, sigmas, probability, weight, loss, rows, figures, partial,
+    tickets, beta, kl_beta, max_advantage, num_rows, num_elements, num_blocks, HAS_REF: tl.constexpr,
     HAS_WEIGHT: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Five sums a row; `rows` (4, B) gets policy, kl, w+ and w-, `figures` (3,) loss, policy_loss and kl."""
+    """Five sums a row; `rows` (4, B) gets policy, kl, w+ and w-, `figures` (2,) policy_loss and kl."""
     block, row = tl.program_id(0), tl.program_id(1)
     offset, inside = own_elements(num_elements, BLOCK)
     sigma = tl.load(sigmas + row)
@@ -74,9 +75,9 @@ def _nft_kernel(
             share = tl.full((ROWS,), 1.0, tl.float32) / num_rows
             if HAS_WEIGHT:
                 share = tl.load(weight + each, real, other=0.0)
-            tl.store(figures, tl.sum((policy + kl_beta * penalty) * share))
-            tl.store(figures + 1, tl.sum(policy) / num_rows)
-            tl.store(figures + 2, tl.sum(penalty) / num_rows)
+            tl.store(loss, tl.sum((policy + kl_beta * penalty) * share))
+            tl.store(figures, tl.sum(policy) / num_rows)
+            tl.store(figures + 1, tl.sum(penalty) / num_rows)
 
 
 @triton.jit
@@ -100,41 +101,63 @@ def _nft_backward_kernel(
     tl.store(grad_velocity + offset, grad.to(grad_velocity.dtype.element_ty), inside)
 
 
-class _NftLoss(torch.autograd.Function):
-    """Loss and (3,) figures; `options` are (beta, kl_beta, max_advantage)."""
+Latents = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]
+Rows = tuple[Tensor, Tensor, Tensor | None]
 
+
+def forward(
+    latents: Latents, rows: Rows, beta: float, kl_beta: float, max_advantage: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, figures (2,) and what the backward pass needs, of (velocity, old_velocity, clean_latents, noise,
+    ref_velocity) and (sigma, reward_probability, weight).
+    """
+    velocity, old_velocity, clean, noise, ref_velocity = latents
+    sigma, probability, weight = rows
+    num_rows, num_elements, num_blocks = geometry(clean)
+    loss, figures = torch.empty((), device=clean.device), torch.empty(len(NFT_FIGURES), device=clean.device)
+    sums, partial = (torch.empty(n, device=clean.device) for n in (4 * num_rows, 5 * num_rows * num_blocks))
+    _nft_kernel[(num_blocks, num_rows)](
+        velocity, old_velocity, clean, noise, velocity if ref_velocity is None else ref_velocity, sigma, probability,
+        sigma if weight is None else weight, loss, sums, figures, partial, tickets(num_rows, clean.device), beta,
+        kl_beta, max_advantage, num_rows, num_elements, num_blocks, HAS_REF=ref_velocity is not None,
+        HAS_WEIGHT=weight is not None, BLOCK=BLOCK, BLOCKS=triton.next_power_of_2(num_blocks),
+        ROWS=triton.next_power_of_2(num_rows), **OPTIONS,
+    )  # fmt: skip
+    return loss, figures, sums
+
+
+def backward(
+    grad_loss: Tensor, latents: Latents, rows: Rows, sums: Tensor, beta: float, kl_beta: float, max_advantage: float
+) -> Tensor:
+    """The gradient of `velocity`."""
+    velocity, old_velocity, clean, noise, ref_velocity = latents
+    sigma, probability, weight = rows
+    num_rows, num_elements, num_blocks = geometry(clean)
+    grad = torch.empty_like(velocity)
+    _nft_backward_kernel[(num_blocks, num_rows)](
+        velocity, old_velocity, clean, noise, velocity if ref_velocity is None else ref_velocity, sigma, probability,
+        sigma if weight is None else weight, grad_loss, grad, sums, beta, kl_beta, max_advantage, num_rows,
+        num_elements, HAS_REF=ref_velocity is not None, HAS_WEIGHT=weight is not None, BLOCK=BLOCK, **OPTIONS,
+    )  # fmt: skip
+    return grad
+
+
+class _NftLoss(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, velocity: Tensor, old_velocity: Tensor, clean: Tensor, noise: Tensor, ref_velocity: Tensor | None,
-        sigma: Tensor, probability: Tensor, weight: Tensor | None, options: tuple[float, float, float],
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        num_rows, num_elements, num_blocks = geometry(clean)
-        rows, figures, partial = (
-            torch.empty(n, device=clean.device) for n in (4 * num_rows, 3, 5 * num_rows * num_blocks)
-        )
-        _nft_kernel[(num_blocks, num_rows)](
-            velocity, old_velocity, clean, noise, velocity if ref_velocity is None else ref_velocity, sigma,
-            probability, sigma if weight is None else weight, rows, figures, partial,
-            tickets(num_rows, clean.device), *options, num_rows, num_elements, num_blocks,
-            HAS_REF=ref_velocity is not None, HAS_WEIGHT=weight is not None, BLOCK=BLOCK,
-            BLOCKS=triton.next_power_of_2(num_blocks), ROWS=triton.next_power_of_2(num_rows), **OPTIONS,
-        )  # fmt: skip
-        ctx.save_for_backward(velocity, old_velocity, clean, noise, ref_velocity, sigma, probability, weight, rows)
+    def forward(ctx: Any, velocity: Tensor, others: Any, rows: Rows, options: tuple[float, float, float]) -> Any:
+        latents = (velocity.detach(), *others)
+        loss, figures, sums = forward(latents, rows, *options)
+        ctx.save_for_backward(*latents, *rows, sums)
         ctx.options = options
         ctx.mark_non_differentiable(figures)
-        return figures[0].clone(), figures
+        return loss, figures
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        velocity, old_velocity, clean, noise, ref_velocity, sigma, probability, weight, rows = ctx.saved_tensors
-        num_rows, num_elements, num_blocks = geometry(clean)
-        grad = torch.empty_like(velocity)
-        _nft_backward_kernel[(num_blocks, num_rows)](
-            velocity, old_velocity, clean, noise, velocity if ref_velocity is None else ref_velocity, sigma,
-            probability, sigma if weight is None else weight, grad_outputs[0], grad, rows, *ctx.options, num_rows,
-            num_elements, HAS_REF=ref_velocity is not None, HAS_WEIGHT=weight is not None, BLOCK=BLOCK, **OPTIONS,
-        )  # fmt: skip
-        return grad, *[None] * 8
+        saved = ctx.saved_tensors
+        return backward(grad_outputs[0], saved[:5], saved[5:8], saved[8], *ctx.options), None, None, None
 
 
-loss = _NftLoss.apply
+def loss(latents: Latents, rows: Rows, beta: float, kl_beta: float, max_advantage: float) -> tuple[Tensor, Tensor]:
+    """`forward`, differentiable in velocity, without the dispatcher."""
+    return _NftLoss.apply(latents[0], latents[1:], rows, (beta, kl_beta, max_advantage))

@@ -112,6 +112,20 @@ def step_and_score(
     return made, log_prob
 
 
+def log_prob_backward(
+    grad_log_prob: Tensor, velocity: Tensor, latents: Tensor, next_latents: Tensor, table: Tensor, step: Tensor | int
+) -> Tensor:
+    """The gradient of `velocity`."""
+    num_rows, num_elements, num_blocks = geometry(latents)
+    grad = torch.empty_like(velocity)
+    table, steps, number, has_steps = step_arguments(table, step)
+    _log_prob_backward_kernel[(num_blocks, num_rows)](
+        velocity, latents, next_latents, grad_log_prob.contiguous(), grad, table, steps, number, num_elements,
+        HAS_STEPS=has_steps, BLOCK=BLOCK, **OPTIONS,
+    )  # fmt: skip
+    return grad
+
+
 class _LogProb(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, velocity: Tensor, latents: Tensor, next_latents: Tensor, table: Tensor, step: Any) -> Tensor:
@@ -121,15 +135,7 @@ class _LogProb(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        velocity, latents, next_latents, table = ctx.saved_tensors
-        num_rows, num_elements, num_blocks = geometry(latents)
-        grad = torch.empty_like(velocity)
-        table, steps, number, has_steps = step_arguments(table, ctx.step)
-        _log_prob_backward_kernel[(num_blocks, num_rows)](
-            velocity, latents, next_latents, grad_outputs[0].contiguous(), grad, table, steps, number, num_elements,
-            HAS_STEPS=has_steps, BLOCK=BLOCK, **OPTIONS,
-        )  # fmt: skip
-        return grad, None, None, None, None
+        return log_prob_backward(grad_outputs[0], *ctx.saved_tensors, ctx.step), None, None, None, None
 
 
 log_prob = _LogProb.apply

@@ -1,0 +1,40 @@
+"""Which implementation runs: Triton or the eager reference."""
+
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("auto", "triton", "reference")
+_chosen = "auto"
+
+
+def use_backend(name: str) -> None:
+    """'auto': Triton for CUDA tensors where it is installed; 'triton': Triton or an error; 'reference': eager torch."""
+    global _chosen
+    if name not in BACKENDS:
+        raise ValueError(f"backend is {name!r}: must be one of {', '.join(BACKENDS)}")
+    if name == "triton" and not _has_triton():
+        raise ValueError("backend is 'triton': triton is not installed, pip install triton")
+    _chosen = name
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def is_triton(tensor: Tensor) -> bool:
+    """Whether Triton runs on this tensor: float64 is always eager."""
+    if _chosen == "reference" or tensor.dtype == torch.float64:
+        return False
+    return _chosen == "triton" or (tensor.is_cuda and _has_triton())
+
+
+@cache
+def triton(part: str) -> ModuleType:
+    """The Triton implementation of a part of the ops; imported when it first runs."""
+    return import_module(f"mteditflow_kernels.triton_{part}")
