@@ -126,9 +126,11 @@ def test_ratio_is_exactly_one_before_the_first_update(config: Config, rule: str,
     config = change(in_chunks(change(config, "rollout", rule=rule), size), "objective", ratio=ratio)
     policy = build(config)
     figures, _ = step(policy, roll(policy, config), ADVANTAGE, config)
-    assert figures["update/first_ratio_error"] == 0 and figures["update/log_prob_difference"] == 0
+    # the guard's old velocity comes from the noise, to a few roundings of 2^-24, whose squares are what is added
+    limit = 0.0 if ratio == "plain" else 100 * 2.0**-48
+    assert figures["update/first_ratio_error"] == 0 and figures["update/log_prob_difference"] <= limit
     assert figures["update/ratio_mean"] == 1 and figures["update/ratio_error"] == 0
-    assert figures["update/clip_fraction"] == 0 and figures["update/approx_kl"] == 0
+    assert figures["update/clip_fraction"] == 0 and figures["update/approx_kl"] <= limit**2
     assert figures["update/grad_norm"] > 0
 
 
