@@ -190,6 +190,9 @@ class ObjectiveConfig:
     """Advantages are clamped to +- this."""
     nft_beta: float = 1.0
     """NFT: how far the implicit positive and negative policies stand from the old one."""
+    nft_advantage: Literal["all", "positive_only", "negative_only", "one_only", "binary"] = "all"
+    """NFT: the advantage that becomes an optimality probability: as it is, of one sign only, 1 if positive, its
+    sign."""
     nft_num_times: int = 1
     """NFT: training times per turn and trajectory, drawn from the schedule's sigmas."""
     nft_old_decay: Literal["on_policy", "ramp", "late_ramp"] = "on_policy"

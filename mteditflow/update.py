@@ -1,8 +1,9 @@
 """From a rollout and its advantages to optimizer steps.
 
-A microbatch is the rows of one rollout chunk at one denoising step of one turn, so that the forward pass that is
-trained on has the geometry of the one that sampled it. Chunks in which every advantage is 0 carry no gradient and are
-not run; the loss is normalised by the count of all transitions, so leaving them out changes nothing.
+A microbatch is rows of the rollout at one denoising step of one turn, as many as a chunk of the rollout has, so that
+the forward pass that is trained on has the geometry of the one that sampled it. Rows of advantage 0 (groups without
+spread, trajectories without a score) carry no gradient: they are left out, and the microbatches filled up with others.
+The loss is normalised by the count of all transitions of all ranks, so leaving them out changes nothing.
 """
 
 import math
@@ -38,6 +39,7 @@ class Chunk:
     turn: int
     step: int
     rows: Tensor  # (B,) int64
+    weight: Tensor  # (B,) 1, or 0 for a row that only fills the microbatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,15 +50,34 @@ class Draw:
     is_on_policy: bool
 
 
+def filled(is_wanted: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
+    """The wanted rows, `is_wanted` (N,) bool, in microbatches of `size` with their weights, 1.
+
+    Repetitions of a wanted row, of weight 0, make the last microbatch whole: rows without a score may hold NaN. What is
+    left of N after whole microbatches is one of its own, as in the rollout.
+    """
+    num_whole = len(is_wanted) // size * size
+    parts = []
+    for start, stop, length in ((0, num_whole, size), (num_whole, len(is_wanted), len(is_wanted) - num_whole)):
+        wanted = start + is_wanted[start:stop].nonzero().flatten()
+        for rows in wanted.split(length) if len(wanted) else ():
+            padding = rows[:1].expand(length - len(rows))
+            parts.append((torch.cat([rows, padding]), (torch.arange(length) < len(rows)).float()))
+    return parts
+
+
 def minibatches(rollout: Rollout, advantages: Tensor, config: Config) -> list[list[Chunk]]:
     """The chunks of each optimizer step of an iteration. `advantages` (N, K)."""
-    rows = torch.arange(len(rollout.group))
     size, num_updates = config.optimizer.microbatch_size, config.optimizer.num_updates
     steps = range(config.objective.nft_num_times) if config.objective.name == "nft" else rollout.trained_steps
-    turns = range(len(rollout.turns))
-    chunks = [Chunk(turn=turn, step=step, rows=part) for turn in turns for step in steps for part in rows.split(size)]
-    parts = [chunks[update::num_updates] for update in range(num_updates)]
-    return [[chunk for chunk in part if advantages[chunk.rows, chunk.turn].any()] for part in parts]
+    parts = [filled(advantages[:, turn].cpu() != 0, size) for turn in range(len(rollout.turns))]
+    chunks = [
+        Chunk(turn=turn, step=step, rows=rows, weight=weight)
+        for turn, own in enumerate(parts)
+        for step in steps
+        for rows, weight in own
+    ]
+    return [chunks[update::num_updates] for update in range(num_updates)]
 
 
 def transitions(rollout: Rollout, advantages: Tensor, chunk: Chunk) -> Transitions:
@@ -97,7 +118,7 @@ def old_velocity(t: Transitions, table: Tensor, keys: Tensor) -> Tensor:
 def grpo_chunk(
     policy: Policy, rollout: Rollout, advantages: Tensor, chunk: Chunk, config: Config, scale: float, draw: Draw
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """GRPO's loss on a chunk, each row weighted by `scale`."""
+    """GRPO's loss on a chunk, each row weighted by `scale` and its own weight."""
     t = transitions(rollout, advantages, chunk)
     reference, old = None, None
     if config.objective.ratio == "guard":
@@ -107,7 +128,7 @@ def grpo_chunk(
         with torch.no_grad(), policy.adapter("off"):
             reference = policy.velocity(t.latents, t.sigma, t.condition)
     velocity = policy.velocity(t.latents, t.sigma, t.condition)
-    return grpo.loss(velocity, t, rollout.table, config.objective, reference, old, torch.full_like(t.sigma, scale))
+    return grpo.loss(velocity, t, rollout.table, config.objective, reference, old, scale * chunk.weight.to(t.sigma))
 
 
 def nft_chunk(
@@ -146,7 +167,7 @@ def nft_chunk(
         advantage,
         config.objective,
         reference,
-        torch.full_like(sigma, scale),
+        scale * chunk.weight.to(sigma),
     )
 
 

@@ -26,6 +26,7 @@ from mteditflow.update import (
     TIMES_KEY,
     GuardError,
     check_adapter,
+    filled,
     minibatches,
     transitions,
     update,
@@ -256,21 +257,52 @@ def test_nothing_finite_is_refused_and_nothing_moves(config: Config, monkeypatch
         assert_same_adapter(policy, averaged, "ema")
 
 
-def test_chunks_of_zero_advantage_are_not_run(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = in_chunks(config, 2)
+@pytest.mark.parametrize("name", ["grpo", "nft"])
+def test_rows_of_zero_advantage_are_not_run(config: Config, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One row of every chunk carries no gradient, and is NaN, as a trajectory without a score may be: half of the
+    forward passes, and the loss and gradient that the others have beside rows of almost no advantage.
+    """
+    config = in_chunks(change(config, "objective", name=name), 2)
     half = ADVANTAGE.clone()
-    half[2:] = 0  # the second task has no spread
+    half[[0, 2]] = 0
     policy = build(config)
     rollout = roll(policy, config)
     with counted(policy, monkeypatch) as calls:
-        figures, (gradient,) = step(policy, rollout, half, config)
-    assert calls == [2] * 4  # 2 turns x 2 trained steps x 1 of the 2 chunks
-    # With advantages too small to count in float32 all chunks run: the same loss, so the scale is that of all rows.
+        full, (expected,) = step(policy, rollout, half + 1e-30 * (half == 0), config)
+    times = 2 if name == "grpo" else 1
+    assert calls == [2] * 4 * times  # turns x (trained steps or times) x 2 chunks
+    for turn in rollout.turns:
+        for rows in (turn.latents[:, [0, 2]], turn.condition.image[[0, 2]]):
+            assert rows.isfinite().all()
+        turn.latents[:, [0, 2]] = torch.nan
     policy = build(config)
     with counted(policy, monkeypatch) as calls:
-        full, (expected,) = step(policy, rollout, half + 1e-30 * (half == 0), config)
-    assert calls == [2] * 8
-    assert torch.equal(gradient, expected) and figures["update/loss"] == full["update/loss"]
+        figures, (gradient,) = step(policy, rollout, half, config)
+    assert calls == [2] * 2 * times
+    assert figures.get("update/first_ratio_error", 0.0) == 0
+    assert_near(gradient, expected, 100)  # sums in another order
+    if name == "grpo":  # NFT's rows of no advantage have a loss, without a slope
+        assert abs(figures["update/loss"] - full["update/loss"]) <= 1e-6
+
+
+@pytest.mark.parametrize(
+    ("wanted", "size", "expected"),
+    [
+        ([1, 1, 1, 1], 2, [([0, 1], [1, 1]), ([2, 3], [1, 1])]),
+        ([0, 1, 0, 1, 0], 2, [([1, 3], [1, 1])]),
+        ([0, 1, 0, 1, 1], 2, [([1, 3], [1, 1]), ([4], [1])]),
+        ([1, 0, 1, 1, 0, 1, 0], 4, [([0, 2, 3], [1, 1, 1]), ([5], [1])]),
+        ([0, 0, 1], 2, [([2], [1])]),
+        ([0, 0, 0], 2, []),
+    ],
+)
+def test_microbatches_are_filled(wanted: list[int], size: int, expected: list[tuple[list[int], list[int]]]) -> None:
+    """Whole ones keep the rollout's size: a repeated row of weight 0 fills them up."""
+    parts = filled(torch.tensor(wanted).bool(), size)
+    assert [(rows[weight > 0].tolist(), weight[weight > 0].tolist()) for rows, weight in parts] == expected
+    tail = len(wanted) % size
+    assert all(len(rows) == len(weight) and len(rows) in (size, tail) for rows, weight in parts)
+    assert all(wanted[row] for rows, _ in parts for row in rows)
 
 
 @pytest.mark.parametrize("name", ["grpo", "nft"])

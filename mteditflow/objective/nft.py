@@ -35,7 +35,7 @@ def loss(
         clean_latents,
         noise,
         sigma,
-        nft_probability(advantage, config.max_advantage),
+        nft_probability(advantage, config.max_advantage, config.nft_advantage),
         beta=config.nft_beta,
         kl_beta=config.kl_beta,
         ref_velocity=ref_velocity,
