@@ -101,6 +101,21 @@ def step_table(
     return torch.tensor(rows, dtype=torch.float64).to(torch.float32)
 
 
+def second_order(sigmas: Tensor) -> list[float]:
+    """DPM-Solver++(2M)'s correction of each ODE step (arXiv 2211.01095): what multiplies the change of the estimate
+    x0 = x - sigma v since the step before and is added to the velocity. 0 is an Euler step: the first, the last, and
+    the one after sigma = 1, from which no log signal-to-noise ratio can be taken.
+    """
+    levels: list[float] = sigmas.double().tolist()
+    factors = [0.0] * (len(levels) - 1)
+    for i in range(1, len(levels) - 2):
+        before, sigma, after = levels[i - 1 : i + 2]
+        if before < 1:
+            own, last = (math.log((1 - b) / b * a / (1 - a)) for a, b in ((sigma, after), (before, sigma)))  # lambda
+            factors[i] = 0.5 * (1 - after) * math.expm1(-own) * own / last / (sigma - after)
+    return factors
+
+
 def window_steps(
     num_steps: int, window_size: int, placement: str, iteration: int, num_iterations: int, seed: int
 ) -> tuple[int, ...]:

@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
+from diffusers import DPMSolverMultistepScheduler
 from mteditflow_kernels import C_V, C_X, KL_EXACT, KL_PUBLISHED, LOG_PROB_CONST, LOG_PROB_SCALE, NUM_COLUMNS, STD
 
-from mteditflow.flow import noisy_steps, sigma_schedule, step_table, window_steps
+from mteditflow.flow import noisy_steps, second_order, sigma_schedule, step_table, window_steps
 
 SIGMAS_12 = [1, 0.953819, 0.903736, 0.849235, 0.789705, 0.724416, 0.652489]
 SIGMAS_12 += [0.572860, 0.484218, 0.384945, 0.273003, 0.145804, 0]
@@ -154,3 +155,43 @@ def test_wrong_values_are_named() -> None:
         window_steps(8, 2, "middle", 0, 1, 0)
     with pytest.raises(ValueError, match="window_size"):
         window_steps(8, 8, "random", 0, 1, 0)
+
+
+def test_second_order_is_that_of_diffusers() -> None:
+    """Velocity plus correction in an Euler step, against DPMSolverMultistepScheduler, on any velocity."""
+    sigmas = sigma_schedule(6, 1024)
+    scheduler = DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, solver_order=2, final_sigmas_type="zero"
+    )
+    scheduler.set_timesteps(6)
+    scheduler.sigmas = sigmas
+    factors, previous = second_order(sigmas), torch.zeros(5)
+    assert [factor != 0 for factor in factors] == [False, False, True, True, True, False]
+    own = theirs = torch.linspace(-1, 1, 5).double()
+    for i, timestep in enumerate(scheduler.timesteps):
+        velocity = torch.sin(3 * own + i)
+        estimate = own - sigmas[i] * velocity
+        corrected = velocity + factors[i] * (estimate - previous)
+        own, previous = own + corrected * (sigmas[i + 1] - sigmas[i]), estimate
+        theirs = scheduler.step(torch.sin(3 * theirs + i), timestep, theirs, return_dict=False)[0]
+        # float64; diffusers casts nothing here but computes through exp and log of the signal-to-noise ratio
+        torch.testing.assert_close(own, theirs, rtol=0, atol=1e-6)
+
+
+def test_second_order_converges_faster() -> None:
+    """The ODE of one normal image, N(0, 1/4): x at sigma is a known multiple of x at 1."""
+
+    def error(num_steps: int, is_second: bool) -> float:
+        sigmas = torch.linspace(0.99, 0.01, num_steps + 1, dtype=torch.float64)
+        std = torch.sqrt((1 - sigmas) ** 2 / 4 + sigmas**2)
+        x, previous, factors = std[0], torch.zeros(()), second_order(sigmas)
+        for i in range(num_steps):
+            velocity = x * (sigmas[i] - (1 - sigmas[i]) / 4) / std[i] ** 2  # d std / d sigma / std
+            estimate = x - sigmas[i] * velocity
+            velocity = velocity + (factors[i] if is_second else 0.0) * (estimate - previous)
+            x, previous = x + velocity * (sigmas[i + 1] - sigmas[i]), estimate
+        return abs((x - std[-1]).item())
+
+    assert 1.8 < error(40, False) / error(80, False) < 2.2
+    # less than 4 at these sizes: the last step is of first order
+    assert error(40, True) / error(80, True) > 3 and error(40, True) < error(40, False) / 4
