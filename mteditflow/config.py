@@ -80,6 +80,8 @@ class RolloutConfig:
     """G, trajectories per task (paper: 16); at least 2, since the advantage is relative to the group."""
     num_steps: int = 4
     """S, denoising steps per turn (paper: 12 on FLUX.1-Kontext; the miniature does as well with 4)."""
+    solver: Literal["euler", "dpm2"] = "euler"
+    """How NFT's rollout solves the ODE: first order, or DPM-Solver++(2M), second order at one velocity per step."""
     rule: Literal["sde", "cps"] = "sde"
     """How a noisy step is made: Flow-GRPO's SDE or Flow-CPS."""
     noise_level: float = 0.9
@@ -314,6 +316,12 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
+        _require(
+            self.objective.name == "nft" or self.rollout.solver == "euler",
+            "rollout.solver",
+            self.rollout.solver,
+            "objective 'grpo' takes Euler steps, whose noise has a log-prob: must be 'euler'",
+        )
         _require(
             self.objective.name != "nft" or self.objective.nft_num_times <= self.rollout.num_steps,
             "objective.nft_num_times",

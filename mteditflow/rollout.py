@@ -12,7 +12,7 @@ from mteditflow_kernels import STD, counter_normal, noise_keys, sde_step
 from torch import Tensor
 
 from mteditflow.config import Config
-from mteditflow.flow import noisy_steps, step_table, window_steps
+from mteditflow.flow import noisy_steps, second_order, step_table, window_steps
 from mteditflow.policy import Policy
 from mteditflow.types import Condition, EditTask, Rollout, Turn
 
@@ -34,15 +34,24 @@ def to_8_bit(images: Tensor) -> Tensor:
 
 
 def denoise(
-    policy: Policy, condition: Condition, latents: Tensor, sigmas: Tensor, table: Tensor, keys: Sequence[Tensor | None]
+    policy: Policy,
+    condition: Condition,
+    latents: Tensor,
+    sigmas: Tensor,
+    table: Tensor,
+    keys: Sequence[Tensor | None],
+    corrections: Sequence[float],
 ) -> tuple[Tensor, Tensor]:
     """All denoising steps of a turn from noise `latents` (B, L, C): latents (S+1, B, L, C) and log-prob (S, B).
 
-    `keys`: per step the noise keys (B, 5), or None at an ODE step.
+    `keys`: per step the noise keys (B, 5), or None at an ODE step; `corrections`: those of `flow.second_order`, or 0.
     """
-    path, log_probs = [latents], []
-    for step in range(len(table)):
+    path, log_probs, before = [latents], [], latents
+    for step, correction in enumerate(corrections):
         velocity = policy.velocity(latents, sigmas[step].expand(len(latents)), condition)
+        if any(corrections):
+            estimate = latents - sigmas[step] * velocity
+            velocity, before = velocity + correction * (estimate - before), estimate
         latents, log_prob = sde_step(velocity, latents, table, step, keys[step])
         path.append(latents)
         log_probs.append(log_prob)
@@ -63,10 +72,14 @@ def roll_out(
     microbatch_size: int,
     seed: int,
     step: int,
+    solver: str = "euler",
 ) -> Rollout:
     """G trajectories of K turns for each task, with the adapter that is selected. `sigmas` (S+1,) and `table` (S, 7)
-    make a schedule.
+    make a schedule; `solver` of ODE steps is 'euler' or 'dpm2'.
     """
+    if len(table) != len(sigmas) - 1:
+        raise ValueError(f"table has {len(table)} rows: must have {len(sigmas) - 1}, one for each step of sigmas")
+    corrections = second_order(sigmas) if solver == "dpm2" else [0.0] * len(table)
     noisy = (table[:, STD] > 0).tolist()
     table, sigmas = table.to(policy.device), sigmas.float().to(policy.device)
     image_latents = policy.encode_image(torch.stack([task.source for task in tasks])).repeat_interleave(
@@ -93,6 +106,7 @@ def roll_out(
                 sigmas,
                 table,
                 [own[rows] if is_noisy else None for own, is_noisy in zip(keys, noisy, strict=False)],
+                corrections,
             )
             for rows in torch.arange(len(noise), device=policy.device).split(microbatch_size)
         ]
@@ -118,4 +132,5 @@ def sample_rollout(policy: Policy, tasks: list[EditTask], config: Config, iterat
             policy, tasks, num_turns=config.data.num_turns, group_size=r.group_size, sigmas=sigmas,
             table=step_table(sigmas, noise_level=r.noise_level, rule=r.rule, noisy_steps=noisy), trained_steps=trained,
             hand_off=r.hand_off, microbatch_size=r.microbatch_size, seed=config.run.seed, step=iteration,
+            solver=r.solver,
         )  # fmt: skip

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler
+from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from mteditflow_kernels import C_V, C_X, KL_EXACT, KL_PUBLISHED, LOG_PROB_CONST, LOG_PROB_SCALE, NUM_COLUMNS, STD
 
 from mteditflow.flow import noisy_steps, second_order, sigma_schedule, step_table, window_steps
