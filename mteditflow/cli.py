@@ -5,6 +5,7 @@ and the type of a field is at hand, so that messages can name field, value and r
 """
 
 import difflib
+import json
 import math
 import sys
 import textwrap
@@ -100,6 +101,19 @@ def from_yaml(path: str | Path) -> Config:
     return _read(["--config", str(path)], "mteditflow")[1]
 
 
+def as_arguments(overrides: dict[str, Any]) -> list[str]:
+    """Dotted overrides such as {"rollout.num_tasks": 4} as words of a command line."""
+    return [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in overrides.items()]
+
+
+def from_overrides(overrides: dict[str, Any]) -> Config:
+    """The default Config with dotted overrides. ValueError: one line that names field, value and remedy."""
+    for key in overrides:
+        if key not in settings():
+            raise ValueError(f"{key} is no field: {suggest(str(key), list(settings()))}")
+    return _read(as_arguments(overrides), "mteditflow")[1]
+
+
 def to_yaml(config: Config) -> str:
     """A Config as plain YAML, every field written out; `from_yaml` reads it back equal."""
     return yaml.safe_dump(asdict(config), sort_keys=False)
@@ -187,16 +201,16 @@ def _check_file(path: str) -> None:
         )
     for section, values in tree.items():
         if section not in sections:
-            raise ValueError(f"{section} is no section, in {path}: {_suggest(str(section), sections)}")
+            raise ValueError(f"{section} is no section, in {path}: {suggest(str(section), sections)}")
         if not isinstance(values, dict):
             raise ValueError(f"{section} is {values!r}, in {path}: must be a section with fields below it")
         for name in values:
             if f"{section}.{name}" not in known:
                 names = [setting.name for setting in known.values() if setting.section == section]
-                raise ValueError(f"{section}.{name} is no field, in {path}: {_suggest(str(name), names)}")
+                raise ValueError(f"{section}.{name} is no field, in {path}: {suggest(str(name), names)}")
 
 
-def _suggest(word: str, known: Sequence[str]) -> str:
+def suggest(word: str, known: Sequence[str]) -> str:
     """The known word nearest to a wrong one, or all of them."""
     near = difflib.get_close_matches(word, known, n=1)
     return f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"

@@ -249,6 +249,8 @@ class EvaluationConfig:
 
     num_sessions: int = 256
     """Held-out sessions of the evaluation before and after training."""
+    num_turns: int = 0
+    """Turns of a held-out session, up to 10; 0: as many as in training, data.num_turns."""
     num_steps: int = 8
     """Denoising steps (ODE) per turn at evaluation."""
     every: int = 20
@@ -260,6 +262,7 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         _require(self.num_sessions >= 2, "evaluation.num_sessions", self.num_sessions, "must be at least 2")
+        _require(0 <= self.num_turns <= 10, "evaluation.num_turns", self.num_turns, "must lie in 0 to 10")
         _require(self.num_steps >= 1, "evaluation.num_steps", self.num_steps, "must be positive")
         _require(self.every >= 0, "evaluation.every", self.every, "must not be negative")
         _require(
@@ -328,3 +331,8 @@ class Config:
             self.objective.nft_num_times,
             f"must be at most rollout.num_steps = {self.rollout.num_steps}",
         )
+
+    @property
+    def num_held_out_turns(self) -> int:
+        """Turns of a held-out session."""
+        return self.evaluation.num_turns or self.data.num_turns

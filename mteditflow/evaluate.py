@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from rich.table import Table
 from torch import Tensor
 
-from mteditflow.config import Config, EvaluationConfig
+from mteditflow.config import Config
 from mteditflow.flow import step_table
 from mteditflow.metrics import strip
 from mteditflow.policy import AdapterName, Policy
@@ -43,10 +43,11 @@ class Evaluation:
     images: Tensor  # (K, num_strips, 3, H, W)
     num_steps: int  # denoising steps per turn
 
-    def is_of(self, config: EvaluationConfig) -> bool:
-        """Whether an evaluation by this config is comparable: the same sessions, steps and pictures."""
-        own = (len(self.verdict), self.images.shape[1], self.num_steps)
-        return own == (config.num_sessions, config.num_strips, config.num_steps)
+    def is_of(self, config: Config) -> bool:
+        """Whether an evaluation by this config is comparable: the same sessions, turns, steps and pictures."""
+        own = (*self.verdict.shape, self.images.shape[1], self.num_steps)
+        wanted = config.evaluation
+        return own == (wanted.num_sessions, config.num_held_out_turns, wanted.num_strips, wanted.num_steps)
 
 
 def evaluate(policy: Policy, tasks: list[EditTask], config: Config, adapter: AdapterName) -> Evaluation:
@@ -56,7 +57,7 @@ def evaluate(policy: Policy, tasks: list[EditTask], config: Config, adapter: Ada
     with policy.adapter(adapter):
         for start in range(0, len(tasks), 64):
             rollout = roll_out(
-                policy, tasks[start : start + 64], num_turns=config.data.num_turns, group_size=1, sigmas=sigmas,
+                policy, tasks[start : start + 64], num_turns=config.num_held_out_turns, group_size=1, sigmas=sigmas,
                 table=step_table(sigmas, noise_level=0.0), trained_steps=(), hand_off=config.rollout.hand_off,
                 microbatch_size=config.rollout.microbatch_size, seed=NOISE_SEED, step=2**31,
             )  # fmt: skip
@@ -77,7 +78,7 @@ def _metrics(verdict: NDArray[np.float64], consistency: NDArray[np.float64]) -> 
     return 100 * np.stack([marginal, joint, kept, np.sqrt(joint * kept)])
 
 
-def _resampled(evaluation: Evaluation) -> NDArray[np.float64]:
+def resampled(evaluation: Evaluation) -> NDArray[np.float64]:
     """Metrics of bootstrap samples of the sessions, (4, NUM_BOOTSTRAP, K); paired: n alone fixes the samples."""
     n = len(evaluation.verdict)
     index = np.random.default_rng(0).integers(n, size=(NUM_BOOTSTRAP, n))
@@ -95,7 +96,7 @@ def point_metrics(evaluation: Evaluation) -> NDArray[np.float64]:
 
 def summary(evaluation: Evaluation) -> dict:
     """The metrics per turn with 95 % intervals, and the success per edit type, in the layout that the report reads."""
-    point, samples = point_metrics(evaluation), _resampled(evaluation)
+    point, samples = point_metrics(evaluation), resampled(evaluation)
     turns = [
         {"turn": turn + 1}
         | {name: round(float(point[m, turn]), 2) for m, name in enumerate(METRICS)}
@@ -113,7 +114,7 @@ def summary(evaluation: Evaluation) -> dict:
 def compare(before: Evaluation, after: Evaluation) -> dict:
     """Paired gains per turn with 95 % intervals: the same sessions are drawn for both."""
     gain = point_metrics(after) - point_metrics(before)
-    samples = _resampled(after) - _resampled(before)
+    samples = resampled(after) - resampled(before)
     turns = [
         {"turn": turn + 1}
         | {f"{name}_gain": round(float(gain[m, turn]), 2) for m, name in enumerate(METRICS)}

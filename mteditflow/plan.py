@@ -200,7 +200,7 @@ def duration_plan(config: Config, seconds: RowSeconds) -> dict[str, float]:
     training = batches.transitions * seconds.forward_backward + extra_rows * seconds.forward
     num_short = config.run.num_iterations // evaluation.every if evaluation.every else 0
     sessions = 2 * evaluation.num_sessions + num_short * evaluation.num_sessions_short
-    evaluations = sessions * config.data.num_turns * (evaluation.num_steps * seconds.forward + images)
+    evaluations = sessions * config.num_held_out_turns * (evaluation.num_steps * seconds.forward + images)
     return {
         "rollout of an iteration": rollout,
         "updates of an iteration": training,

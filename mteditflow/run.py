@@ -86,9 +86,9 @@ class Run:
         (self.folder / "config.yaml").write_text(to_yaml(config))
         going_on = f", going on after iteration {self.first_iteration}" if is_resumed else ""
         self.reporter.say(f"{self.policy.num_bound_modules} modules adapted, run folder {self.folder}{going_on}")
-        self.tasks = held_out_tasks(config.evaluation.num_sessions, config.data.num_turns)
+        self.tasks = held_out_tasks(config.evaluation.num_sessions, config.num_held_out_turns)
         before = load_evaluation(self.folder, "before")
-        if before is None or not before.is_of(config.evaluation):
+        if before is None or not before.is_of(config):
             self.reporter.say(f"evaluating the base on {len(self.tasks)} held-out sessions")
             before = evaluate(self.policy, self.tasks, config, "off")
             save_evaluation(self.folder, "before", before)

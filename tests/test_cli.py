@@ -122,7 +122,7 @@ def test_mini_is_the_default() -> None:
     assert text.startswith(f"# {DEFAULT_TITLE}"[:80])
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("mini*.yaml")), ids=lambda path: path.name)
 def test_config_file_has_every_field_with_its_comment(path: Path) -> None:
     from_yaml(path)
     lines = path.read_text().splitlines()

@@ -127,24 +127,27 @@ def test_files_round_trip(tmp_path: Path) -> None:
 
 
 def test_an_evaluation_of_other_settings_is_not_taken_for_this_one() -> None:
-    config = EvaluationConfig(num_sessions=2, num_sessions_short=2, num_strips=1, num_steps=3)
+    own = EvaluationConfig(num_sessions=2, num_sessions_short=2, num_strips=1, num_steps=3)
+    config = Config(data=DataConfig(num_turns=2), evaluation=own)
     evaluation = make(torch.zeros(2, 2))
     assert evaluation.is_of(config)
-    others: list[dict[str, Any]] = [{"num_sessions": 3}, {"num_steps": 4}, {"num_strips": 2}]
-    assert not any(evaluation.is_of(replace(config, **other)) for other in others)
+    others: list[dict[str, Any]] = [{"num_sessions": 3}, {"num_steps": 4}, {"num_strips": 2}, {"num_turns": 3}]
+    assert not any(evaluation.is_of(replace(config, evaluation=replace(own, **other))) for other in others)
+    trained_on_one = replace(config, data=DataConfig(num_turns=1), evaluation=replace(own, num_turns=2))
+    assert evaluation.is_of(trained_on_one)
 
 
 def test_evaluation_is_deterministic_and_sees_the_adapter(tiny_pipeline_folder: Path) -> None:
     config = Config(
         model=ModelConfig(path=str(tiny_pipeline_folder), max_text_tokens=TINY_MAX_TEXT_TOKENS),
         lora=LoraConfig(rank=2, alpha=4),
-        data=DataConfig(num_turns=2),
+        data=DataConfig(num_turns=1),  # trained on fewer turns than it is evaluated at
         rollout=RolloutConfig(num_steps=3),
-        evaluation=EvaluationConfig(num_sessions=3, num_sessions_short=3, num_strips=2, num_steps=3),
+        evaluation=EvaluationConfig(num_sessions=3, num_turns=2, num_sessions_short=3, num_strips=2, num_steps=3),
     )
     policy, tasks = build_policy(config.model, config.lora, 0, "grpo"), held_out_tasks(3, 2)
     base, again = evaluate(policy, tasks, config, "off"), evaluate(policy, tasks, config, "ema")
-    assert base.images.shape == (2, 2, 3, 64, 64) and base.verdict.shape == (3, 2) and base.is_of(config.evaluation)
+    assert base.images.shape == (2, 2, 3, 64, 64) and base.verdict.shape == (3, 2) and base.is_of(config)
     assert torch.equal(base.images, again.images)  # B is 0: the same noise, the same pictures
     policy.load_adapter_state("ema", {key: weight + 0.1 for key, weight in policy.adapter_state("ema").items()})
     moved = evaluate(policy, tasks, config, "ema")

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LIST = """
     types config cli distributed flow world data policy rollout reward advantage objective update checkpoint metrics
-    evaluate report plan run train
+    evaluate report plan run train grid findings study
 """
 ORDER: list[str] = [*LIST.split()]
 FILES = sorted([*(ROOT / "mteditflow").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])

@@ -1,0 +1,109 @@
+"""The intervals of a study against closed forms, and its verdicts."""
+
+import numpy as np
+import pytest
+import torch
+
+from mteditflow.evaluate import Evaluation
+from mteditflow.findings import Estimate, Findings, Outcome, estimate, spreads, verdict
+
+T_975 = {2: 4.3027, 4: 2.7764, 1e9: 1.9600}  # Student's t, from tables
+NUM_CELLS, NUM_SEEDS = 4, 3
+
+
+def test_two_way_spread_is_the_textbook_one() -> None:
+    """Balanced: m' = interaction squares / ((C - 1)(R - 1)), m = squares within cells / (C (R - 1))."""
+    o = np.random.default_rng(0).normal(60, 3, (NUM_CELLS, NUM_SEEDS))
+    alone, paired = spreads({f"{c}": dict(enumerate(row)) for c, row in enumerate(o)})
+    centered = o - o.mean(1, keepdims=True)
+    rest = centered - centered.mean(0)
+    assert paired.dof == (NUM_CELLS - 1) * (NUM_SEEDS - 1) == 6
+    assert paired.mean_square == pytest.approx((rest**2).sum() / 6, rel=1e-9)
+    assert alone.mean_square == pytest.approx((centered**2).sum() / (NUM_CELLS * (NUM_SEEDS - 1)), rel=1e-9)
+    of_seeds = NUM_CELLS * (centered.mean(0) ** 2).sum()
+    satterthwaite = (centered**2).sum() ** 2 / (of_seeds**2 / 2 + (rest**2).sum() ** 2 / 6)
+    assert alone.dof == pytest.approx(satterthwaite, rel=1e-9)
+
+
+def test_what_all_seeds_share_does_not_spread_differences() -> None:
+    """O = cell + seed exactly: nothing is left, and the seeds' own part has no more freedom than R - 1."""
+    points = {"a": {0: 50.0, 1: 53.0, 2: 56.0}, "b": {0: 60.0, 1: 63.0, 2: 66.0}, "once": {0: 1.0}}
+    alone, paired = spreads(points)
+    assert paired.mean_square == pytest.approx(0, abs=1e-20) and paired.dof == 2
+    assert alone.mean_square == pytest.approx(9.0) and alone.dof == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("points", [{"a": {0: 1.0}, "b": {0: 2.0}}, {"a": {0: 1.0}}])
+def test_one_seed_has_no_spread(points: dict[str, dict[int, float]]) -> None:
+    assert [(own.mean_square, own.dof) for own in spreads(points)] == [(0.0, 0), (0.0, 0)]
+
+
+@pytest.mark.parametrize("dof", T_975)
+def test_interval_of_the_seeds_alone_is_students(dof: float) -> None:
+    """100,000 draws: a quantile's standard error is sqrt(p (1 - p) / n) / density, 0.046 for t of 2 (density 0.0108 at
+    4.30), 0.014 for t of 4 (0.035) and 0.008 for the normal (0.058); four of these.
+    """
+    found = estimate(7.0, np.full(2000, 7.0), 4.0, dof)
+    tolerance = 2 * 4 * (0.046 if dof == 2 else 0.014) + 0.005  # two decimals are kept
+    assert found.value == 7 and found.high - 7 == pytest.approx(2 * T_975[dof], abs=tolerance)
+    assert 7 - found.low == pytest.approx(2 * T_975[dof], abs=tolerance)
+
+
+def test_interval_adds_sessions_and_seeds_in_quadrature() -> None:
+    """Normal deviates of 3 and 4 points: 1.96 * 5. The 3 points come from 2000 draws: standard error 1.6 %, of 9/25."""
+    samples = np.random.default_rng(2).normal(0, 3, 2000)
+    both, sessions = estimate(0, samples, 16.0, 1e9), estimate(0, samples, 16.0, 0)
+    assert both.high == pytest.approx(9.8, rel=0.05) and both.low == pytest.approx(-9.8, rel=0.05)
+    assert [sessions.low, sessions.high] == pytest.approx(np.quantile(samples, [0.025, 0.975]), abs=0.01)
+
+
+def outcome(overall: float, samples: list[float]) -> Outcome:
+    return Outcome(point=np.array([0, 0, 0, overall]), samples=np.array(samples), rewards=(0.0, 0.0))
+
+
+def make_findings() -> Findings:
+    """Base O is sqrt(1 * 1/4) = 50 %, in every sample."""
+    base = Evaluation(
+        verdict=torch.ones(4, 1, dtype=torch.bool), consistency=torch.full((4, 1), 0.25), edit_types=[("a",)] * 4,
+        images=torch.zeros(1, 1, 3, 2, 2), num_steps=1,
+    )  # fmt: skip
+    a = {0: outcome(60, [58, 62] * 1000), 1: outcome(64, [62, 66] * 1000)}
+    b = {0: outcome(57, [55, 59] * 1000), 1: outcome(61, [59, 63] * 1000), 2: outcome(90, [90] * 2000)}
+    return Findings(base, {"a": a, "b": b, "once": {0: outcome(70, [70] * 2000)}})
+
+
+def test_differences_are_paired_by_session_and_seed() -> None:
+    """a - b is 3 at both seeds that they share and in every sample, and b's third seed has no part."""
+    findings = make_findings()
+    assert findings.base_point[3] == pytest.approx(50) and findings.paired.dof == 1
+    assert findings.paired.mean_square == pytest.approx(0, abs=1e-20)
+    assert findings.difference("a", "b", [0, 1, 2]) == Estimate(value=3, low=3, high=3)
+    assert findings.difference("b", "a", [1]) == Estimate(value=-3, low=-3, high=-3)
+    assert findings.difference("a", "b", [2]) is None and findings.difference("a", "absent", [0]) is None
+
+
+def test_gain_keeps_the_spread_of_the_seeds() -> None:
+    findings = make_findings()
+    gain, of_one = findings.gain("a", [0, 1, 2]), findings.gain("once", [0])
+    assert gain is not None and gain.value == 12 and gain.low < 10 and gain.high > 14
+    assert of_one is not None and of_one.value == 20 and of_one.high - of_one.low > gain.high - gain.low
+    assert findings.gain("absent", [0]) is None
+
+
+FOR, AGAINST, OPEN = (Estimate(value=v, low=v - 1, high=v + 1) for v in (2, -2, 0))
+
+
+@pytest.mark.parametrize(
+    ("claims", "expected"),
+    [
+        ([FOR, FOR], "agrees with the paper"),
+        ([FOR, OPEN], "agrees with the paper in 1 of 2 pairs, the others not decided at this size"),
+        ([OPEN, OPEN], "not decided at this size (interval contains 0)"),
+        ([FOR, AGAINST], "against the paper"),
+        ([AGAINST, None], "against the paper"),
+        ([FOR, None], "not finished"),
+        ([], "no order expected"),
+    ],
+)
+def test_verdict(claims: list[Estimate | None], expected: str) -> None:
+    assert verdict(claims) == expected
