@@ -214,14 +214,22 @@ def test_dry_run_of_no_pipeline(tmp_path: Path) -> None:
     ("name", "changed"),
     [
         ("mini_long", {"run.folder", "run.num_iterations"}),
+        ("mini_nft", {"run.folder"}),
+        ("mini_grpo", {"objective.name", "optimizer.epsilon", "run.folder"}),
         (
-            "mini_grpo",
+            "mini_mixgrpo",
             {
-                "objective.name",
-                "rollout.num_steps",
-                "optimizer.learning_rate",
-                "optimizer.epsilon",
-                "run.folder",
+                *("objective.name", "optimizer.epsilon", "run.folder"),
+                *("rollout.num_steps", "rollout.window_size", "rollout.window_placement"),
+            },
+        ),
+        (
+            "profile_kontext",
+            {
+                *("model.path", "model.height", "model.width", "model.max_text_tokens", "model.dtype"),
+                *("lora.rank", "lora.alpha", "lora.targets", "rollout.num_tasks", "rollout.num_steps"),
+                *("rollout.microbatch_size", "objective.name", "objective.clip_range", "optimizer.learning_rate"),
+                *("optimizer.epsilon", "optimizer.schedule", "optimizer.microbatch_size", "run.folder"),
             },
         ),
     ],

@@ -66,15 +66,19 @@ class FluxKontextPolicy:
     """See `mteditflow.policy.Policy`."""
 
     def __init__(
-        self, path: str, config: ModelConfig, lora: LoraConfig, *, seed: int, has_old: bool, device: torch.device
+        self,
+        path: str,
+        config: ModelConfig,
+        lora: LoraConfig,
+        *,
+        seed: int,
+        has_old: bool,
+        device: torch.device,
+        loaded: FluxKontextPipeline | None = None,
     ) -> None:
         self.device = device
         self.dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
-        with warnings.catch_warnings():
-            # `dtype` is its new name; the old one is known to every diffusers that pyproject.toml allows.
-            warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated")
-            logging.disable_progress_bar()  # the run has its own, and none where output is piped
-            pipeline: Any = FluxKontextPipeline.from_pretrained(path, torch_dtype=self.dtype)
+        pipeline: Any = loaded or _load(path, self.dtype)
         pipeline.set_progress_bar_config(disable=True)
         pipeline.to(device)
         for module in (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.vae, pipeline.transformer):
@@ -265,6 +269,15 @@ class FluxKontextPolicy:
             transformer_lora_layers={key: weight.cpu() for key, weight in self.adapter_state(adapter).items()},
             transformer_lora_adapter_metadata=metadata,
         )
+
+
+def _load(path: str, dtype: torch.dtype) -> FluxKontextPipeline:
+    """The pipeline of a folder or a hub name."""
+    with warnings.catch_warnings():
+        # `dtype` is its new name; the old one is known to every diffusers that pyproject.toml allows.
+        warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated")
+        logging.disable_progress_bar()  # the run has its own, and none where output is piped
+        return FluxKontextPipeline.from_pretrained(path, torch_dtype=dtype)
 
 
 def _shape(state: dict[str, Any], key: str) -> tuple[int, ...] | None:

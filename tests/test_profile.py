@@ -1,0 +1,97 @@
+"""The FLOP model against published figures and torch's own count; a profile of the embedded editor, whole."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+from torch.utils.flop_counter import FlopCounterMode
+
+from mteditflow.config import Config
+from mteditflow.flops import forward_flops
+from mteditflow.policy.flux_kontext import FluxKontextPolicy
+from mteditflow.policy.random_kontext import TRANSFORMER, num_weights
+from mteditflow.profile import PHASES, main
+
+TINY = ["--rollout.num_tasks=1", "--rollout.group_size=2", "--data.num_turns=2", "--rollout.num_steps=2"]
+TINY += ["--rollout.window_size=1"]
+
+
+@pytest.mark.parametrize(
+    ("image_tokens", "tflop"),
+    [(4096, 74.4), (2 * 1024, 37.6), (2 * 4096, 165.4)],  # 1024 px without a condition; Kontext at 512 and 1024 px
+)
+def test_published_figures(image_tokens: int, tflop: float) -> None:
+    assert round(forward_flops(TRANSFORMER, text_tokens=512, image_tokens=image_tokens).blocks / 1e12, 1) == tflop
+
+
+@pytest.mark.parametrize("has_guidance", [True, False])
+def test_all_that_torch_counts(has_guidance: bool) -> None:
+    """Every matrix product of a forward pass, and those of the backward pass to the inputs, exactly."""
+    config = {
+        **TRANSFORMER, "num_layers": 2, "num_single_layers": 3, "attention_head_dim": 16, "num_attention_heads": 4,
+        "joint_attention_dim": 24, "pooled_projection_dim": 20, "axes_dims_rope": (4, 6, 6),
+        "guidance_embeds": has_guidance,
+    }  # fmt: skip
+    text, image = 5, 18
+    with torch.device("meta"):
+        transformer = FluxTransformer2DModel(**config).requires_grad_(False)
+        inputs = {
+            "hidden_states": torch.empty(1, image, 64),
+            "timestep": torch.empty(1),
+            "guidance": torch.empty(1) if has_guidance else None,
+            "pooled_projections": torch.empty(1, 20),
+            "encoder_hidden_states": torch.empty(1, text, 24),
+            "txt_ids": torch.empty(text, 3),
+            "img_ids": torch.empty(image, 3),
+        }
+        with FlopCounterMode(display=False) as counter:
+            transformer(**inputs)
+    expected = forward_flops(transformer.config, text_tokens=text, image_tokens=image)
+    assert counter.get_total_flops() == expected.total
+
+
+def test_weights_of_the_true_shape() -> None:
+    """11.90 B of the transformer, 4.76 B of T5, 0.12 B of CLIP, 0.08 B of the autoencoder, as published."""
+    assert round(num_weights() / 1e9, 2) == 16.87
+
+
+def test_a_shape_that_does_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    memory = type("Memory", (), {"available": 10 * 2**30})
+    monkeypatch.setattr("mteditflow.policy.random_kontext.psutil.virtual_memory", lambda: memory)
+    arguments = ["--model.path=random", "--model.dtype=bfloat16", f"--run.folder={tmp_path}"]
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "weights take 31.4 GiB as bfloat16, but only 10.0 GiB are free" in line
+
+
+@pytest.mark.parametrize("name", ["nft", "grpo"])
+def test_a_profile(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    originals = (torch.Tensor.backward, FluxKontextPolicy.decode)
+    main([*TINY, f"--objective.name={name}", f"--run.folder={tmp_path}"])
+    assert (torch.Tensor.backward, FluxKontextPolicy.decode) == originals
+    figures = json.loads((tmp_path / "profile.json").read_text())
+    assert list(figures["seconds"]) == list(PHASES)
+    assert 0 < sum(figures["seconds"].values()) <= figures["total_s"]
+    assert figures["turn_images"] == 4 and figures["turn_images_per_second"] > 0
+    row = forward_flops(
+        json.loads((Path(__file__).parents[1] / "mteditflow/world/editor/transformer/config.json").read_text()),
+        text_tokens=Config().model.max_text_tokens, image_tokens=32,
+    )  # fmt: skip
+    # 2 turns x 2 trajectories: x 2 steps rolled out; 1 step trained
+    assert figures["tflop"]["denoise"] == pytest.approx(8 * row.total / 1e12)
+    assert figures["tflop"]["forward, backward"] == pytest.approx(4 * (row.total + row.backward) / 1e12)
+    for phase, rate in figures["tflop_per_second"].items():
+        assert rate == pytest.approx(figures["tflop"][phase] / figures["seconds"][phase])
+    assert figures["launches"] is None and figures["host_reads"]["denoise"] == 0
+    assert figures["host_reads"]["all"] >= figures["host_reads"]["optimizer"] > 0
+    trace = json.loads(gzip.decompress((tmp_path / "trace.json.gz").read_bytes()))
+    names = {event.get("name") for event in trace["traceEvents"]}
+    assert set(PHASES) <= names and "aten::addmm" in names
+    printed = capsys.readouterr().out
+    assert "no GPU" in printed and "turn-images per second" in printed
