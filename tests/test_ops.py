@@ -1,6 +1,7 @@
 """What the ops refuse, before anything runs: the argument, what it is, what it must be."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -75,3 +76,8 @@ def test_without_triton_only_the_reference_can_be_had(monkeypatch: pytest.Monkey
     for name in ("reference", "auto"):
         use_backend(name)
         assert log_prob()() is not None
+
+
+def test_the_documentation_runs() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "kernels.md").read_text()
+    exec(text.split("```python\n")[1].split("```")[0], {})
