@@ -6,6 +6,8 @@ update has to be exactly 1.
 """
 
 from collections.abc import Sequence
+from typing import Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from mteditflow_kernels import STD, counter_normal, noise_keys, sde_step
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from mteditflow.config import Config
 from mteditflow.flow import noisy_steps, step_table, window_steps
+from mteditflow.graph import Graphs, is_launch_bound
 from mteditflow.policy import Policy
 from mteditflow.types import Condition, EditTask, Rollout, Turn
 
@@ -49,6 +52,44 @@ def denoise(
     return torch.stack(path), torch.stack(log_probs)
 
 
+_GRAPHS: WeakKeyDictionary[Policy, Graphs] = WeakKeyDictionary()
+
+
+def denoise_by_graph(
+    policy: Policy, condition: Condition, latents: Tensor, sigmas: Tensor, table: Tensor, keys: Sequence[Tensor | None]
+) -> tuple[Tensor, Tensor]:
+    """`denoise` as one CUDA graph for each selected adapter, choice of noisy steps, and shapes.
+
+    Optimizer, `copy_adapter` and `load_adapter_state` write the adapter's weights in place: a graph sees new ones.
+    """
+    if policy not in _GRAPHS:
+        _GRAPHS[policy] = Graphs()
+    is_noisy = tuple(own is not None for own in keys)
+
+    def run(inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        text, pooled, image, latents, sigmas, table, *drawn = inputs
+        own_keys = [drawn[sum(is_noisy[:step])] if is_noisy[step] else None for step in range(len(is_noisy))]
+        return denoise(policy, Condition(text=text, pooled=pooled, image=image), latents, sigmas, table, own_keys)
+
+    given = [condition.text, condition.pooled, condition.image, latents, sigmas, table]
+    given += [own for own in keys if own is not None]
+    path, log_prob = _GRAPHS[policy](run, given, (policy.selected, is_noisy))
+    return path, log_prob
+
+
+def is_captured(policy: Policy, num_rows: int, text: Tensor, cuda_graph: str) -> bool:
+    """Whether chunks of `num_rows`, with text embeddings (N, T, E), are denoised by graph. ValueError where that is
+    asked for without CUDA.
+    """
+    is_cuda = policy.device.type == "cuda"
+    if cuda_graph == "on" and not is_cuda:
+        raise ValueError(f"rollout.cuda_graph is 'on': there are no graphs on {policy.device}, take 'auto' or 'off'")
+    if cuda_graph != "auto" or not is_cuda:
+        return cuda_graph == "on"
+    num_tokens = num_rows * (2 * policy.num_tokens + text.shape[1])  # noisy, condition and text
+    return is_launch_bound(policy.pipeline.transformer, num_tokens, text.dtype)
+
+
 @torch.no_grad()
 def roll_out(
     policy: Policy,
@@ -63,10 +104,15 @@ def roll_out(
     microbatch_size: int,
     seed: int,
     step: int,
+    cuda_graph: Literal["auto", "on", "off"] = "auto",
 ) -> Rollout:
     """G trajectories of K turns for each task, with the adapter that is selected. `sigmas` (S+1,) and `table` (S, 7)
-    make a schedule.
+    make a schedule; ValueError where they do not.
     """
+    if len(table) != len(sigmas) - 1:
+        raise ValueError(
+            f"table has {len(table)} steps: must have {len(sigmas) - 1}, one for each pair of the {len(sigmas)} sigmas"
+        )
     noisy = (table[:, STD] > 0).tolist()
     table, sigmas = table.to(policy.device), sigmas.float().to(policy.device)
     image_latents = policy.encode_image(torch.stack([task.source for task in tasks])).repeat_interleave(
@@ -85,8 +131,9 @@ def roll_out(
             for i in [*range(len(table)), INITIAL_NOISE]
         ]  # S+1 times (N, 5)
         noise = counter_normal(keys[-1], (policy.num_tokens, policy.num_channels)).to(image_latents)
+        is_by_graph = is_captured(policy, min(microbatch_size, len(noise)), text, cuda_graph)
         parts = [
-            denoise(
+            (denoise_by_graph if is_by_graph else denoise)(
                 policy,
                 condition.rows(rows),
                 noise[rows],
@@ -118,4 +165,5 @@ def sample_rollout(policy: Policy, tasks: list[EditTask], config: Config, iterat
             policy, tasks, num_turns=config.data.num_turns, group_size=r.group_size, sigmas=sigmas,
             table=step_table(sigmas, noise_level=r.noise_level, rule=r.rule, noisy_steps=noisy), trained_steps=trained,
             hand_off=r.hand_off, microbatch_size=r.microbatch_size, seed=config.run.seed, step=iteration,
+            cuda_graph=r.cuda_graph,
         )  # fmt: skip

@@ -13,8 +13,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LIST = """
-    types config cli distributed flow world data policy rollout reward advantage objective update checkpoint metrics
-    evaluate report plan run train
+    types config cli distributed flow graph world data policy rollout reward advantage objective update checkpoint
+    metrics evaluate report plan run train
 """
 ORDER: list[str] = [*LIST.split()]
 FILES = sorted([*(ROOT / "mteditflow").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
