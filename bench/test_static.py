@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from kernel_cases import BYTES
 from mteditflow_kernels import grpo_loss, nft_loss, noise_keys, sde_log_prob, sde_step
 from mteditflow_kernels.static import VARIANTS, figures
 from rich.console import Console
@@ -18,21 +19,6 @@ from mteditflow.flow import sigma_schedule, step_table
 
 COPY_BYTES_PER_SECOND = 4.3e12
 NUM_ELEMENTS = 16 * 4096 * 64  # B = 16 at 1024 px
-BYTES = {  # moved per element of bfloat16 latents; noise float32
-    "noise": 4,
-    "step, noisy": 6,
-    "step, ODE": 6,
-    "log-prob": 6,
-    "log-prob, backward": 8,
-    "GRPO": 6,
-    "GRPO, KL": 8,
-    "GRPO, backward": 8,
-    "GRPO, KL, backward": 10,
-    "NFT": 8,
-    "NFT, KL": 10,
-    "NFT, backward": 10,
-    "NFT, KL, backward": 12,
-}
 
 
 @pytest.mark.parametrize("capability", [90, 100])

@@ -35,6 +35,7 @@ MAY_CHANGE = (
     "run.folder",
     "run.max_invalid_share",
     "run.max_ratio_error",
+    "rollout.cuda_graph",
 )
 """Fields that a resumed run may change, with all of `evaluation`; the others change the numbers that follow."""
 

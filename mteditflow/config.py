@@ -95,6 +95,9 @@ class RolloutConfig:
     """What the next turn edits: the decoded 8-bit image (what a user gets), or the latents as they are. Ours."""
     microbatch_size: int = 32
     """Trajectories per forward pass of the rollout; changes memory and, to rounding, results."""
+    cuda_graph: Literal["auto", "on", "off"] = "auto"
+    """Replay a turn's denoising steps as one CUDA graph, with the same bits; auto: on a GPU, where launching a forward
+    pass takes longer than its arithmetic."""
 
     def __post_init__(self) -> None:
         _require(self.num_tasks >= 1, "rollout.num_tasks", self.num_tasks, "must be at least 1")

@@ -61,6 +61,7 @@ def phases(policy: Policy, context: Context) -> Iterator[None]:
         (policy, "encode_text", "encode text"),
         (policy, "encode_image", "encode images"),
         (rollout, "denoise", "denoise"),
+        (rollout, "denoise_by_graph", "denoise"),
         (policy, "decode", "decode"),
         (update, "grpo_chunk", "forward, backward"),
         (update, "nft_chunk", "forward, backward"),

@@ -6,6 +6,7 @@ update has to be exactly 1.
 """
 
 from collections.abc import Sequence
+from weakref import WeakKeyDictionary
 
 import torch
 from mteditflow_kernels import STD, counter_normal, noise_keys, sde_step
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from mteditflow.config import Config
 from mteditflow.flow import noisy_steps, second_order, step_table, window_steps
+from mteditflow.graph import Graphs, is_launch_bound
 from mteditflow.policy import Policy
 from mteditflow.types import Condition, EditTask, Rollout, Turn
 
@@ -58,6 +60,51 @@ def denoise(
     return torch.stack(path), torch.stack(log_probs)
 
 
+_GRAPHS: WeakKeyDictionary[Policy, Graphs] = WeakKeyDictionary()
+
+
+def denoise_by_graph(
+    policy: Policy,
+    condition: Condition,
+    latents: Tensor,
+    sigmas: Tensor,
+    table: Tensor,
+    keys: Sequence[Tensor | None],
+    corrections: Sequence[float],
+) -> tuple[Tensor, Tensor]:
+    """`denoise` as one CUDA graph for each selected adapter, choice of noisy steps, and shapes.
+
+    Optimizer, `copy_adapter` and `load_adapter_state` write the adapter's weights in place: a graph sees new ones.
+    """
+    if policy not in _GRAPHS:
+        _GRAPHS[policy] = Graphs()
+    is_noisy = tuple(own is not None for own in keys)
+
+    def run(inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        text, pooled, image, latents, sigmas, table, *drawn = inputs
+        own_keys = [drawn[sum(is_noisy[:step])] if is_noisy[step] else None for step in range(len(is_noisy))]
+        condition = Condition(text=text, pooled=pooled, image=image)
+        return denoise(policy, condition, latents, sigmas, table, own_keys, corrections)
+
+    given = [condition.text, condition.pooled, condition.image, latents, sigmas, table]
+    given += [own for own in keys if own is not None]
+    path, log_prob = _GRAPHS[policy](run, given, (policy.selected, is_noisy, tuple(corrections)))
+    return path, log_prob
+
+
+def is_captured(policy: Policy, num_rows: int, text: Tensor, cuda_graph: str) -> bool:
+    """Whether chunks of `num_rows`, with text embeddings (N, T, E), are denoised by graph. ValueError where that is
+    asked for without CUDA.
+    """
+    is_cuda = policy.device.type == "cuda"
+    if cuda_graph == "on" and not is_cuda:
+        raise ValueError(f"rollout.cuda_graph is 'on': there are no graphs on {policy.device}, take 'auto' or 'off'")
+    if cuda_graph != "auto" or not is_cuda:
+        return cuda_graph == "on"
+    num_tokens = num_rows * (2 * policy.num_tokens + text.shape[1])  # noisy, condition and text
+    return is_launch_bound(policy.pipeline.transformer, num_tokens, text.dtype)
+
+
 @torch.no_grad()
 def roll_out(
     policy: Policy,
@@ -73,18 +120,18 @@ def roll_out(
     seed: int,
     step: int,
     solver: str = "euler",
+    cuda_graph: str = "auto",
 ) -> Rollout:
     """G trajectories of K turns for each task, with the adapter that is selected. `sigmas` (S+1,) and `table` (S, 7)
-    make a schedule; `solver` of ODE steps is 'euler' or 'dpm2'.
+    make a schedule, ValueError where they do not; `solver` of ODE steps is 'euler' or 'dpm2'.
     """
     if len(table) != len(sigmas) - 1:
         raise ValueError(f"table has {len(table)} rows: must have {len(sigmas) - 1}, one for each step of sigmas")
     corrections = second_order(sigmas) if solver == "dpm2" else [0.0] * len(table)
     noisy = (table[:, STD] > 0).tolist()
     table, sigmas = table.to(policy.device), sigmas.float().to(policy.device)
-    image_latents = policy.encode_image(torch.stack([task.source for task in tasks])).repeat_interleave(
-        group_size, dim=0
-    )
+    sources = torch.stack([task.source for task in tasks])
+    image_latents = policy.encode_image(sources).repeat_interleave(group_size, dim=0)
     turns = []
     for turn in range(num_turns):
         text, pooled = policy.encode_text([task.instructions[turn] for task in tasks])
@@ -98,8 +145,10 @@ def roll_out(
             for i in [*range(len(table)), INITIAL_NOISE]
         ]  # S+1 times (N, 5)
         noise = counter_normal(keys[-1], (policy.num_tokens, policy.num_channels)).to(image_latents)
+        is_by_graph = is_captured(policy, min(microbatch_size, len(noise)), text, cuda_graph)
+        run = denoise_by_graph if is_by_graph else denoise
         parts = [
-            denoise(
+            run(
                 policy,
                 condition.rows(rows),
                 noise[rows],
@@ -107,7 +156,7 @@ def roll_out(
                 table,
                 [own[rows] if is_noisy else None for own, is_noisy in zip(keys, noisy, strict=False)],
                 corrections,
-            )
+            )  # fmt: skip
             for rows in torch.arange(len(noise), device=policy.device).split(microbatch_size)
         ]
         latents, log_prob = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
@@ -132,5 +181,5 @@ def sample_rollout(policy: Policy, tasks: list[EditTask], config: Config, iterat
             policy, tasks, num_turns=config.data.num_turns, group_size=r.group_size, sigmas=sigmas,
             table=step_table(sigmas, noise_level=r.noise_level, rule=r.rule, noisy_steps=noisy), trained_steps=trained,
             hand_off=r.hand_off, microbatch_size=r.microbatch_size, seed=config.run.seed, step=iteration,
-            solver=r.solver,
+            solver=r.solver, cuda_graph=r.cuda_graph,
         )  # fmt: skip

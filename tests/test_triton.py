@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from mteditflow_kernels.static import LATENTS, VARIANTS, figures
+from mteditflow_kernels.triton_common import tickets
 
 # SASS instructions of the whole kernel per element of a thread: what was reached, and a tenth more.
 INSTRUCTIONS = {
@@ -54,3 +56,14 @@ def test_sums_have_one_order() -> None:
     """The log-prob has the bits of the step that made it only if both sum in the same layout."""
     step, *others = (figures(VARIANTS[name]).reduced[:2] for name in ("step, noisy", "step, ODE", "log-prob", "GRPO"))
     assert len(step) == 2 and all(own == step for own in others)
+
+
+def test_tickets_outlive_larger_ones() -> None:
+    """A CUDA graph holds the address of those it was captured with."""
+    first = tickets(10, torch.device("cpu"))
+    address, kept = first.data_ptr(), first.untyped_storage()._weak_ref()  # pyright: ignore
+    larger = tickets(len(first), torch.device("cpu"))
+    assert len(larger) > len(first) and larger.data_ptr() != address
+    del first
+    assert not torch.UntypedStorage._expired(kept)  # pyright: ignore
+    torch.UntypedStorage._free_weak_ref(kept)  # pyright: ignore

@@ -1,7 +1,8 @@
-"""The Triton ops under the interpreter, against the reference in float64. `test_triton.py` runs this file in a process
-of its own, with TRITON_INTERPRET=1 and uninitialised memory filled with NaN.
+"""The Triton ops against the reference in float64, uninitialised memory filled with NaN. `test_triton.py` runs this
+file in a process of its own under the interpreter (TRITON_INTERPRET=1), `pytest bench/` on the GPU.
 """
 
+import os
 from collections.abc import Callable
 from itertools import product
 
@@ -13,7 +14,6 @@ from mteditflow_kernels import (
     counter_normal,
     grpo_loss,
     nft_loss,
-    noise_keys,
     philox,
     reference,
     sde_log_prob,
@@ -21,43 +21,25 @@ from mteditflow_kernels import (
     use_backend,
 )
 from mteditflow_kernels.triton_common import NORMAL_ERROR
+from near import ROUNDING, ROW_ROUNDING, assert_near, draw, gradient, make_keys
 from torch import Tensor
 
 from mteditflow.flow import sigma_schedule, step_table
 
 torch.use_deterministic_algorithms(True)  # fills what `torch.empty` returns with NaN
 use_backend("triton")
+if "TRITON_INTERPRET" not in os.environ:
+    torch.set_default_device("cuda")
 
 SIGMAS = sigma_schedule(12, 1024)
-ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}
 SHAPES = [(1, 4097), (3, 63), (16, 1), (3, 5, 7)]
 DTYPES = list(ROUNDING)
-ROW_ROUNDING = 16 * 2.0**-24  # log-probs and losses of a row are below 16 here, and a ratio has their absolute error
-
-
-def draw(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def make_keys(num_rows: int, first: int = 0) -> Tensor:
-    rows = torch.arange(first, first + num_rows)
-    return noise_keys(seed=7, step=1, task=rows, trajectory=rows, turn=2, denoising_step=3)
 
 
 def steps_of(rule: str, num_rows: int) -> list[int | Tensor]:
     """The first step, one in the middle, the last noisy one, and another one for each row."""
     last = 11 if rule == "sde" else 10
     return [0, 5, last, torch.arange(num_rows) % (last + 1)]
-
-
-def assert_near(actual: Tensor, eager: Tensor, exact: Tensor, rounding: float = 2.0**-24, extra: float = 0.0) -> None:
-    """No element off by more than twice the worst of the same computation in eager float32 and two roundings of the
-    largest number, by which eager may have been lucky.
-    """
-    error, allowed = ((each.double() - exact.double()).abs().max().item() for each in (actual, eager))
-    scale = max(1.0, exact.abs().max().item())
-    assert not actual.isnan().any()
-    assert error <= 2 * allowed + 4 * rounding * scale + extra, (error, allowed)
 
 
 @pytest.mark.parametrize("num_elements", [1, 2, 3, 63, 4097])
@@ -102,21 +84,13 @@ def test_a_row_has_the_same_bits_in_every_batch() -> None:
     table, shape = step_table(SIGMAS, noise_level=0.9), (16, 2100)
     velocity, latents, keys = draw(0, *shape), draw(1, *shape), make_keys(16)
     made, log_prob = sde_step(velocity, latents, table, 4, keys)
-    order = torch.randperm(16, generator=torch.Generator().manual_seed(0))
+    order = draw(5, 16).argsort()
     other, other_log_prob = sde_step(velocity[order], latents[order], table, 4, keys[order])
     assert torch.equal(other, made[order]) and torch.equal(other_log_prob, log_prob[order])
     for row in (0, 9):
         own = slice(row, row + 1)
         alone, alone_log_prob = sde_step(velocity[own], latents[own], table, 4, keys[own])
         assert torch.equal(alone, made[own]) and torch.equal(alone_log_prob, log_prob[own])
-
-
-def gradient(loss_of: Callable[[Tensor], Tensor], velocity: Tensor) -> tuple[Tensor, Tensor]:
-    velocity = velocity.clone().requires_grad_()
-    loss = loss_of(velocity)
-    loss.backward()
-    assert velocity.grad is not None
-    return loss.detach(), velocity.grad
 
 
 @pytest.mark.parametrize(("dtype", "shape"), product(DTYPES, SHAPES))

@@ -130,7 +130,7 @@ def ordered_sum(partial, num_blocks, BLOCKS: tl.constexpr):
     return tl.sum(tl.load(partial + place, mask=place < num_blocks, other=0.0, cache_modifier=".cg"))
 
 
-_TICKETS: dict[tuple[torch.device, int], Tensor] = {}
+_TICKETS: dict[tuple[torch.device, int], list[Tensor]] = {}  # all that there were: a CUDA graph may hold any of them
 
 
 def tickets(num_rows: int, device: torch.device) -> Tensor:
@@ -138,10 +138,10 @@ def tickets(num_rows: int, device: torch.device) -> Tensor:
     may run at once.
     """
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    tickets = _TICKETS.get((device, stream))
-    if tickets is None or len(tickets) <= num_rows:
-        tickets = _TICKETS[device, stream] = torch.zeros(max(256, 2 * num_rows), dtype=torch.int32, device=device)
-    return tickets
+    own = _TICKETS.setdefault((device, stream), [])
+    if not own or len(own[-1]) <= num_rows:
+        own.append(torch.zeros(max(256, 2 * num_rows), dtype=torch.int32, device=device))
+    return own[-1]
 
 
 def geometry(rows: Tensor) -> tuple[int, int, int]:

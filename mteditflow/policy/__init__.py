@@ -70,6 +70,11 @@ class Policy(Protocol):
         """The model's own schedule of noise levels (S+1,), float64 on the host."""
         ...
 
+    @property
+    def selected(self) -> AdapterName:
+        """The adapter that `velocity` uses now. Its weights change in place: a captured graph sees the new ones."""
+        ...
+
     def adapter(self, name: AdapterName) -> AbstractContextManager[None]:
         """Selects the weights that `velocity` uses within the context; `current` outside of any."""
         ...

@@ -104,7 +104,7 @@ class FluxKontextPolicy:
         names: tuple[AdapterName, ...] = ("current", "old", "ema") if has_old else ("current", "ema")
         self._layers, self._adapters = _add_adapters(pipeline.transformer, lora, self._targets, names, seed)
         assert len(self._layers) == self.num_bound_modules
-        self._selected: AdapterName = "current"
+        self.selected: AdapterName = "current"
         self._select("current")
 
     @property
@@ -218,12 +218,12 @@ class FluxKontextPolicy:
             layer._disable_adapters = name == "off"
             if name != "off":
                 layer._active_adapter = [name]
-        self._selected = name
+        self.selected = name
 
     @contextmanager
     def adapter(self, name: AdapterName) -> Iterator[None]:
         """Selects the weights that `velocity` uses; on leaving, those from before. Never touches requires_grad."""
-        before = self._selected
+        before = self.selected
         self._select(name)
         try:
             yield
