@@ -5,7 +5,7 @@ rollout cut: a matrix product may give a row other bits in a batch of another si
 update has to be exactly 1.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from weakref import WeakKeyDictionary
 
 import torch
@@ -105,6 +105,14 @@ def is_captured(policy: Policy, num_rows: int, text: Tensor, cuda_graph: str) ->
     return is_launch_bound(policy.pipeline.transformer, num_tokens, text.dtype)
 
 
+def chunks(
+    condition: Condition, noise: Tensor, keys: Sequence[Tensor | None], size: int
+) -> Iterator[tuple[Condition, Tensor, list[Tensor | None]]]:
+    """What goes through the model together: `size` rows at a time, and what is left."""
+    for rows in torch.arange(len(noise), device=noise.device).split(size):
+        yield condition.rows(rows), noise[rows], [None if own is None else own[rows] for own in keys]
+
+
 @torch.no_grad()
 def roll_out(
     policy: Policy,
@@ -147,17 +155,10 @@ def roll_out(
         noise = counter_normal(keys[-1], (policy.num_tokens, policy.num_channels)).to(image_latents)
         is_by_graph = is_captured(policy, min(microbatch_size, len(noise)), text, cuda_graph)
         run = denoise_by_graph if is_by_graph else denoise
+        drawn = [own if is_noisy else None for own, is_noisy in zip(keys, noisy, strict=False)]
         parts = [
-            run(
-                policy,
-                condition.rows(rows),
-                noise[rows],
-                sigmas,
-                table,
-                [own[rows] if is_noisy else None for own, is_noisy in zip(keys, noisy, strict=False)],
-                corrections,
-            )  # fmt: skip
-            for rows in torch.arange(len(noise), device=policy.device).split(microbatch_size)
+            run(policy, rows, start, sigmas, table, own, corrections)
+            for rows, start, own in chunks(condition, noise, drawn, microbatch_size)
         ]
         latents, log_prob = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
         image = to_8_bit(policy.decode(latents[-1]))
