@@ -96,7 +96,8 @@ def _pair_kernel(words0, words1, out, SIZE: tl.constexpr):
 
 def test_box_muller_at_the_ends_of_its_polynomials() -> None:
     """Radii: the smallest and largest words, both sides of every octave and of every seam of the logarithm at sqrt 1/2.
-    Angles: both sides of every eighth of a turn, where the sine's polynomials end or pass through zero.
+    Angles: both sides of every eighth of a turn, where the sine's polynomials end or pass through zero. (Over all 2^24
+    of either, with the other one random, the worst is 1.9e-6.)
     """
     octaves = [int(2**k * end) + side for k in range(25) for end in (1, 0.5**0.5) for side in (-2, -1, 0, 1)]
     counts = torch.tensor(sorted({*range(1, 9), *(n for n in octaves if 1 <= n <= 1 << 24)}))
