@@ -17,8 +17,9 @@ def draw(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def make_keys(num_rows: int, first: int = 0) -> Tensor:
+    """No two of the five words are equal, and one has its highest bit."""
     rows = torch.arange(first, first + num_rows)
-    return noise_keys(seed=7, step=1, task=rows, trajectory=rows, turn=2, denoising_step=3)
+    return noise_keys(seed=-7, step=1, task=rows + 1000, trajectory=rows + 2000, turn=2, denoising_step=3)
 
 
 def gradient(loss_of: Callable[[Tensor], Tensor], velocity: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,43 +6,42 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from mteditflow_kernels import counter_normal, grpo_loss, nft_loss, noise_keys, sde_log_prob, sde_step
+from mteditflow_kernels import counter_normal, grpo_loss, nft_loss, sde_log_prob, sde_step
+from near import draw, make_keys
 from torch import Tensor
 
 from mteditflow.flow import sigma_schedule, step_table
 
-TABLE = step_table(sigma_schedule(12, 1024), noise_level=0.9)
 B, D = 3, 65
-ROWS = torch.arange(B)
-KEYS = noise_keys(seed=7, step=1, task=ROWS, trajectory=ROWS, turn=2, denoising_step=3)
-STEPS = torch.tensor([0, 5, 10])
 
 
-def draw(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+def schedule() -> tuple[Tensor, Tensor, Tensor]:
+    """A table, a step of it for each row, noise keys; on the default device."""
+    return step_table(sigma_schedule(12, 1024), noise_level=0.9), torch.tensor([0, 5, 10]), make_keys(B)
 
 
 def drawn(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """latents, next_latents, reference and old velocity; the trained one, draw(0), is not far from the old."""
     x, near = draw(1, B, D, dtype=dtype), draw(0, B, D, dtype=dtype)
     old = near + 0.1 * draw(2, B, D, dtype=dtype)
-    return x, sde_step(old, x, TABLE, STEPS, KEYS)[0], near + draw(3, B, D, dtype=dtype), old
+    return x, sde_step(old, x, *schedule())[0], near + draw(3, B, D, dtype=dtype), old
 
 
 def calls(dtype: torch.dtype = torch.float32) -> dict[str, Callable[[Tensor], Any]]:
     """Each op as a function of the velocity; what the ones that can be differentiated return first is."""
     x, made, ref, old = drawn(dtype)
+    table, steps, keys = schedule()
     row = [draw(i, B, dtype=dtype) for i in range(5, 7)]
-    old_log_prob = sde_log_prob(old, x, made, TABLE, STEPS)
+    old_log_prob = sde_log_prob(old, x, made, table, steps)
     sigma, half = torch.linspace(1, 0.1, B).to(dtype), torch.full((B,), 0.3, dtype=dtype)
     return {
-        "noise": lambda v: counter_normal(KEYS, (D,)),
-        "step": lambda v: sde_step(v, x, TABLE, 5, KEYS),
-        "ODE step": lambda v: sde_step(v, x, TABLE, STEPS, None)[0],
-        "log-prob": lambda v: sde_log_prob(v, x, made, TABLE, STEPS),
-        "GRPO": lambda v: grpo_loss(v, x, made, old_log_prob, row[0], TABLE, STEPS, clip_range=10.0),
+        "noise": lambda v: counter_normal(keys, (D,)),
+        "step": lambda v: sde_step(v, x, table, 5, keys),
+        "ODE step": lambda v: sde_step(v, x, table, steps, None)[0],
+        "log-prob": lambda v: sde_log_prob(v, x, made, table, steps),
+        "GRPO": lambda v: grpo_loss(v, x, made, old_log_prob, row[0], table, steps, clip_range=10.0),
         "GRPO, all options": lambda v: grpo_loss(
-            v, x, made, old_log_prob, row[0], TABLE, STEPS, clip_range=10.0, kl_beta=0.1, ref_velocity=ref,
+            v, x, made, old_log_prob, row[0], table, steps, clip_range=10.0, kl_beta=0.1, ref_velocity=ref,
             kl_form="exact", old_velocity=old, weight=row[1].abs(),
         ),
         "NFT": lambda v: nft_loss(v, old, x, made, sigma, half, beta=0.5),
@@ -86,13 +85,14 @@ def registered_arguments(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
     """Arguments of each registered op, as `torch.ops.mteditflow` takes them."""
     v = draw(0, B, D, dtype=dtype).requires_grad_()
     x, made, ref, old = drawn(dtype)
-    rows = [sde_log_prob(old, x, made, TABLE, STEPS), draw(6, B), draw(7, B).abs()]
+    table, steps, keys = schedule()
+    rows = [sde_log_prob(old, x, made, table, steps), draw(6, B), draw(7, B).abs()]
     nft = (old, x, made, ref, torch.linspace(1, 0.1, B), torch.full((B,), 0.3), rows[2])
     return {
-        "counter_normal": (KEYS, [5, 13]),
-        "sde_step": (v.detach(), x, TABLE, STEPS, 0, KEYS),
-        "sde_log_prob": (v, x, made, TABLE, None, 5),
-        "grpo_loss": (v, x, made, ref, old, *rows, TABLE, STEPS, 0, 10.0, 0.1, "exact"),
+        "counter_normal": (keys, [5, 13]),
+        "sde_step": (v.detach(), x, table, steps, 0, keys),
+        "sde_log_prob": (v, x, made, table, None, 5),
+        "grpo_loss": (v, x, made, ref, old, *rows, table, steps, 0, 10.0, 0.1, "exact"),
         "nft_loss": (v, *nft, 0.5, 0.1, 5.0),
     }
 

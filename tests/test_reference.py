@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 
+import closed_forms
 import pytest
 import torch
 from mteditflow_kernels import (
@@ -193,21 +194,21 @@ def test_grpo_gradient_is_the_closed_form(kl_form: str, clip_range: float) -> No
 
     (grad,) = torch.autograd.grad(loss_of(velocity), velocity)
     at = velocity.detach()
-    mean, std = mean_and_std(at, latents)
-    ratio = torch.exp(sde_log_prob(at, latents, next_latents, table, STEP) - old_log_prob)
-    is_clipped = ((ADVANTAGE > 0) & (ratio > 1 + clip_range)) | ((ADVANTAGE < 0) & (ratio < 1 - clip_range))
+    expected, is_clipped = closed_forms.grpo_gradient(
+        velocity=at, latents=latents, next_latents=next_latents, ref_velocity=reference,
+        ratio=torch.exp(sde_log_prob(at, latents, next_latents, table, STEP) - old_log_prob), advantage=ADVANTAGE,
+        weight=torch.full((4,), 0.25), coefficients=table[STEP], clip_range=clip_range, kl_beta=kl_beta,
+        kl_scale=1.0 if kl_form == "exact" else -SIGMAS.diff()[STEP],
+    )  # fmt: skip
     assert is_clipped.any() == (clip_range < 0.1) and not is_clipped.all()
-    c_v = column(table.double()[STEP, C_V])
-    policy = column(-ADVANTAGE * ratio * ~is_clipped) * c_v * (next_latents - mean) / (std**2 * D)
-    variance = std**2 if kl_form == "exact" else std**2 / column(-SIGMAS.diff()[STEP])
-    kl = kl_beta * c_v * (mean - mean_and_std(reference, latents)[0]) / (variance * D)
     # float32 columns: 3e-7 relative of each of the two terms, whose sum may cancel; they are of order 0.1
-    torch.testing.assert_close(grad, (policy + kl) / 4, rtol=3e-7, atol=1e-8)
+    torch.testing.assert_close(grad, expected, rtol=3e-7, atol=1e-8)
     assert torch.autograd.gradcheck(loss_of, velocity)
 
 
-def test_ratio_is_exactly_one_before_the_update() -> None:
-    velocity, latents, next_latents, old_log_prob = make_step(torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_ratio_is_exactly_one_before_the_update(dtype: torch.dtype) -> None:
+    velocity, latents, next_latents, old_log_prob = make_step(dtype)
     loss, diagnostics = grpo_loss(
         velocity, latents, next_latents, old_log_prob, ADVANTAGE.float(), make_table(), STEP, clip_range=1e-4
     )
@@ -278,18 +279,15 @@ def test_nft_gradient_is_the_closed_form(beta: float) -> None:
         beta=beta, kl_beta=kl_beta, ref_velocity=reference, max_advantage=max_advantage,
     )  # fmt: skip
     (grad,) = torch.autograd.grad(loss, velocity)
-    v, t, r = velocity.detach(), column(sigma), column(PROBABILITY)
-    latents = (1 - t) * clean + t * noise
-    errors = [latents - t * mix - clean for mix in (beta * v + (1 - beta) * old, (1 + beta) * old - beta * v)]
-    scales = [error.abs().mean((1, 2), keepdim=True) for error in errors]
-    policy = max_advantage * 2 * t / D * (-r * errors[0] / scales[0] + (1 - r) * errors[1] / scales[1])
-    kl = 2 * kl_beta * (v - reference) / D
-    torch.testing.assert_close(grad, (policy + kl) / 4, rtol=0, atol=F64)
-    terms = [(error.square() / scale).mean((1, 2)) for error, scale in zip(errors, scales, strict=True)]
-    value = max_advantage * (PROBABILITY * terms[0] + (1 - PROBABILITY) * terms[1]).mean() / beta
-    torch.testing.assert_close(diagnostics["policy_loss"], value, rtol=F64, atol=0)
-    torch.testing.assert_close(diagnostics["kl"], (v - reference).square().mean(), rtol=F64, atol=0)
-    torch.testing.assert_close(loss.detach(), value + kl_beta * diagnostics["kl"], rtol=F64, atol=0)
+    policy, kl, expected = closed_forms.nft(
+        velocity=velocity.detach(), old_velocity=old, clean=clean, noise=noise, ref_velocity=reference, sigma=sigma,
+        probability=PROBABILITY, weight=torch.full((4,), 0.25), beta=beta, kl_beta=kl_beta,
+        max_advantage=max_advantage,
+    )  # fmt: skip
+    torch.testing.assert_close(grad, expected, rtol=0, atol=F64)
+    torch.testing.assert_close(diagnostics["policy_loss"], policy.mean(), rtol=F64, atol=0)
+    torch.testing.assert_close(diagnostics["kl"], kl.mean(), rtol=F64, atol=0)
+    torch.testing.assert_close(loss.detach(), policy.mean() + kl_beta * kl.mean(), rtol=F64, atol=0)
 
 
 def test_nft_gradient_against_finite_differences() -> None:

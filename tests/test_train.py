@@ -159,6 +159,13 @@ def test_the_same_command_again_gives_the_same_bits(arguments: Arguments, whole:
     assert metrics(tmp_path / "other")[0] != metrics(whole)[0]
 
 
+def test_the_default_backend_of_a_cpu_has_the_bits_of_the_reference(
+    arguments: Arguments, whole: Path, tmp_path: Path
+) -> None:
+    main(arguments(tmp_path, run__backend="reference"))
+    assert_same_run(tmp_path, whole)
+
+
 @pytest.mark.parametrize("when", ["after iteration 2", "at a random time"])
 def test_a_killed_run_goes_on_as_if_it_had_not_been(
     arguments: Arguments, whole: Path, tmp_path: Path, when: str

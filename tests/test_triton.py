@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from mteditflow_kernels.static import LATENTS, VARIANTS, figures
+from mteditflow_kernels.static import LATENTS, VARIANTS, figures, is_target
 from mteditflow_kernels.triton_common import tickets
 
 # SASS instructions of the whole kernel per element of a thread: what was reached, and a tenth more.
@@ -38,17 +38,22 @@ def test_the_ops_under_the_interpreter() -> None:
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-8000:]
 
 
+@pytest.mark.parametrize("capability", [90, 100])
 @pytest.mark.parametrize("name", VARIANTS)
-def test_what_the_compiler_made(name: str) -> None:
-    """No spill, no local memory, no float64, whole 128-bit loads and stores, within the budget."""
-    f = figures(VARIANTS[name])
+def test_what_the_compiler_made(name: str, capability: int) -> None:
+    """No spill, no local memory, no float64, whole 128-bit loads and stores; for sm_90 within the budget."""
+    if not is_target(capability):
+        pytest.skip(f"this Triton's assembler does not know sm_{capability}")
+    f = figures(VARIANTS[name], capability)
     assert f.stack == 0 and f.local == 0 and f.float64 == 0
-    assert f.registers <= 48 and f.instructions_per_element <= INSTRUCTIONS[name], f
+    if capability == 90:
+        assert f.registers <= 48 and f.instructions_per_element <= INSTRUCTIONS[name], f
     latents = [n for n in VARIANTS[name].kernel.arg_names if n in LATENTS]
     stored = [n for n in latents if n == "grad_velocity" or (n == "next_latents" and name.startswith("step"))]
     unused = {"ref_velocity": "KL" not in name, "old_velocity": "GRPO" in name and "Guard" not in name}
     unused["velocity"] = name == "GRPO-Guard, backward"  # the residual to the old mean is all it takes
     assert f.loads_128 == len(latents) - len(stored) - sum(unused[n] for n in latents if n in unused)
+    assert f.loads_narrow == 0
     assert f.stores_128 == (2 if name == "noise" else len(stored))  # noise is float32
 
 

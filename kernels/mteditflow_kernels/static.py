@@ -12,6 +12,7 @@ from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from mteditflow_kernels import triton_grpo, triton_nft, triton_sde
@@ -97,6 +98,12 @@ def _disassembly(cubin: bytes) -> tuple[str, list[str]]:
             for option in ("-res-usage", "-sass")
         )
     return usage, [line for line in code.splitlines() if re.match(r"\s+/\*[0-9a-f]{4,}\*/\s", line)]
+
+
+def is_target(capability: int) -> bool:
+    """Whether this Triton's assembler knows that compute capability."""
+    command = [get_ptxas(capability).path, "--help"]
+    return f"'sm_{capability}'" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def figures(variant: Variant, capability: int = 90) -> Figures:
