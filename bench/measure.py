@@ -185,10 +185,10 @@ def session(device: torch.device) -> dict[str, Any]:
     }
 
 
-def write(folder: Path, session: Mapping[str, Any], rows: Sequence[Row]) -> Path:
-    """`DATE-DEVICE.json`: the session and its rows."""
+def write(folder: Path, session: Mapping[str, Any], rows: Sequence[Row], rollouts: Mapping[str, float]) -> Path:
+    """`DATE-DEVICE.json`: the session, its rows, and seconds of a rollout by the choice of rollout.cuda_graph."""
     copy = session["ceilings"]["copy_gb_per_s"]
-    result = dict(session) | {"kernels": [row.figures(copy) for row in rows]}
+    result = dict(session) | {"kernels": [row.figures(copy) for row in rows], "rollout_s": dict(rollouts)}
     device = session["device"].lower().replace(" ", "-")
     path = folder / f"{session['date'][:19].replace(':', '')}-{device}.json"
     folder.mkdir(exist_ok=True)

@@ -5,8 +5,8 @@ torch.compile of it. The figures become one file of bench/results/, which is com
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,13 @@ from mteditflow_kernels.triton_common import NORMAL_ERROR
 from near import ROUNDING, ROW_ROUNDING, assert_near
 from rich.console import Console
 from torch import Tensor
+
+from mteditflow.config import Config, ObjectiveConfig
+from mteditflow.data import training_tasks
+from mteditflow.distributed import Ranks
+from mteditflow.policy import Policy, build_policy
+from mteditflow.rollout import denoise, denoise_by_graph, row_keys, sample_rollout
+from mteditflow.types import Rollout
 
 FOLDER = Path(__file__).parent
 COMPILE_SECONDS = 240  # of a session, after which torch.compile is left out; the large shapes come first
@@ -35,6 +42,7 @@ class Session:
 
     facts: dict[str, Any]
     rows: list[measure.Row] = field(default_factory=list)
+    rollout_s: dict[str, float] = field(default_factory=dict)
     compile_seconds: float = 0.0
 
 
@@ -42,8 +50,10 @@ class Session:
 def session() -> Iterator[Session]:
     found = Session(facts=measure.session(torch.device("cuda")))
     yield found
-    path = measure.write(FOLDER / "results", found.facts, found.rows)
-    Console(width=160, stderr=True).print("\n", measure.table(found.facts, found.rows), f"\nwritten to {path}")
+    path = measure.write(FOLDER / "results", found.facts, found.rows, found.rollout_s)
+    table = measure.table(found.facts, found.rows)
+    rollouts = f"seconds of a rollout by rollout.cuda_graph: {found.rollout_s}"
+    Console(width=160, stderr=True).print("\n", table, rollouts, f"written to {path}", sep="\n")
 
 
 def test_parity_of_every_case() -> None:
@@ -105,3 +115,40 @@ def test_time(case: Case, shape: tuple[int, ...], session: Session, benchmark: A
     call = case.prepare(OWN, latents.unbind(), rows_for(latents))
     benchmark.pedantic(call, rounds=20, iterations=10, warmup_rounds=1)  # what a call costs the host
     assert row.launches <= 1 + len(case.kernels) and row.syncs == 0
+
+
+def time_rollout(policy: Policy, config: Config, choices: tuple[str, str]) -> dict[str, float]:
+    """Median seconds of a rollout for each of two choices of rollout.cuda_graph, after a look at their bits."""
+    tasks = training_tasks(config, 0, Ranks(rank=0, world_size=1, device=policy.device))
+
+    def roll(choice: Any) -> Rollout:
+        return sample_rollout(policy, tasks, replace(config, rollout=replace(config.rollout, cuda_graph=choice)), 0)
+
+    for own, other in zip(*(roll(choice).turns for choice in choices), strict=True):
+        assert torch.equal(own.latents, other.latents) and torch.equal(own.image, other.image)
+        assert torch.equal(own.old_log_prob.nan_to_num(), other.old_log_prob.nan_to_num())
+    return measure.medians({choice: lambda choice=choice: roll(choice) for choice in choices}, policy.device)
+
+
+def denoise_without_sync(policy: Policy, rollout: Rollout, run: Callable[..., tuple[Tensor, Tensor]]) -> None:
+    """The denoising steps of the first turn, noisy ones and others, once to warm up and once with syncs forbidden."""
+    turn, num_rows = rollout.turns[0], len(rollout.group)
+    group_size = num_rows // len(rollout.tasks)
+    keys = row_keys(rollout.tasks, group_size, seed=0, step=0, turn=0, denoising_step=0).to(policy.device)
+    drawn = [keys if step in rollout.trained_steps else None for step in range(len(rollout.table))]
+    arguments = (policy, turn.condition, turn.latents[0], rollout.sigmas, rollout.table, drawn)
+    with torch.no_grad():
+        run(*arguments)
+        with measure.no_syncs(policy.device):
+            run(*arguments)
+
+
+def test_rollout_by_graph(session: Session) -> None:
+    """The default config, GRPO: the same bits, no sync between the denoising steps, and both times."""
+    config = replace(Config(), objective=ObjectiveConfig(name="grpo"))
+    policy = build_policy(config.model, config.lora, seed=0, objective="grpo")
+    session.rollout_s |= time_rollout(policy, config, ("on", "off"))
+    tasks = training_tasks(config, 0, Ranks(rank=0, world_size=1, device=policy.device))
+    rollout = sample_rollout(policy, tasks, config, 0)
+    for run in (denoise, denoise_by_graph):
+        denoise_without_sync(policy, rollout, run)

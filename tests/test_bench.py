@@ -12,8 +12,14 @@ import torch
 from kernel_cases import CASES, OWN, SHAPES, Case, Ops, Rows, rows_for
 from mteditflow_kernels.static import VARIANTS
 from rich.console import Console
-from test_kernels import assert_parity, time_case
+from test_kernels import assert_parity, denoise_without_sync, time_case, time_rollout
 from torch import Tensor
+
+from mteditflow.config import Config, DataConfig
+from mteditflow.data import training_tasks
+from mteditflow.distributed import Ranks
+from mteditflow.policy import build_policy
+from mteditflow.rollout import denoise, sample_rollout
 
 CPU = torch.device("cpu")
 ROW = measure.Row(
@@ -25,7 +31,8 @@ ROW = measure.Row(
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "WORKING_SET_BYTES", 4096)
-    monkeypatch.setattr(measure, "MAX_REPLAYS", measure.MIN_REPLAYS)
+    monkeypatch.setattr(measure, "MIN_REPLAYS", 1)
+    monkeypatch.setattr(measure, "MAX_REPLAYS", 1)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -49,6 +56,16 @@ def test_parity_sees_a_wrong_op() -> None:
         assert_parity(wrong, latents, rows_for(latents))
 
 
+def test_a_rollout_runs(tiny_config: Config) -> None:
+    config = replace(tiny_config, data=DataConfig(num_turns=1))
+    policy = build_policy(config.model, config.lora, seed=0, objective="grpo")
+    seconds = time_rollout(policy, config, ("auto", "off"))
+    assert seconds.keys() == {"auto", "off"} and min(seconds.values()) > 0
+    tasks = training_tasks(config, 0, Ranks(rank=0, world_size=1, device=CPU))
+    rollout = sample_rollout(policy, tasks, config, 0)
+    denoise_without_sync(policy, rollout, denoise)
+
+
 def test_bytes_of_the_algorithm() -> None:
     """GRPO forward and backward: 14 bytes per element, so 58.7 MB at 1024 px; every kernel named is one."""
     both = next(case for case in CASES if case.name == "GRPO, both")
@@ -61,6 +78,7 @@ def test_sets_fill_the_working_set() -> None:
 
 
 def test_replays_are_worth_a_median(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "MIN_REPLAYS", 5)
     monkeypatch.setattr(measure, "MAX_REPLAYS", 50)
     assert [measure.num_replays(seconds) for seconds in (1e-4, 0.02, 10.0)] == [50, 15, 5]
 
@@ -85,9 +103,10 @@ def test_file_and_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert facts["ceilings"]["copy_gb_per_s"] > 0
     facts |= {"date": "2026-01-02T03:04:05+00:00", "device": "NVIDIA H200", "ceilings": {"copy_gb_per_s": 4300.0}}
     rows = [ROW, replace(ROW, us=20.0, compiled_us=None)]
-    path = measure.write(tmp_path / "results", facts, rows)
+    path = measure.write(tmp_path / "results", facts, rows, {"on": 0.5, "off": 0.75})
     assert path.name == "2026-01-02T030405-nvidia-h200.json"
     read = json.loads(path.read_text())
+    assert read["rollout_s"] == {"on": 0.5, "off": 0.75}
     assert read["versions"]["torch"] == torch.__version__ and read["kernels"][1]["times_compiled"] is None
     text = StringIO()
     console = Console(width=160, file=text)

@@ -113,27 +113,35 @@ def assert_equal(found: Rollout, expected: Rollout) -> None:
 def test_a_replay_has_the_bits_of_the_loop(
     policy: Policy, tiny_config: Config, graphs: list[Graph], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Other tasks, weights, noise, windows and adapters; chunks of 3 rows and of 1."""
-    config = replace(tiny_config, rollout=replace(tiny_config.rollout, window_size=1, microbatch_size=3))
+    """Other tasks, weights, noise, windows and adapters; chunks of 2, 2 and 1 rows."""
+    sizes = {"num_tasks": 1, "group_size": 5, "window_size": 1, "microbatch_size": 2}
+    config = replace(tiny_config, rollout=replace(tiny_config.rollout, **sizes))
     nft = replace(config, objective=replace(config.objective, name="nft"))
+    sigmas = policy.sigmas(config.rollout.num_steps)
+    before = policy.adapter_state("current")
 
     def roll(is_by_graph: bool) -> list[Rollout]:
-        policy.load_adapter_state("current", {name: w.detach().clone() for name, w in before.items()})
+        policy.load_adapter_state("current", before)
         monkeypatch.setattr(rollout, "is_captured", lambda *_: is_by_graph)
         found = []
-        for iteration in range(4):
+        for iteration in range(3):
             move(policy, 0.1)
             found.append(sample_rollout(policy, training_tasks(config, iteration, ONE_RANK), config, iteration))
-        found.append(sample_rollout(policy, training_tasks(config, 0, ONE_RANK), nft, 0))
-        return found
+        tasks = training_tasks(config, 0, ONE_RANK)
+        found.append(sample_rollout(policy, tasks, nft, 0))
+        ode = roll_out(
+            policy, tasks, num_turns=2, group_size=5, sigmas=sigmas, table=step_table(sigmas, noise_level=0.0),
+            trained_steps=(), hand_off="pixels", microbatch_size=2, seed=0, step=0,
+        )  # fmt: skip
+        return [*found, ode]
 
-    before = policy.adapter_state("current")
     eager, replayed = roll(False), roll(True)
-    assert len({own.trained_steps for own in eager[:4]}) == 2  # windows
-    assert len(graphs) == 3 * 2  # two windows and the ODE of the old adapter, two sizes of a chunk
+    assert len({own.trained_steps for own in eager[:3]}) == 2  # windows
+    assert len(graphs) == 4 * 2  # two windows, the ODE of the old adapter and of the trained; two sizes of a chunk
     for own, other in zip(replayed, eager, strict=True):
         assert_equal(own, other)
     assert not torch.equal(eager[0].turns[0].latents[1], eager[1].turns[0].latents[1])
+    assert not torch.equal(eager[3].turns[0].latents[1], eager[4].turns[0].latents[1])
 
 
 class OnMeta(TorchDispatchMode):
