@@ -127,6 +127,30 @@ Credit = Literal["broadcast", "per_turn", "return_to_go", "early_stop"]
 
 
 @dataclass(frozen=True, kw_only=True)
+class RewardConfig:
+    """The judge that training sees. Evaluation always sees the exact verifier."""
+
+    judge: Literal["exact", "thinking", "direct"] = "exact"
+    """The world's verifier, or a simulated VLM judge on top of it: thinking errs at random (bias 0.1, std 0.9 points),
+    direct is kind (bias 0.8, std 0.3). Profiles ours."""
+    scale: Literal["five", "binary"] = "five"
+    """Instruction score: (answer - 1) / 4 for answers 1 to 5 (paper), or 1 from answer 4 on and else 0."""
+    leniency: float = 0.0
+    """Points that a simulated judge adds to a failed turn for each unit of corruption of its picture (0 clean, 1 the
+    most): above 0, the reward can be hacked."""
+    failure_rate: float = 0.0
+    """Share of trajectories that a simulated judge gives no scores."""
+
+    def __post_init__(self) -> None:
+        _require(self.leniency >= 0, "reward.leniency", self.leniency, "must not be negative")
+        _require(0 <= self.failure_rate <= 1, "reward.failure_rate", self.failure_rate, "must lie in [0, 1]")
+        for name in ("leniency", "failure_rate"):
+            value = getattr(self, name)
+            is_had = value == 0 or self.judge != "exact"
+            _require(is_had, f"reward.{name}", value, "the exact verifier has none: must be 0, or judge another")
+
+
+@dataclass(frozen=True, kw_only=True)
 class AdvantageConfig:
     """From scores to advantages (section 4 of the paper)."""
 
@@ -315,6 +339,7 @@ class Config:
     lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

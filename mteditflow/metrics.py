@@ -288,4 +288,12 @@ def of_scores(scores: Scores, advantages: Tensor, group: Tensor) -> dict[str, fl
     for turn in range(instruction.shape[1]):
         values[f"reward/turn_{turn + 1}"] = instruction[:, turn].mean()
         values[f"reward/success_{turn + 1}"] = (instruction[:, turn] >= 0.75).float().mean()
+    if scores.truth is not None:
+        truth = scores.truth[scores.valid]
+        values |= {
+            "judge/bias": (instruction - truth).mean(),
+            "judge/std": (instruction - truth).std(correction=0),
+            "judge/agreement": ((instruction >= 0.75) == (truth >= 0.75)).float().mean(),
+            "judge/truth": truth.mean(),
+        }
     return {name: value.item() for name, value in values.items()}

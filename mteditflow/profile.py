@@ -93,7 +93,7 @@ def iteration(policy: Policy, tasks: list[EditTask], config: Config, ranks: Rank
     own = rollout.sample_rollout(policy, tasks, config, 0)
     if (config.model.height, config.model.width) == (SIZE, SIZE):
         with context("score"):
-            build_reward()(own)
+            build_reward(config.reward, config.run.seed)(own, 0)
     num_rows = len(own.group)
     sign = 1.0 - 2.0 * (torch.arange(num_rows) % 2)
     update.update(policy, optimizer, own, sign[:, None].repeat(1, len(own.turns)), config, 0, ranks)

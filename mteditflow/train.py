@@ -36,13 +36,13 @@ def train(config: "Config", ranks: "Ranks") -> None:
     use_backend(config.run.backend)
     timer, is_adapter_checked = Timer(), False
     with Run(config, ranks, timer) as run:
-        policy, optimizer, reward = run.policy, run.optimizer, build_reward()
+        policy, optimizer, reward = run.policy, run.optimizer, build_reward(config.reward, config.run.seed)
         for iteration in range(run.first_iteration, config.run.num_iterations):
             tasks = training_tasks(config, iteration, ranks)
             with timer("time/rollout"):
                 rollout = sample_rollout(policy, tasks, config, iteration)
             with timer("time/score"):
-                scores, group = of_all_ranks(reward(rollout), rollout.group, ranks)
+                scores, group = of_all_ranks(reward(rollout, iteration), rollout.group, ranks)
                 check_scores(scores, config)
             advantage = advantages(scores, group, config.advantage)
             with timer("time/update"):

@@ -66,6 +66,7 @@ class Scores:
     instruction: Tensor  # (N, K) in [0, 1]: (score - 1) / 4
     consistency: Tensor  # (N, K) in [0, 1]; NaN where undefined
     valid: Tensor  # (N,) bool; False where scoring failed
+    truth: Tensor | None = None  # (N, K) what the instruction score should be, where that is known and it may differ
 
 
 @dataclass(frozen=True, kw_only=True)

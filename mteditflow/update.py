@@ -248,7 +248,7 @@ def check_scores(scores: Scores, config: Config) -> None:
     if share > config.run.max_invalid_share:
         raise GuardError(
             f"{share:.0%} of the trajectories could not be scored, run.max_invalid_share is "
-            f"{config.run.max_invalid_share:.0%}: look at the reward"
+            f"{config.run.max_invalid_share:.0%}: look at the reward, judge {config.reward.judge!r}"
         )
 
 

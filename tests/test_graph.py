@@ -23,7 +23,7 @@ from mteditflow.distributed import Ranks
 from mteditflow.flow import step_table
 from mteditflow.graph import is_launch_bound
 from mteditflow.policy import Policy, build_policy
-from mteditflow.rollout import denoise, is_captured, sample_rollout
+from mteditflow.rollout import denoise, is_captured, roll_out, sample_rollout
 from mteditflow.types import Condition, Rollout
 
 ONE_RANK = Ranks(rank=0, world_size=1, device=torch.device("cpu"))

@@ -11,7 +11,7 @@ from mteditflow.data import training_tasks
 from mteditflow.distributed import Ranks
 from mteditflow.metrics import of_scores
 from mteditflow.policy import build_policy
-from mteditflow.reward import build_reward
+from mteditflow.reward.exact import ExactReward
 from mteditflow.rollout import sample_rollout
 from mteditflow.types import Scores
 from mteditflow.update import GuardError, check_scores
@@ -42,11 +42,11 @@ def test_a_reward_that_fails_is_masked_and_counted(tiny_config: Config) -> None:
 def test_a_picture_that_is_not_finite_is_not_scored(tiny_config: Config) -> None:
     policy = build_policy(tiny_config.model, tiny_config.lora, seed=0, objective="grpo")
     rollout = sample_rollout(policy, training_tasks(tiny_config, 0, ONE_RANK), tiny_config, 0)
-    whole = build_reward()(rollout)
+    whole = ExactReward()(rollout, 0)
     images = rollout.turns[1].image.clone()
     images[2, 0, 5, 5] = torch.nan
     broken = replace(rollout, turns=[rollout.turns[0], replace(rollout.turns[1], image=images)])
-    scores = build_reward()(broken)
+    scores = ExactReward()(broken, 0)
     assert scores.valid.tolist() == [True, True, False, True] and whole.valid.all()
     keep = torch.tensor([0, 1, 3])
     assert torch.equal(scores.instruction[keep], whole.instruction[keep])

@@ -197,15 +197,15 @@ def test_sigterm_saves_and_the_rest_goes_on(
 ) -> None:
     calls: list[int] = []
 
-    def reward(rollout: Rollout) -> Scores:
+    def reward(rollout: Rollout, iteration: int) -> Scores:
         calls.append(len(calls))
         if len(calls) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return ExactReward()(rollout)
+        return ExactReward()(rollout, iteration)
 
     before = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
-        patch.setattr("mteditflow.reward.build_reward", lambda: reward)
+        patch.setattr("mteditflow.reward.build_reward", lambda *_: reward)
         main(arguments(tmp_path, run__save_every=100))  # returns: exit code 0
     assert signal.getsignal(signal.SIGTERM) is before
     assert "stopped after iteration 2; the same command goes on from there" in capfd.readouterr().err
@@ -266,7 +266,7 @@ def test_too_many_failures_of_the_reward_stop_the_run(
 
     def failing(rollout: Rollout) -> Scores:
         calls.append(len(calls))
-        scores, bad = ExactReward()(rollout), 1 if len(calls) == 1 else 3
+        scores, bad = ExactReward()(rollout, 0), 1 if len(calls) == 1 else 3
         valid = torch.arange(4) >= bad
         instruction = scores.instruction.masked_fill(~valid[:, None], math.nan)
         return Scores(instruction=instruction, consistency=scores.consistency, valid=valid)

@@ -5,8 +5,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from mteditflow.config import RewardConfig
 from mteditflow.distributed import Ranks
 from mteditflow.reward.exact import ExactReward
+from mteditflow.reward.simulated import SimulatedJudge
 from mteditflow.types import Rollout, Scores
 
 
@@ -15,14 +17,14 @@ class Reward(Protocol):
     default number.
     """
 
-    def __call__(self, rollout: Rollout) -> Scores:
-        """Scores of N trajectories."""
+    def __call__(self, rollout: Rollout, iteration: int) -> Scores:
+        """Scores of N trajectories; `iteration` is what a judge's own chance depends on."""
         ...
 
 
-def build_reward() -> Reward:
-    """The reward of the embedded world."""
-    return ExactReward()
+def build_reward(config: RewardConfig, seed: int) -> Reward:
+    """The reward of the embedded world: the exact verifier, or a judge whose chance is a function of `seed`."""
+    return ExactReward(config.scale) if config.judge == "exact" else SimulatedJudge(config, seed)
 
 
 def of_all_ranks(scores: Scores, group: Tensor, ranks: Ranks) -> tuple[Scores, Tensor]:
@@ -32,6 +34,7 @@ def of_all_ranks(scores: Scores, group: Tensor, ranks: Ranks) -> tuple[Scores, T
         instruction=ranks.gather(scores.instruction),
         consistency=ranks.gather(scores.consistency),
         valid=ranks.gather(scores.valid),
+        truth=None if scores.truth is None else ranks.gather(scores.truth),
     )
     rank = torch.arange(ranks.world_size * num_rows, device=group.device) // num_rows
     return every, ranks.gather(group) + rank * num_groups

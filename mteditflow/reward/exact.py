@@ -5,7 +5,7 @@ from torch import Tensor
 
 from mteditflow.types import Rollout, Scores
 from mteditflow.world.edits import Session
-from mteditflow.world.verify import consistency, grade, read
+from mteditflow.world.verify import MIN_SCORE_DONE, consistency, grade, read
 
 
 def score_pictures(sessions: list[Session], sources: Tensor, pictures: Tensor) -> tuple[Tensor, Tensor]:
@@ -21,14 +21,22 @@ def score_pictures(sessions: list[Session], sources: Tensor, pictures: Tensor) -
     return torch.tensor(grades).T, torch.tensor(kept).T
 
 
-class ExactReward:
-    """q = (grade - 1) / 4 and consistency against the source; a trajectory with a non-finite pixel is not valid."""
+def quality(grades: Tensor, scale: str) -> Tensor:
+    """q in [0, 1] of grades 1 to 5: (grade - 1) / 4 on scale 'five', whether the turn counts as done on 'binary'."""
+    return (grades >= MIN_SCORE_DONE).float() if scale == "binary" else (grades.float() - 1) / 4
 
-    def __call__(self, rollout: Rollout) -> Scores:
+
+class ExactReward:
+    """The verifier's grades and consistency against the source; a trajectory with a non-finite pixel is not valid."""
+
+    def __init__(self, scale: str = "five") -> None:
+        self.scale = scale
+
+    def __call__(self, rollout: Rollout, iteration: int) -> Scores:
         """Scores of the N trajectories."""
         sessions = [rollout.tasks[g].truth for g in rollout.group.tolist()]
         sources = torch.stack([task.source for task in rollout.tasks])[rollout.group].cpu()
         pictures = torch.stack([turn.image for turn in rollout.turns]).cpu()  # (K, N, 3, H, W)
         valid = pictures.isfinite().all(dim=0).flatten(1).all(dim=1)
         grades, kept = score_pictures(sessions, sources, pictures.nan_to_num())
-        return Scores(instruction=(grades.float() - 1) / 4, consistency=kept, valid=valid)
+        return Scores(instruction=quality(grades, self.scale), consistency=kept, valid=valid)
