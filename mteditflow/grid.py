@@ -164,7 +164,14 @@ def _cell(name: str, overrides: Any, base: dict[str, Any], cells: dict[str, Cell
         config = from_overrides(everything)
     except ValueError as error:
         raise ValueError(f"cell {name!r}: {error}") from None
-    key = hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode()).hexdigest()[:10]
+    default = asdict(Config())
+    own = [
+        [section, field, value]
+        for section, fields in asdict(config).items()
+        for field, value in fields.items()
+        if value != default[section][field]  # a field that comes with a later version changes no cell's key
+    ]
+    key = hashlib.sha256(json.dumps(own).encode()).hexdigest()[:10]
     return cells.setdefault(key, Cell(key=key, name=name, overrides=everything, config=config))
 
 
