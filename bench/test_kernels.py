@@ -136,7 +136,8 @@ def denoise_without_sync(policy: Policy, rollout: Rollout, run: Callable[..., tu
     group_size = num_rows // len(rollout.tasks)
     keys = row_keys(rollout.tasks, group_size, seed=0, step=0, turn=0, denoising_step=0).to(policy.device)
     drawn = [keys if step in rollout.trained_steps else None for step in range(len(rollout.table))]
-    arguments = (policy, turn.condition, turn.latents[0], rollout.sigmas, rollout.table, drawn)
+    euler = [0.0] * len(drawn)
+    arguments = (policy, turn.condition, turn.latents[0], rollout.sigmas, rollout.table, drawn, euler)
     with torch.no_grad():
         run(*arguments)
         with measure.no_syncs(policy.device):

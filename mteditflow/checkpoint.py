@@ -37,7 +37,8 @@ MAY_CHANGE = (
     "run.max_ratio_error",
     "rollout.cuda_graph",
 )
-"""Fields that a resumed run may change, with all of `evaluation`; the others change the numbers that follow."""
+"""Fields that a resumed run may change, with all of `evaluation` and `alarms`; the others change the numbers that
+follow."""
 
 _REPLACED = ".replaced"
 _NAME = re.compile(rf"iteration-(\d{{6,}})({re.escape(_REPLACED)})?")
@@ -133,7 +134,9 @@ def check_resume(saved: dict[str, Any], config: Config, path: Path) -> None:
     changed = [
         f"{name}: was {before.get(name)!r}, is {now.get(name)!r}"
         for name in dict.fromkeys([*now, *before])
-        if name not in may_change and not name.startswith("evaluation.") and before.get(name) != now.get(name)
+        if name not in may_change
+        and not name.startswith(("evaluation.", "alarms."))
+        and before.get(name) != now.get(name)
     ]
     if changed:
         raise ValueError(

@@ -301,6 +301,24 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AlarmConfig:
+    """Alarms against reward hacking: above its threshold each warns, in the terminal and in the report. Ours."""
+
+    max_drift: float = 0.3
+    """Relative change of mean edge density, saturation or colourfulness from the sources to the last turn."""
+    max_no_edit_share: float = 0.5
+    """Share of turns whose picture is their input."""
+    max_over_edit_share: float = 0.3
+    """Share of turns with a consistency below 0.7."""
+    max_held_out_gap: float = 0.25
+    """Success in training, by the judge, less success on held-out sessions, by the truth."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_drift", "max_no_edit_share", "max_over_edit_share", "max_held_out_gap"):
+            _require(getattr(self, name) > 0, f"alarms.{name}", getattr(self, name), "must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """The run itself."""
 
@@ -344,6 +362,7 @@ class Config:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    alarms: AlarmConfig = field(default_factory=AlarmConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:

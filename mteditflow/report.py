@@ -20,6 +20,7 @@ from typing import Any
 import jinja2
 import yaml
 
+from mteditflow.alarms import ALARMS
 from mteditflow.config import EMBEDDED
 from mteditflow.metrics import FILE, read_lines
 
@@ -49,6 +50,16 @@ CHARTS = (
     ChartSpec(title="Success by turn", note="Share of edits that the verdict accepts.", keys=r"reward/(success_\d+)"),
     ChartSpec(
         title="Consistency", note="What no instruction touched, against the source.", keys=r"reward/(consistency)"
+    ),
+    ChartSpec(
+        title="Drift from the source",
+        note="Of the last turn's pictures, relative: edges, saturation, colourfulness.",
+        keys=r"alarm/(\w+)_drift",
+    ),
+    ChartSpec(
+        title="No edit, over-edit",
+        note="Share of turns that return their input; share with low consistency.",
+        keys=r"alarm/(no_edit|over_edit)_share",
     ),
     ChartSpec(title="Held-out O at turn 3", note="Percent, short evaluations of the average.", keys=r"heldout/(O_3)"),
     ChartSpec(
@@ -106,6 +117,7 @@ def _contents(folder: Path) -> dict[str, Any]:
         "waiting": [f"{', '.join(missing)} (held-out sessions)."] if missing and (before or after) else [],
         "charts": [chart for chart in charts.values() if chart],
         "no_charts": [spec.title for spec, chart in charts.items() if not chart],
+        "alarms": _alarms(lines, config),
         "strips": _strips(folder),
         "edit_types": _edit_types(before, after),
         "lora": _lora_line(folder, config),
@@ -158,6 +170,24 @@ def _progress(lines: list[dict[str, Any]], config: dict[str, Any]) -> str:
     text = f"{done} of {total} iterations" if total else f"{done} iterations"
     text += f" in {seconds / 60:.1f} minutes, evaluations aside." if names else "."
     return text + (" The run is not finished." if total and done < total else "")
+
+
+def _alarms(lines: list[dict[str, Any]], config: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row for each alarm that has been watched: newest and highest value, threshold, when it first rang."""
+    rows = []
+    for name, alarm in ALARMS.items():
+        seen = [(line["iteration"] + 1, value) for line in lines if (value := _number(line.get(name))) is not None]
+        limit = _number(config.get("alarms", {}).get(alarm.threshold))
+        if seen and limit is not None:
+            first = next((iteration for iteration, value in seen if value > limit), None)
+            rows.append(
+                {
+                    "title": alarm.title, "meaning": alarm.meaning, "value": f"{seen[-1][1]:.3f}",
+                    "highest": f"{max(value for _, value in seen):.3f}", "limit": f"{limit:g}",
+                    "is_raised": first is not None, "first": f"since iteration {first}" if first else "quiet",
+                }
+            )  # fmt: skip
+    return rows
 
 
 def _tiles(before: dict[str, Any], after: dict[str, Any], comparison: dict[str, Any]) -> list[dict[str, str]]:

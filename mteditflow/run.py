@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from mteditflow import checkpoint
+from mteditflow import alarms, checkpoint
 from mteditflow.cli import to_yaml
 from mteditflow.config import Config
 from mteditflow.data import check_size, held_out_tasks
@@ -48,6 +48,7 @@ class Run:
         self.config, self.ranks, self.timer = config, ranks, timer
         self.folder = Path(config.run.folder)
         self.is_stopping, self._is_asked_to_stop = False, False
+        self._warned: set[str] = set()
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
@@ -136,6 +137,8 @@ class Run:
             self.reporter.say(f"iteration {done}: all groups without spread, nothing to learn from them")
         if config.evaluation.every and done % config.evaluation.every == 0 and done < config.run.num_iterations:
             values |= self._short_evaluation(done)
+        values |= alarms.of_held_out(values)
+        self._warn(alarms.raised(values, config.alarms), values, done)
         times = self.timer.pop()
         num_images = config.rollout.num_tasks * config.rollout.group_size * config.data.num_turns
         times["time/turn_images_per_second"] = num_images / times["time/rollout_s"]
@@ -145,6 +148,18 @@ class Run:
                 self._save(done)
         if self.is_stopping:
             self.reporter.say(f"stopped after iteration {done}; the same command goes on from there")
+
+    def _warn(self, names: list[str], values: dict[str, float], done: int) -> None:
+        """A line for each alarm that was not raised before in this process."""
+        for name in names:
+            if name not in self._warned:
+                alarm = alarms.ALARMS[name]
+                limit = getattr(self.config.alarms, alarm.threshold)
+                self.reporter.say(
+                    f"iteration {done}: alarm, {alarm.title.lower()} ({alarm.meaning}) is {values[name]:.3g}, above "
+                    f"alarms.{alarm.threshold} {limit:g}: look at strips/ before trusting the reward"
+                )
+        self._warned |= set(names)
 
     def _short_evaluation(self, done: int) -> dict[str, float]:
         with self.timer("time/evaluate"):

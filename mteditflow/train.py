@@ -26,6 +26,7 @@ def train(config: "Config", ranks: "Ranks") -> None:
     from mteditflow_kernels import use_backend
 
     from mteditflow.advantage import advantages
+    from mteditflow.alarms import of_rollout
     from mteditflow.data import training_tasks
     from mteditflow.metrics import Timer, of_scores
     from mteditflow.reward import build_reward, of_all_ranks
@@ -51,7 +52,7 @@ def train(config: "Config", ranks: "Ranks") -> None:
             if not is_adapter_checked and advantage.any():
                 check_adapter(policy, rollout)
                 is_adapter_checked = True
-            run.record(iteration, of_scores(scores, advantage, group) | figures)
+            run.record(iteration, of_scores(scores, advantage, group) | figures | of_rollout(rollout, scores))
             if run.is_stopping:
                 return
         run.finish()

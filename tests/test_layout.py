@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LIST = """
-    types config cli distributed flow flops graph world data policy rollout reward advantage objective update
+    types config cli distributed flow flops graph world data policy rollout reward advantage alarms objective update
     checkpoint metrics evaluate report plan profile run train grid findings study
 """
 ORDER: list[str] = [*LIST.split()]

@@ -240,11 +240,11 @@ def test_another_problem_is_refused_and_the_folder_let_go(
 def test_all_groups_without_spread_say_so(
     arguments: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def constant(rollout: Rollout) -> Scores:
+    def constant(rollout: Rollout, iteration: int) -> Scores:
         half = torch.full((4, 2), 0.5)
         return Scores(instruction=half, consistency=half, valid=torch.ones(4, dtype=torch.bool))
 
-    monkeypatch.setattr("mteditflow.reward.build_reward", lambda: constant)
+    monkeypatch.setattr("mteditflow.reward.build_reward", lambda *_: constant)
     main(arguments(tmp_path, run__num_iterations=2, evaluation__every=0))
     said = capsys.readouterr().err
     for n in (1, 2):
@@ -264,7 +264,7 @@ def test_too_many_failures_of_the_reward_stop_the_run(
 ) -> None:
     calls: list[int] = []
 
-    def failing(rollout: Rollout) -> Scores:
+    def failing(rollout: Rollout, iteration: int) -> Scores:
         calls.append(len(calls))
         scores, bad = ExactReward()(rollout, 0), 1 if len(calls) == 1 else 3
         valid = torch.arange(4) >= bad
@@ -272,7 +272,7 @@ def test_too_many_failures_of_the_reward_stop_the_run(
         return Scores(instruction=instruction, consistency=scores.consistency, valid=valid)
 
     with monkeypatch.context() as patch:
-        patch.setattr("mteditflow.reward.build_reward", lambda: failing)
+        patch.setattr("mteditflow.reward.build_reward", lambda *_: failing)
         line = refused(capsys, arguments(tmp_path))
     assert "75% of the trajectories could not be scored" in line
     assert [line["reward/valid_share"] for line in metrics(tmp_path)] == [0.75]

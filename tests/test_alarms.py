@@ -1,0 +1,130 @@
+"""Alarms: closed forms of what they measure, and that a hacked run rings and an honest one does not."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from mteditflow.alarms import (
+    ALARMS,
+    colourfulness,
+    edge_density,
+    is_unedited,
+    of_held_out,
+    of_rollout,
+    raised,
+    saturation,
+)
+from mteditflow.config import AlarmConfig, Config
+from mteditflow.data import training_tasks
+from mteditflow.distributed import Ranks
+from mteditflow.rollout import to_8_bit
+from mteditflow.types import Condition, Rollout, Scores, Turn
+from mteditflow.world.render import render
+
+NOTHING = Condition(text=torch.zeros(0), pooled=torch.zeros(0), image=torch.zeros(0))
+
+
+def made(pictures: list[torch.Tensor], config: Config) -> tuple[Rollout, Scores]:
+    """A rollout of two trajectories per task that made these pictures (N, 3, 64, 64), turn by turn."""
+    tasks = training_tasks(config, 0, Ranks(rank=0, world_size=1, device=torch.device("cpu")))
+    turns = [
+        Turn(condition=NOTHING, latents=torch.zeros(0), old_log_prob=torch.zeros(0), image=picture)
+        for picture in pictures
+    ]
+    group = torch.arange(len(tasks)).repeat_interleave(2)
+    rollout = Rollout(
+        tasks=tasks, turns=turns, group=group, sigmas=torch.zeros(0), table=torch.zeros(0), trained_steps=()
+    )
+    kept = torch.full((len(group), len(turns)), 0.9)
+    return rollout, Scores(instruction=kept, consistency=kept, valid=torch.ones(len(group)).bool())
+
+
+@pytest.fixture
+def config() -> Config:
+    default = Config()
+    return replace(default, data=replace(default.data, num_turns=2))
+
+
+def honest(config: Config) -> list[torch.Tensor]:
+    """The pictures that the instructions ask for, without a fault."""
+    tasks = training_tasks(config, 0, Ranks(rank=0, world_size=1, device=torch.device("cpu")))
+    return [render([task.truth.scenes()[turn + 1] for task in tasks]).repeat_interleave(2, dim=0) for turn in range(2)]
+
+
+def test_closed_forms() -> None:
+    stripes = torch.tensor([1.0, -1.0]).repeat(1, 3, 4, 2)  # columns of white and black, 4 x 4
+    assert edge_density(stripes).item() == pytest.approx((2 + 0) / 2)
+    assert saturation(stripes).item() == 0 and colourfulness(stripes).item() == 0
+    red = torch.tensor([1.0, -1.0, -1.0])[None, :, None, None].expand(1, 3, 4, 4)
+    assert edge_density(red).item() == 0 and saturation(red).item() == 1
+    assert colourfulness(red).item() == pytest.approx(0.3 * (1 + 0.25) ** 0.5)  # opponents 1 and 1/2, no spread
+    half = torch.cat([red[..., :2], -red[..., :2]], dim=-1)  # red and cyan: opponents 1, 1/2 and -1, -1/2
+    assert colourfulness(half).item() == pytest.approx((1 + 0.25) ** 0.5)
+
+
+def test_a_small_edit_is_one_and_noise_is_none() -> None:
+    before = torch.zeros(3, 3, 64, 64)
+    after = before.clone()
+    after[0, :, 8:16, 8:16] = 0.4  # one block by a fifth of the range
+    after[1] += 0.1 * torch.randn(3, 64, 64, generator=torch.Generator().manual_seed(0))
+    assert is_unedited(before, after).tolist() == [False, True, True]
+
+
+def test_honest_pictures_do_not_ring(config: Config) -> None:
+    figures = of_rollout(*made(honest(config), config))
+    assert figures.keys() == ALARMS.keys() - {"alarm/held_out_gap"}
+    assert figures["alarm/no_edit_share"] == 0 and figures["alarm/over_edit_share"] == 0
+    assert raised(figures, AlarmConfig()) == []
+
+
+@pytest.mark.parametrize(
+    ("fault", "expected"),
+    [
+        ("noise", "alarm/edge_density_drift"),
+        ("grey", "alarm/saturation_drift"),
+        ("grey", "alarm/colourfulness_drift"),
+        ("vivid", "alarm/colourfulness_drift"),
+        ("ignored", "alarm/no_edit_share"),
+        ("repainted", "alarm/over_edit_share"),
+    ],
+)
+def test_a_hacked_run_rings(fault: str, expected: str, config: Config) -> None:
+    pictures = honest(config)
+    rollout, scores = made(pictures, config)
+    match fault:
+        case "noise":
+            noise = torch.randn(pictures[1].shape, generator=torch.Generator().manual_seed(0))
+            pictures[1] = (pictures[1] + 0.2 * noise).clamp(-1, 1)
+        case "grey":
+            pictures[1] = pictures[1].mean(1, keepdim=True).expand_as(pictures[1])
+        case "vivid":
+            grey = pictures[1].mean(1, keepdim=True)
+            pictures[1] = (grey + 3 * (pictures[1] - grey)).clamp(-1, 1)
+        case "ignored":
+            sources = torch.stack([task.source for task in rollout.tasks])[rollout.group]
+            pictures = [to_8_bit(sources), to_8_bit(sources)]
+        case "repainted":
+            scores = replace(scores, consistency=torch.full_like(scores.consistency, 0.5))
+    rollout = replace(
+        rollout, turns=[replace(turn, image=own) for turn, own in zip(rollout.turns, pictures, strict=True)]
+    )
+    assert expected in raised(of_rollout(rollout, scores), AlarmConfig())
+
+
+def test_a_picture_that_is_not_finite_is_left_out(config: Config) -> None:
+    pictures = honest(config)
+    whole = of_rollout(*made(pictures, config))
+    pictures[0][3] = torch.nan
+    figures = of_rollout(*made(pictures, config))
+    assert all(value == value for value in figures.values())
+    assert figures["alarm/edge_density_drift"] == pytest.approx(whole["alarm/edge_density_drift"], abs=0.05)
+
+
+def test_the_gap_between_judge_and_truth() -> None:
+    values: dict[str, Any] = {"reward/success_1": 0.9, "reward/success_2": 0.7, "heldout/MT_1": 50, "heldout/MT_2": 30}
+    assert of_held_out(values) == {"alarm/held_out_gap": pytest.approx(0.4)}
+    assert of_held_out({"reward/success_1": 0.9}) == {}
+    assert raised(values | of_held_out(values), AlarmConfig()) == ["alarm/held_out_gap"]
+    assert raised({"alarm/held_out_gap": float("nan")}, AlarmConfig()) == []
