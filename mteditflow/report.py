@@ -38,6 +38,7 @@ class ChartSpec:
     title: str
     note: str
     keys: str
+    is_of_grpo: bool = False  # NFT has no ratio
 
 
 CHARTS = (
@@ -71,11 +72,13 @@ CHARTS = (
         title="Ratio error",
         note="Largest |ratio - 1|: of all updates, and before the first, where it must be 0.",
         keys=r"update/(ratio_error|first_ratio_error)",
+        is_of_grpo=True,
     ),
     ChartSpec(
         title="Clip fraction",
         note="Share of transitions whose ratio left the clip range.",
         keys=r"update/(clip_fraction)",
+        is_of_grpo=True,
     ),
     ChartSpec(title="Gradient norm", note="Before it is cut to max_grad_norm.", keys=r"update/(grad_norm)"),
     ChartSpec(title="Seconds by phase", note="Of each iteration.", keys=r"time/(\w+)_s"),
@@ -105,6 +108,7 @@ def _contents(folder: Path) -> dict[str, Any]:
     config_text = config_path.read_text() if config_path.is_file() else ""
     config = _config(config_path, config_text)
     charts = {spec: _chart(spec, lines) for spec in CHARTS}
+    is_nft = config.get("objective", {}).get("name") == "nft"
     reports = {"before training": before, "after training": after, "paired gain": comparison}
     missing = [name for name, value in reports.items() if not value]
     return {
@@ -116,7 +120,7 @@ def _contents(folder: Path) -> dict[str, Any]:
         "num_sessions": (after or before).get("num_sessions"),
         "waiting": [f"{', '.join(missing)} (held-out sessions)."] if missing and (before or after) else [],
         "charts": [chart for chart in charts.values() if chart],
-        "no_charts": [spec.title for spec, chart in charts.items() if not chart],
+        "no_charts": [spec.title for spec, chart in charts.items() if not chart and not (is_nft and spec.is_of_grpo)],
         "alarms": _alarms(lines, config),
         "strips": _strips(folder),
         "edit_types": _edit_types(before, after),

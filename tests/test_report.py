@@ -75,6 +75,9 @@ def lines_of(num: int, iteration_0: int = 0) -> list[dict[str, float | None]]:
             "update/first_ratio_error": 0.0,
             "update/clip_fraction": 0.2,
             "update/grad_norm": 0.03 + 0.01 * math.cos(i),
+            "alarm/edge_density_drift": 0.1 + 0.005 * i,
+            "alarm/no_edit_share": 0.05,
+            "alarm/over_edit_share": 0.01,
             "time/rollout_s": 4.0,
             "time/score_s": 0.5,
             "time/update_s": 3.0,
@@ -128,7 +131,7 @@ def test_a_finished_run(tmp_path: Path) -> None:
     assert "40 of 40 iterations in 5.0 minutes" in text and "objective grpo" in text
     assert f'pipe.load_lora_weights("{folder.resolve() / "lora"}")' in text
     assert "held-out O" in text.lower() or "Held-out O" in text
-    assert html.count("<svg") == 10 and "<to_q" not in html and "&lt;to_q &amp; to_k&gt;" in html
+    assert html.count("<svg") == 12 and "<to_q" not in html and "&lt;to_q &amp; to_k&gt;" in html
     assert "color alter (70 edits)" in text and "50.0 %" in text and "62.5 %" in text
     assert re.search(r"<title>O 3, iteration 39: 47.8</title>", html)
 
@@ -205,3 +208,13 @@ def test_what_is_no_run_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixtur
     (tmp_path / "evaluation_after.json").unlink()
     assert main([str(tmp_path)]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'report.html'}\n"
+
+
+def test_alarms_have_a_table(tmp_path: Path) -> None:
+    """Drift passes its threshold, 0.2, at iteration 22: 0.1 + 0.005 * 21 is the first above it."""
+    folder = write_run(tmp_path / "run", is_finished=True)
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["alarms"] = {"max_drift": 0.2, "max_no_edit_share": 0.5}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    page = write_report(folder).read_text()
+    assert page.count("since iteration 22") == 1 and page.count("quiet") == 1  # no threshold, no row

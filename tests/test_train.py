@@ -21,6 +21,7 @@ from diffusers.pipelines.flux.pipeline_flux_kontext import FluxKontextPipeline
 from torch import Tensor
 
 from mteditflow import checkpoint, cli
+from mteditflow.alarms import ALARMS
 from mteditflow.metrics import is_timed, read_lines
 from mteditflow.reward import ExactReward
 from mteditflow.train import main
@@ -35,6 +36,7 @@ SCORE_KEYS = {
     *(f"{name}_{turn}" for name in ("turn", "success") for turn in (1, 2)),
 }
 HELD_OUT_KEYS = {f"heldout/{name}_{turn}" for name in ("MT", "IF", "CC", "O") for turn in (1, 2)}
+HELD_OUT_KEYS |= {"alarm/held_out_gap"}
 
 
 @pytest.fixture(autouse=True)
@@ -137,6 +139,7 @@ def test_metrics_have_a_line_per_iteration(whole: Path) -> None:
     assert [line["iteration"] for line in lines] == [0, 1, 2, 3]
     promised = {"iteration", "update/learning_rate", "update/loss", "update/grad_norm"}
     promised |= {f"reward/{name}" for name in SCORE_KEYS} | {f"update/{name}" for name in GRPO_FIGURES}
+    promised |= ALARMS.keys() - {"alarm/held_out_gap"}
     timed = {f"time/{name}" for name in ("rollout_s", "score_s", "update_s", "turn_images_per_second")}
     for n, line in enumerate(lines):
         assert {key for key in line if not is_timed(key)} == promised | (HELD_OUT_KEYS if n == 2 else set())
