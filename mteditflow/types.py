@@ -11,6 +11,14 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
+class Region:
+    """An object of the source image: its name, and its box (left, top, right, bottom) in shares of width and height."""
+
+    name: str
+    box: tuple[float, float, float, float] | None = None  # None: unknown
+
+
+@dataclass(frozen=True, kw_only=True)
 class EditTask:
     """One multi-turn editing session to be carried out: a source image and K instructions."""
 
@@ -18,7 +26,8 @@ class EditTask:
     source: Tensor  # (3, H, W) in [-1, 1]
     instructions: tuple[str, ...]  # K
     edit_types: tuple[str, ...]  # K
-    truth: Any = None  # what the reward needs to know; for the embedded world, its Session
+    truth: Any = None  # for the embedded world, its Session: what the exact verifier needs to know
+    untouched: tuple[tuple[Region, ...], ...] = ()  # K: what no instruction so far touches; (): unknown
 
 
 @dataclass(frozen=True, kw_only=True)
