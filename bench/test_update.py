@@ -29,7 +29,7 @@ def test_groups_without_spread(name: str, capsys: pytest.CaptureFixture[str]) ->
     policy = build_policy(config.model, config.lora, 0, name)
     tasks = training_tasks(config, 0, RANKS)
     rollout = sample_rollout(policy, tasks, config, 0)
-    optimizer = torch.optim.SGD([parameter for _, parameter in policy.trainable], lr=1e-12)
+    optimizer = torch.optim.SGD([parameter for _, parameter in policy.adapters.trainable], lr=1e-12)
     full = torch.linspace(-1, 1, len(rollout.group))[:, None]
     half = full * (rollout.group % 2 == 0)[:, None]
 

@@ -3,53 +3,13 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-EMBEDDED = "embedded"
+from mteditflow.model_config import EMBEDDED, LoraConfig, ModelConfig
+from mteditflow.model_config import require as _require
 
-
-def _require(is_right: bool, name: str, value: object, remedy: str) -> None:
-    if not is_right:
-        raise ValueError(f"{name} is {value!r}: {remedy}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """The editor to train."""
-
-    path: str = EMBEDDED
-    """Folder or hub name of a diffusers FluxKontextPipeline; 'embedded' is the miniature that ships with the
-    package."""
-    height: int = 64
-    """Height of source and edit, pixels; a multiple of 16."""
-    width: int = 64
-    """Width of source and edit, pixels; a multiple of 16."""
-    guidance_scale: float = 2.5
-    """Embedded guidance (FLUX.1-Kontext's default 2.5)."""
-    max_text_tokens: int = 12
-    """T5 tokens of an instruction, longer ones are cut; 512 is what FLUX.1-Kontext was trained with, 12 the
-    miniature."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the frozen base; the adapter and the equations are float32."""
-
-    def __post_init__(self) -> None:
-        for name, value in (("model.height", self.height), ("model.width", self.width)):
-            _require(value >= 16 and value % 16 == 0, name, value, "must be a positive multiple of 16")
-        _require(self.max_text_tokens > 0, "model.max_text_tokens", self.max_text_tokens, "must be positive")
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoraConfig:
-    """The adapter (peft LoRA on the transformer)."""
-
-    rank: int = 32
-    """Rank of the adapter (DiffusionNFT: 32, Flow-GRPO: 64)."""
-    alpha: int = 64
-    """Scale of the adapter is alpha / rank."""
-    targets: tuple[str, ...] = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.add_k_proj", "attn.add_v_proj")
-    """Names of modules to adapt; empty: attention and feed-forward linears of the model's family."""
-
-    def __post_init__(self) -> None:
-        _require(self.rank > 0, "lora.rank", self.rank, "must be positive")
-        _require(self.alpha > 0, "lora.alpha", self.alpha, "must be positive")
+__all__ = [
+    "EMBEDDED", "AdvantageConfig", "AlarmConfig", "Config", "DataConfig", "EvaluationConfig", "LoraConfig",
+    "ModelConfig", "ObjectiveConfig", "OptimizerConfig", "RewardConfig", "RolloutConfig", "RunConfig",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +55,9 @@ class RolloutConfig:
     """What the next turn edits: the decoded 8-bit image (what a user gets), or the latents as they are. Ours."""
     microbatch_size: int = 32
     """Trajectories per forward pass of the rollout; changes memory and, to rounding, results."""
+    cfg: Literal["on", "off"] = "on"
+    """Whether training rolls out, and learns, with model.cfg_scale; off: without guidance, at half the forward
+    passes. Evaluation has it in any case."""
     cuda_graph: Literal["auto", "on", "off"] = "auto"
     """Replay a turn's denoising steps as one CUDA graph, with the same bits; auto: on a GPU, where launching a forward
     pass takes longer than its arithmetic."""
@@ -377,6 +340,12 @@ class Config:
             "objective.nft_num_times",
             self.objective.nft_num_times,
             f"must be at most rollout.num_steps = {self.rollout.num_steps}",
+        )
+        _require(
+            self.rollout.hand_off == "pixels" or self.model.condition_size == (self.model.height, self.model.width),
+            "rollout.hand_off",
+            self.rollout.hand_off,
+            "the condition has a size of its own (model.condition_height, condition_width): must be 'pixels'",
         )
 
     @property

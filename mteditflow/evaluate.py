@@ -54,13 +54,13 @@ def evaluate(policy: Policy, tasks: list[EditTask], config: Config, adapter: Ada
     """One trajectory of each task under an adapter, by the ODE, judged by the exact verifier."""
     sigmas = policy.sigmas(config.evaluation.num_steps)
     pictures = []
-    with policy.adapter(adapter):
+    with policy.adapters.use(adapter):
         for start in range(0, len(tasks), 64):
             rollout = roll_out(
                 policy, tasks[start : start + 64], num_turns=config.num_held_out_turns, group_size=1, sigmas=sigmas,
                 table=step_table(sigmas, noise_level=0.0), trained_steps=(), hand_off=config.rollout.hand_off,
                 microbatch_size=config.rollout.microbatch_size, seed=NOISE_SEED, step=2**31,
-                cuda_graph=config.rollout.cuda_graph,
+                cfg_scale=config.model.cfg_scale, cuda_graph=config.rollout.cuda_graph,
             )  # fmt: skip
             pictures.append(torch.stack([turn.image for turn in rollout.turns]).cpu())
     images = torch.cat(pictures, dim=1)  # (K, n, 3, H, W)

@@ -176,16 +176,17 @@ def measure(policy: Policy, config: Config) -> RowSeconds:
     """Times a few rows of each kind of work."""
     rows = min(TIMED_ROWS, config.rollout.microbatch_size, config.optimizer.microbatch_size)
     images = torch.zeros(rows, 3, config.model.height, config.model.width, device=policy.device)
-    text, pooled = policy.encode_text(["make it red"] * rows)
-    condition = Condition(text=text, pooled=pooled, image=policy.encode_image(images))
+    text = policy.encode_text(["make it red"] * rows, images, has_cfg=config.model.cfg_scale != 1)
+    condition = Condition(text=text, image=policy.encode_image(images), cfg_scale=config.model.cfg_scale)
+    latents = torch.zeros(rows, policy.num_tokens, policy.num_channels, device=policy.device)
     sigma = torch.full((rows,), 0.5, device=policy.device)  # (B,)
 
     def forward_backward() -> None:
-        policy.velocity(condition.image, sigma, condition).square().mean().backward()
+        policy.velocity(latents, sigma, condition).square().mean().backward()
 
     with torch.no_grad():
-        forward = _seconds(lambda: policy.velocity(condition.image, sigma, condition)) / rows
-        decode = _seconds(lambda: policy.decode(condition.image)) / rows
+        forward = _seconds(lambda: policy.velocity(latents, sigma, condition)) / rows
+        decode = _seconds(lambda: policy.decode(latents)) / rows
         encode = _seconds(lambda: policy.encode_image(images)) / rows
     both = _seconds(forward_backward) / rows
     return RowSeconds(forward=forward, forward_backward=both, decode=decode, encode=encode)

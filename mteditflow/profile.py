@@ -89,7 +89,7 @@ def phases(policy: Policy, context: Context) -> Iterator[None]:
 
 def iteration(policy: Policy, tasks: list[EditTask], config: Config, ranks: Ranks, context: Context) -> None:
     """A rollout, its scores where the pictures are the world's, and an update with an advantage for every row."""
-    optimizer = torch.optim.AdamW([parameter for _, parameter in policy.trainable], lr=1e-9)
+    optimizer = torch.optim.AdamW([parameter for _, parameter in policy.adapters.trainable], lr=1e-9)
     own = rollout.sample_rollout(policy, tasks, config, 0)
     if (config.model.height, config.model.width) == (SIZE, SIZE):
         with context("score"):

@@ -81,28 +81,29 @@ def denoise_by_graph(
     is_noisy = tuple(own is not None for own in keys)
 
     def run(inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        text, pooled, image, latents, sigmas, table, *drawn = inputs
+        text, (image, latents, sigmas, table, *drawn) = dict(zip(names, inputs, strict=False)), inputs[len(names) :]
         own_keys = [drawn[sum(is_noisy[:step])] if is_noisy[step] else None for step in range(len(is_noisy))]
-        condition = Condition(text=text, pooled=pooled, image=image)
-        return denoise(policy, condition, latents, sigmas, table, own_keys, corrections)
+        own = Condition(text=text, image=image, cfg_scale=condition.cfg_scale)
+        return denoise(policy, own, latents, sigmas, table, own_keys, corrections)
 
-    given = [condition.text, condition.pooled, condition.image, latents, sigmas, table]
+    names = tuple(condition.text)
+    given = [*condition.text.values(), condition.image, latents, sigmas, table]
     given += [own for own in keys if own is not None]
-    path, log_prob = _GRAPHS[policy](run, given, (policy.selected, is_noisy, tuple(corrections)))
+    signature = (policy.adapters.selected, condition.cfg_scale, names, is_noisy, tuple(corrections))
+    path, log_prob = _GRAPHS[policy](run, given, signature)
     return path, log_prob
 
 
-def is_captured(policy: Policy, num_rows: int, text: Tensor, cuda_graph: str) -> bool:
-    """Whether chunks of `num_rows`, with text embeddings (N, T, E), are denoised by graph. ValueError where that is
-    asked for without CUDA.
-    """
+def is_captured(policy: Policy, num_rows: int, condition: Condition, cuda_graph: str) -> bool:
+    """Whether chunks of `num_rows` are denoised by graph. ValueError where that is asked for without CUDA."""
     is_cuda = policy.device.type == "cuda"
     if cuda_graph == "on" and not is_cuda:
         raise ValueError(f"rollout.cuda_graph is 'on': there are no graphs on {policy.device}, take 'auto' or 'off'")
     if cuda_graph != "auto" or not is_cuda:
         return cuda_graph == "on"
-    num_tokens = num_rows * (2 * policy.num_tokens + text.shape[1])  # noisy, condition and text
-    return is_launch_bound(policy.pipeline.transformer, num_tokens, text.dtype)
+    num_text = max(value.shape[1] for value in condition.text.values() if value.ndim == 3)  # (N, T, E)
+    num_tokens = num_rows * (policy.num_tokens + policy.num_condition_tokens + num_text)
+    return is_launch_bound(policy.pipeline.transformer, num_tokens, policy.pipeline.transformer.dtype)
 
 
 def chunks(
@@ -111,6 +112,21 @@ def chunks(
     """What goes through the model together: `size` rows at a time, and what is left."""
     for rows in torch.arange(len(noise), device=noise.device).split(size):
         yield condition.rows(rows), noise[rows], [None if own is None else own[rows] for own in keys]
+
+
+def _text(
+    policy: Policy, instructions: list[str], images: Tensor, group_size: int, *, has_cfg: bool
+) -> dict[str, Tensor]:
+    """The text of N trajectories: once per task where all of its trajectories have it in common.
+
+    `instructions` (P); `images` of the P tasks, or of the N trajectories from the second turn on.
+    """
+    is_of_tasks = len(images) == len(instructions)
+    if policy.is_text_of_image and not is_of_tasks:
+        each = [instruction for instruction in instructions for _ in range(group_size)]
+        return policy.encode_text(each, images, has_cfg=has_cfg)
+    text = policy.encode_text(instructions, images if is_of_tasks else images[::group_size], has_cfg=has_cfg)
+    return {name: value.repeat_interleave(group_size, dim=0) for name, value in text.items()}
 
 
 @torch.no_grad()
@@ -128,6 +144,7 @@ def roll_out(
     seed: int,
     step: int,
     solver: str = "euler",
+    cfg_scale: float = 1.0,
     cuda_graph: str = "auto",
 ) -> Rollout:
     """G trajectories of K turns for each task, with the adapter that is selected. `sigmas` (S+1,) and `table` (S, 7)
@@ -138,22 +155,18 @@ def roll_out(
     corrections = second_order(sigmas) if solver == "dpm2" else [0.0] * len(table)
     noisy = (table[:, STD] > 0).tolist()
     table, sigmas = table.to(policy.device), sigmas.float().to(policy.device)
-    sources = torch.stack([task.source for task in tasks])
-    image_latents = policy.encode_image(sources).repeat_interleave(group_size, dim=0)
+    image = torch.stack([task.source for task in tasks])
+    image_latents = policy.encode_image(image).repeat_interleave(group_size, dim=0)
     turns = []
     for turn in range(num_turns):
-        text, pooled = policy.encode_text([task.instructions[turn] for task in tasks])
-        condition = Condition(
-            text=text.repeat_interleave(group_size, dim=0),
-            pooled=pooled.repeat_interleave(group_size, dim=0),
-            image=image_latents,
-        )
+        text = _text(policy, [task.instructions[turn] for task in tasks], image, group_size, has_cfg=cfg_scale != 1)
+        condition = Condition(text=text, image=image_latents, cfg_scale=cfg_scale)
         keys = [
             row_keys(tasks, group_size, seed=seed, step=step, turn=turn, denoising_step=i).to(policy.device)
             for i in [*range(len(table)), INITIAL_NOISE]
         ]  # S+1 times (N, 5)
         noise = counter_normal(keys[-1], (policy.num_tokens, policy.num_channels)).to(image_latents)
-        is_by_graph = is_captured(policy, min(microbatch_size, len(noise)), text, cuda_graph)
+        is_by_graph = is_captured(policy, min(microbatch_size, len(noise)), condition, cuda_graph)
         run = denoise_by_graph if is_by_graph else denoise
         drawn = [own if is_noisy else None for own, is_noisy in zip(keys, noisy, strict=False)]
         parts = [
@@ -177,10 +190,10 @@ def sample_rollout(policy: Policy, tasks: list[EditTask], config: Config, iterat
         r.num_steps, r.window_size, r.window_placement, iteration, config.run.num_iterations, config.run.seed
     )
     noisy = () if is_nft else noisy_steps(r.num_steps, r.window_size, trained)
-    with policy.adapter("old" if is_nft else "current"):
+    with policy.adapters.use("old" if is_nft else "current"):
         return roll_out(
             policy, tasks, num_turns=config.data.num_turns, group_size=r.group_size, sigmas=sigmas,
             table=step_table(sigmas, noise_level=r.noise_level, rule=r.rule, noisy_steps=noisy), trained_steps=trained,
             hand_off=r.hand_off, microbatch_size=r.microbatch_size, seed=config.run.seed, step=iteration,
-            solver=r.solver, cuda_graph=r.cuda_graph,
+            solver=r.solver, cfg_scale=config.model.cfg_scale if r.cfg == "on" else 1.0, cuda_graph=r.cuda_graph,
         )  # fmt: skip

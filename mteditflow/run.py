@@ -31,6 +31,7 @@ from mteditflow.evaluate import (
     save_evaluation,
     save_strips,
 )
+from mteditflow.export import save_lora
 from mteditflow.metrics import Reporter, Timer, memory_gib, reduce_mean
 from mteditflow.objective.nft import old_decay
 from mteditflow.policy import build_policy
@@ -64,7 +65,7 @@ class Run:
             stack.enter_context(checkpoint.lock(self.folder))
         stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, self._on_sigterm))
         self.policy = build_policy(config.model, config.lora, config.run.seed, config.objective.name)
-        parameters = [parameter for _, parameter in self.policy.trainable]
+        parameters = [parameter for _, parameter in self.policy.adapters.trainable]
         self.optimizer = torch.optim.AdamW(
             parameters,
             lr=config.optimizer.learning_rate,
@@ -86,7 +87,7 @@ class Run:
         stack.callback(self.reporter.close)
         (self.folder / "config.yaml").write_text(to_yaml(config))
         going_on = f", going on after iteration {self.first_iteration}" if is_resumed else ""
-        self.reporter.say(f"{self.policy.num_bound_modules} modules adapted, run folder {self.folder}{going_on}")
+        self.reporter.say(f"{self.policy.adapters.num_modules} modules adapted, run folder {self.folder}{going_on}")
         self.tasks = held_out_tasks(config.evaluation.num_sessions, config.num_held_out_turns)
         before = load_evaluation(self.folder, "before")
         if before is None or not before.is_of(config):
@@ -124,7 +125,7 @@ class Run:
         config, done = self.config, iteration + 1
         self.num_updates += config.optimizer.num_updates
         if config.objective.name == "nft":
-            self.policy.copy_adapter(
+            self.policy.adapters.copy(
                 "current", "old", decay=old_decay(self.num_updates, config.objective.nft_old_decay)
             )
         values = reduce_mean(values) | {"update/learning_rate": self.optimizer.param_groups[0]["lr"]}
@@ -181,7 +182,7 @@ class Run:
             save_evaluation(self.folder, "after", after)
             save_comparison(self.folder, self.before, after)
             save_strips(self.folder, self.config.run.num_iterations, self.tasks, self.before, after)
-            self.policy.save_lora(self.folder / "lora")
+            save_lora(self.policy, self.folder / "lora")
             report = write_report(self.folder)
             self.reporter.close()
             console = Console()
@@ -197,7 +198,7 @@ class Run:
 
     def _save(self, done: int) -> None:
         names = ("current", "ema", "old") if self.config.objective.name == "nft" else ("current", "ema")
-        state = {name: self.policy.adapter_state(name) for name in names}
+        state = {name: self.policy.adapters.state(name) for name in names}
         state["optimizer"] = {
             f"{i}.{key}": value for i, own in self.optimizer.state_dict()["state"].items() for key, value in own.items()
         }
@@ -215,7 +216,7 @@ class Run:
         self.first_iteration, self.num_updates = saved.iteration, int(saved.scalars["num_updates"])
         for name, state in saved.state.items():
             if name != "optimizer":
-                self.policy.load_adapter_state(name, state)  # pyright: ignore[reportArgumentType]
+                self.policy.adapters.load(name, state)  # pyright: ignore[reportArgumentType]
         states: dict[int, dict[str, Tensor]] = {}
         for key, value in saved.state["optimizer"].items():
             index, name = key.split(".", 1)

@@ -34,13 +34,14 @@ class EditTask:
 class Condition:
     """What the velocity is conditioned on, fixed within a turn."""
 
-    text: Tensor  # (N, T, E) embeddings of the instruction's tokens
-    pooled: Tensor  # (N, E') embedding of the whole instruction
-    image: Tensor  # (N, L, C) clean latents of the image that is edited
+    text: dict[str, Tensor]  # (N, ...) each: what the family's text encoders made of the instructions
+    image: Tensor  # (N, L', C) clean latents of the image that is edited; L' is L but for a condition of its own size
+    cfg_scale: float = 1.0  # true classifier-free guidance; 1: none
 
     def rows(self, index: Tensor) -> "Condition":
         """The condition of some trajectories; `index` (B,) int64."""
-        return Condition(text=self.text[index], pooled=self.pooled[index], image=self.image[index])
+        text = {name: value[index] for name, value in self.text.items()}
+        return Condition(text=text, image=self.image[index], cfg_scale=self.cfg_scale)
 
 
 @dataclass(frozen=True, kw_only=True)

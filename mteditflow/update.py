@@ -125,7 +125,7 @@ def grpo_chunk(
         keys = chunk_keys(rollout, chunk, config, draw.iteration, chunk.step)
         old = old_velocity(t, rollout.table, keys).to(t.latents.dtype)
     if config.objective.kl_beta > 0:
-        with torch.no_grad(), policy.adapter("off"):
+        with torch.no_grad(), policy.adapters.use("off"):
             reference = policy.velocity(t.latents, t.sigma, t.condition)
     velocity = policy.velocity(t.latents, t.sigma, t.condition)
     return grpo.loss(velocity, t, rollout.table, config.objective, reference, old, scale * chunk.weight.to(t.sigma))
@@ -152,10 +152,10 @@ def nft_chunk(
     old_velocity, reference = velocity.detach(), None
     with torch.no_grad():
         if not draw.is_on_policy:
-            with policy.adapter("old"):
+            with policy.adapters.use("old"):
                 old_velocity = policy.velocity(latents, sigma, condition)
         if config.objective.kl_beta > 0:
-            with policy.adapter("off"):
+            with policy.adapters.use("off"):
                 reference = policy.velocity(latents, sigma, condition)
     advantage = advantages[chunk.rows, chunk.turn].to(clean.device)
     return nft.loss(
@@ -226,7 +226,7 @@ def _optimizer_step(
     policy: Policy, optimizer: torch.optim.Optimizer, loss: Tensor, config: Config, ranks: Ranks
 ) -> Tensor:
     """Sum the gradients over ranks, clip, step, average; returns the gradient's norm. No gradient at all: no step."""
-    parameters = [parameter for _, parameter in policy.trainable]
+    parameters = [parameter for _, parameter in policy.adapters.trainable]
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
@@ -237,7 +237,7 @@ def _optimizer_step(
         raise GuardError(f"loss {loss.item()}, gradient norm {norm.item()}: not finite; lower optimizer.learning_rate")
     if norm > 0:
         optimizer.step()
-        policy.copy_adapter("current", "ema", decay=config.optimizer.ema_decay)
+        policy.adapters.copy("current", "ema", decay=config.optimizer.ema_decay)
     optimizer.zero_grad()
     return norm
 
@@ -259,7 +259,7 @@ def check_adapter(policy: Policy, rollout: Rollout) -> None:
     turn = rollout.turns[0]
     condition, sigma = turn.condition.rows(rows), rollout.sigmas[0].expand(len(rows))
     own = policy.velocity(turn.latents[0, rows], sigma, condition)
-    with policy.adapter("off"):
+    with policy.adapters.use("off"):
         base = policy.velocity(turn.latents[0, rows], sigma, condition)
     if torch.equal(own, base):
         raise GuardError("the adapter does not change the velocity after an update: check lora.targets")

@@ -23,7 +23,7 @@ from mteditflow.rollout import to_8_bit
 from mteditflow.types import Condition, Rollout, Scores, Turn
 from mteditflow.world.render import render
 
-NOTHING = Condition(text=torch.zeros(0), pooled=torch.zeros(0), image=torch.zeros(0))
+NOTHING = Condition(text={}, image=torch.zeros(0))
 
 
 def made(pictures: list[torch.Tensor], config: Config) -> tuple[Rollout, Scores]:

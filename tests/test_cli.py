@@ -194,7 +194,7 @@ def test_dry_run(tiny_pipeline_folder: Path) -> None:
     from mteditflow.policy import build_policy
 
     policy = build_policy(model, config.lora, 0, "nft")
-    assert pipeline.num_adapter_weights == sum(parameter.numel() for _, parameter in policy.trainable)
+    assert pipeline.num_adapter_weights == sum(parameter.numel() for _, parameter in policy.adapters.trainable)
     assert memory_plan(config, pipeline)["adapter, gradient, optimizer, averages"] == (
         pipeline.num_adapter_weights * 4 * 6 / 2**30  # with the old adapter of NFT
     )

@@ -149,7 +149,7 @@ def test_evaluation_is_deterministic_and_sees_the_adapter(tiny_pipeline_folder: 
     base, again = evaluate(policy, tasks, config, "off"), evaluate(policy, tasks, config, "ema")
     assert base.images.shape == (2, 2, 3, 64, 64) and base.verdict.shape == (3, 2) and base.is_of(config)
     assert torch.equal(base.images, again.images)  # B is 0: the same noise, the same pictures
-    policy.load_adapter_state("ema", {key: weight + 0.1 for key, weight in policy.adapter_state("ema").items()})
+    policy.adapters.load("ema", {key: weight + 0.1 for key, weight in policy.adapters.state("ema").items()})
     moved = evaluate(policy, tasks, config, "ema")
     assert not torch.equal(moved.images, base.images)
     assert torch.equal(evaluate(policy, tasks, config, "off").images, base.images)

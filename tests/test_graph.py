@@ -100,7 +100,7 @@ def policy(tiny_config: Config) -> Policy:
 def move(policy: Policy, amount: float) -> None:
     """An update of the weights, in place as the optimizer's."""
     with torch.no_grad():
-        for _, parameter in policy.trainable:
+        for _, parameter in policy.adapters.trainable:
             parameter.add_(amount)
 
 
@@ -118,10 +118,10 @@ def test_a_replay_has_the_bits_of_the_loop(
     config = replace(tiny_config, rollout=replace(tiny_config.rollout, **sizes))
     nft = replace(config, objective=replace(config.objective, name="nft"))
     sigmas = policy.sigmas(config.rollout.num_steps)
-    before = policy.adapter_state("current")
+    before = policy.adapters.state("current")
 
     def roll(is_by_graph: bool) -> list[Rollout]:
-        policy.load_adapter_state("current", before)
+        policy.adapters.load("current", before)
         monkeypatch.setattr(rollout, "is_captured", lambda *_: is_by_graph)
         found = []
         for iteration in range(3):
@@ -169,15 +169,17 @@ def test_no_step_needs_the_host(policy: Any, monkeypatch: pytest.MonkeyPatch) ->
     table, rows = step_table(sigmas, noise_level=0.9), torch.arange(2)
     keys = noise_keys(seed=0, step=0, task=rows, trajectory=rows, turn=0, denoising_step=0)
     image = torch.randn(2, policy.num_tokens, policy.num_channels)
-    given = [*policy.encode_text(["make the red square blue", "remove the circle"]), image, sigmas, table, keys]
+    pictures = torch.zeros(2, 3, 64, 64)
+    text = policy.encode_text(["make the red square blue", "remove the circle"], pictures, has_cfg=False)
+    given = [*text.values(), image, sigmas, table, keys]
     policy.pipeline.transformer.to("meta")
     policy.device = torch.device("meta")
     policy._text_ids, policy._image_ids = (ids.to("meta") for ids in (policy._text_ids, policy._image_ids))
-    text, pooled, image, sigmas, table, keys = (tensor.to("meta") for tensor in given)
+    first, second, image, sigmas, table, keys = (tensor.to("meta") for tensor in given)
     with monkeypatch.context() as patch, torch.no_grad(), OnMeta() as seen:
         for name in ("tensor", "as_tensor", "from_numpy"):  # no op of theirs is seen on this device
             patch.setattr(torch, name, refuse)
-        condition = Condition(text=text, pooled=pooled, image=image)
+        condition = Condition(text=dict(zip(text, (first, second), strict=True)), image=image)
         path, log_prob = denoise(policy, condition, image, sigmas, table, [keys, None, keys, None], [0.0] * 4)
     assert path.shape == (5, *image.shape) and log_prob.shape == (4, 2) and seen.num_ops > 1000
     with OnMeta(), pytest.raises(RuntimeError):
@@ -200,7 +202,7 @@ def test_launches_are_weighed_against_arithmetic(policy: Policy) -> None:
 
 
 def test_where_graphs_are_used(policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = torch.zeros(2, 8, 32)
+    text = Condition(text={"text": torch.zeros(2, 8, 32)}, image=torch.zeros(2, 16, 16))
     assert not is_captured(policy, 2, text, "auto") and not is_captured(policy, 2, text, "off")
     with pytest.raises(
         ValueError, match=r"rollout.cuda_graph is 'on': there are no graphs on cpu, take 'auto' or 'off'"

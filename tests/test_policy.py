@@ -12,6 +12,7 @@ from diffusers.pipelines.flux.pipeline_flux_kontext import FluxKontextPipeline, 
 from torch import Tensor
 
 from mteditflow.config import LoraConfig, ModelConfig
+from mteditflow.export import save_lora
 from mteditflow.policy import Policy, build_policy
 from mteditflow.types import Condition
 
@@ -54,13 +55,17 @@ def images(num: int) -> Tensor:
 
 
 def condition_of(policy: Policy, num: int) -> Condition:
-    text, pooled = policy.encode_text([PROMPTS[n % len(PROMPTS)] for n in range(num)])
-    return Condition(text=text, pooled=pooled, image=policy.encode_image(images(num)))
+    return condition_on(policy, [PROMPTS[n % len(PROMPTS)] for n in range(num)], images(num))
+
+
+def condition_on(policy: Policy, prompts: list[str], source: Tensor, microbatch_size: int = 16) -> Condition:
+    text = policy.encode_text(prompts, source, has_cfg=False)
+    return Condition(text=text, image=policy.encode_image(source, microbatch_size=microbatch_size))
 
 
 def perturb(policy: Policy, name: Any, seed: int = 1) -> None:
-    state = policy.adapter_state(name)
-    policy.load_adapter_state(
+    state = policy.adapters.state(name)
+    policy.adapters.load(
         name, {key: weight + 0.2 * draw(*weight.shape, seed=seed + i) for i, (key, weight) in enumerate(state.items())}
     )
 
@@ -94,12 +99,13 @@ def generate(pipeline: Any, prompts: list[str], source: Tensor, latents: Tensor)
 def test_shapes(policy: Policy) -> None:
     assert (policy.num_tokens, policy.num_channels) == (HEIGHT * WIDTH // 256, 16)
     condition = condition_of(policy, 2)
-    assert condition.text.shape == (2, TINY_MAX_TEXT_TOKENS, 32) and condition.pooled.shape == (2, 16)
+    text, pooled = condition.text["text"], condition.text["pooled"]
+    assert text.shape == (2, TINY_MAX_TEXT_TOKENS, 32) and pooled.shape == (2, 16)
     assert condition.image.shape == (2, policy.num_tokens, policy.num_channels)
     # Double block: 4 + 4 attention, 2 + 2 feed-forward; single block: q, k, v, proj_mlp.
-    assert policy.num_bound_modules == 12 + 4
-    assert len(policy.trainable) == 2 * policy.num_bound_modules
-    assert all(weight.dtype == torch.float32 and weight.requires_grad for _, weight in policy.trainable)
+    assert policy.adapters.num_modules == 12 + 4
+    assert len(policy.adapters.trainable) == 2 * policy.adapters.num_modules
+    assert all(weight.dtype == torch.float32 and weight.requires_grad for _, weight in policy.adapters.trainable)
 
 
 @pytest.mark.parametrize("num_steps", [1, 5, 8, 28])
@@ -121,8 +127,7 @@ def test_ode_rollout_is_a_stock_generation_bit_for_bit(policy: Policy, tiny_pipe
     source = images(num)
     # The pipeline is given [0, 1]; send the condition on the same trip, whose rounding is not the policy's doing.
     tripped = (source * 0.5 + 0.5) * 2 - 1
-    text, pooled = policy.encode_text(prompts)
-    condition = Condition(text=text, pooled=pooled, image=policy.encode_image(tripped, microbatch_size=num))
+    condition = condition_on(policy, prompts, tripped, microbatch_size=num)
     expected = generate(pipeline, prompts, source, latents)
     assert torch.equal(rollout(policy, condition, latents, pipeline.scheduler.sigmas), expected)
     # Own sigmas are other roundings of the same numbers.
@@ -134,15 +139,14 @@ def test_export_gives_the_stock_pipeline_the_same_editor(
     policy: Policy, tiny_pipeline_folder: Path, tmp_path: Path
 ) -> None:
     perturb(policy, "ema")
-    policy.save_lora(tmp_path)
+    save_lora(policy, tmp_path)
     pipeline = stock(tiny_pipeline_folder)
     latents, source, prompt = draw(1, policy.num_tokens, 16), (images(1) * 0.5 + 0.5) * 2 - 1, PROMPTS[2]
     base = generate(pipeline, [prompt], images(1), latents)
     pipeline.load_lora_weights(tmp_path)
     exported = generate(pipeline, [prompt], images(1), latents)
-    text, pooled = policy.encode_text([prompt])
-    condition = Condition(text=text, pooled=pooled, image=policy.encode_image(source, microbatch_size=1))
-    with policy.adapter("ema"):
+    condition = condition_on(policy, [prompt], source, microbatch_size=1)
+    with policy.adapters.use("ema"):
         assert torch.equal(rollout(policy, condition, latents, pipeline.scheduler.sigmas), exported)
     assert torch.equal(rollout(policy, condition, latents, pipeline.scheduler.sigmas), base)  # current: B is 0
     assert (exported - base).abs().max() > 1e-2
@@ -154,7 +158,7 @@ def test_adapters(policy: Policy) -> None:
     condition, latents, sigma = condition_of(policy, 3), draw(3, policy.num_tokens, 16), torch.tensor([1.0, 0.6, 0.1])
 
     def velocity(name: Any) -> Tensor:
-        with policy.adapter(name), torch.no_grad():
+        with policy.adapters.use(name), torch.no_grad():
             return policy.velocity(latents, sigma, condition)
 
     base = velocity("off")
@@ -163,13 +167,13 @@ def test_adapters(policy: Policy) -> None:
     changed = velocity("current")
     assert (changed - base).abs().max() > 1e-2
     assert torch.equal(velocity("off"), base) and torch.equal(velocity("old"), base)
-    policy.copy_adapter("current", "old")
+    policy.adapters.copy("current", "old")
     assert torch.equal(velocity("old"), changed)  # the same weights, the same bits
     assert torch.equal(velocity("ema"), base)
-    before = policy.adapter_state("ema")
-    policy.copy_adapter("current", "ema", decay=0.75)
-    for key, weight in policy.adapter_state("ema").items():
-        expected = 0.75 * before[key].double() + 0.25 * policy.adapter_state("current")[key].double()
+    before = policy.adapters.state("ema")
+    policy.adapters.copy("current", "ema", decay=0.75)
+    for key, weight in policy.adapters.state("ema").items():
+        expected = 0.75 * before[key].double() + 0.25 * policy.adapters.state("current")[key].double()
         # lerp: a difference, a product, a sum; each rounded once, of values below 4.
         torch.testing.assert_close(weight.double(), expected, rtol=0, atol=3 * 4 * 2**-24)
 
@@ -179,13 +183,13 @@ def test_switching_leaves_requires_grad_and_the_graph(policy: Policy) -> None:
     perturb(policy, "current")
     loss = policy.velocity(latents, sigma, condition).square().mean()
     for name in ("off", "old", "ema"):
-        with policy.adapter(name):
-            assert all(weight.requires_grad for _, weight in policy.trainable)
+        with policy.adapters.use(name):
+            assert all(weight.requires_grad for _, weight in policy.adapters.trainable)
             assert not policy.velocity(latents, sigma, condition).requires_grad
-    with policy.adapter("off"):
+    with policy.adapters.use("off"):
         loss.backward()
-    assert all(weight.grad is not None and weight.grad.abs().max() > 0 for name, weight in policy.trainable)
-    others = set(policy.pipeline.transformer.parameters()) - {weight for _, weight in policy.trainable}
+    assert all(weight.grad is not None and weight.grad.abs().max() > 0 for name, weight in policy.adapters.trainable)
+    others = set(policy.pipeline.transformer.parameters()) - {weight for _, weight in policy.adapters.trainable}
     assert all(weight.grad is None and not weight.requires_grad for weight in others)
 
 
@@ -213,11 +217,11 @@ def test_rows_of_a_microbatch(policy: Policy) -> None:
 
 
 def test_encoding_does_not_depend_on_the_batch(policy: Policy) -> None:
-    text, pooled = policy.encode_text(PROMPTS + PROMPTS[:1])
-    assert torch.equal(text[0], text[3]) and torch.equal(pooled[0], pooled[3]) and not torch.equal(text[0], text[1])
-    alone = policy.encode_text([PROMPTS[1]])
-    assert torch.equal(alone[0][0], text[1]) and torch.equal(alone[1][0], pooled[1])
     pixels = images(7)
+    text, pooled = policy.encode_text(PROMPTS + PROMPTS[:1], pixels[:4], has_cfg=False).values()
+    assert torch.equal(text[0], text[3]) and torch.equal(pooled[0], pooled[3]) and not torch.equal(text[0], text[1])
+    alone = policy.encode_text([PROMPTS[1]], pixels[:1], has_cfg=False)
+    assert torch.equal(alone["text"][0], text[1]) and torch.equal(alone["pooled"][0], pooled[1])
     latents = policy.encode_image(pixels, microbatch_size=3)
     assert torch.equal(policy.encode_image(pixels[4:5], microbatch_size=3), latents[4:5])
     decoded = policy.decode(latents, microbatch_size=3)
@@ -231,10 +235,10 @@ def test_adapter_is_a_function_of_the_seed(config: ModelConfig) -> None:
     torch.manual_seed(0)
     first, again, other = (build_policy(config, LORA, seed=seed, objective="grpo") for seed in (3, 3, 4))
     assert torch.equal(torch.rand(1), expected)  # the global random state is untouched
-    a, b, c = (policy.adapter_state("current") for policy in (first, again, other))
+    a, b, c = (policy.adapters.state("current") for policy in (first, again, other))
     assert all(torch.equal(a[key], b[key]) for key in a)
     assert not any(torch.equal(a[key], c[key]) for key in a if "lora_A" in key)
-    with pytest.raises(AssertionError, match="no adapter 'old'"), first.adapter("old"):
+    with pytest.raises(AssertionError, match="no adapter 'old'"), first.adapters.use("old"):
         pass
 
 
@@ -243,7 +247,7 @@ def test_bfloat16_base_has_a_float32_adapter(config: ModelConfig) -> None:
         ModelConfig(path=config.path, height=HEIGHT, width=WIDTH, max_text_tokens=8, dtype="bfloat16"), LORA, 3, "grpo"
     )
     assert policy.pipeline.transformer.x_embedder.weight.dtype == torch.bfloat16
-    assert all(weight.dtype == torch.float32 for _, weight in policy.trainable)
+    assert all(weight.dtype == torch.float32 for _, weight in policy.adapters.trainable)
     condition, latents, sigma = condition_of(policy, 2), draw(2, policy.num_tokens, 16), torch.tensor([0.9, 0.3])
     assert condition.image.dtype == torch.float32
     perturb(policy, "current")
@@ -252,13 +256,14 @@ def test_bfloat16_base_has_a_float32_adapter(config: ModelConfig) -> None:
     trained = policy.velocity(latents, sigma, condition)
     assert trained.dtype == torch.float32 and torch.equal(sampled, trained)
     trained.square().mean().backward()
-    assert all(weight.grad is not None and weight.grad.dtype == torch.float32 for _, weight in policy.trainable)
+    gradients = [weight.grad for _, weight in policy.adapters.trainable]
+    assert all(own is not None and own.dtype == torch.float32 for own in gradients)
 
 
 def test_state_of_another_adapter_is_refused(policy: Policy, config: ModelConfig) -> None:
     other = build_policy(config, LoraConfig(rank=2, alpha=4), seed=0, objective="grpo")
     with pytest.raises(ValueError, match=r"does not fit the model: .* lora\.rank"):
-        policy.load_adapter_state("current", other.adapter_state("current"))
+        policy.adapters.load("current", other.adapters.state("current"))
 
 
 def expect_error(config: ModelConfig, path: Path | str, match: str, lora: LoraConfig = LORA) -> None:
@@ -283,7 +288,7 @@ def test_errors_of_the_targets(config: ModelConfig) -> None:
     )
     expect_error(config, config.path, "'attn' matches no linear", LoraConfig(targets=("attn.to_q", "attn")))
     one = build_policy(config, LoraConfig(targets=("proj_mlp",)), seed=0, objective="grpo")
-    assert one.num_bound_modules == 1
+    assert one.adapters.num_modules == 1
 
 
 def test_another_schedule_is_refused(config: ModelConfig, tmp_path: Path) -> None:

@@ -335,7 +335,7 @@ def test_microbatches_add_up() -> None:
 
 def make_transitions(advantage: Tensor) -> tuple[Tensor, Transitions]:
     velocity, latents, next_latents, old_log_prob = moved(6)
-    condition = Condition(text=draw(0, 4, 1, 1), pooled=draw(0, 4, 1), image=latents)
+    condition = Condition(text={}, image=latents)
     return velocity, Transitions(
         condition=condition, latents=latents, next_latents=next_latents, step=STEP, sigma=SIGMAS[STEP],
         sigma_next=SIGMAS[STEP + 1], old_log_prob=old_log_prob, advantage=advantage,

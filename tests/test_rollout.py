@@ -100,8 +100,9 @@ def test_a_turn_edits_what_the_turn_before_made(policy: Policy, config: Config, 
         assert torch.equal(before.image, to_8_bit(policy.decode(before.latents[-1])))
         expected = policy.encode_image(before.image) if hand_off == "pixels" else before.latents[-1]
         assert torch.equal(after.condition.image, expected)
-        text = policy.encode_text([task.instructions[number + 1] for task in tasks])[0]
-        assert torch.equal(after.condition.text, text.repeat_interleave(2, dim=0))
+        prompts = [task.instructions[number + 1] for task in tasks for _ in range(2)]
+        text = policy.encode_text(prompts, before.image, has_cfg=False)["text"]
+        assert torch.equal(after.condition.text["text"], text)
 
 
 @pytest.mark.parametrize("rule", ["sde", "cps"])
@@ -137,7 +138,7 @@ def test_a_group_shares_its_source_and_differs_in_noise(policy: Policy, config: 
     rollout = roll(policy, config)
     first, second = rollout.turns
     assert rollout.group.tolist() == [0, 0, 1, 1]
-    for value in (first.condition.image, first.condition.text, first.condition.pooled, second.condition.text):
+    for value in (first.condition.image, *first.condition.text.values(), *second.condition.text.values()):
         assert torch.equal(value[0], value[1])
     assert not torch.equal(first.condition.image[0], first.condition.image[2])
     assert not torch.equal(first.latents[0, 0], first.latents[0, 1])
@@ -167,14 +168,14 @@ def test_nft_rolls_out_the_ode_of_the_old_adapter(policy: Policy, config: Config
     policy = build_policy(config.model, config.lora, seed=0, objective="nft")
     tasks = training_tasks(config, 0, ONE_RANK)
     before = roll(policy, config, tasks)
-    moved = {key: weight + 0.1 for key, weight in policy.adapter_state("current").items()}
-    policy.load_adapter_state("current", moved)
+    moved = {key: weight + 0.1 for key, weight in policy.adapters.state("current").items()}
+    policy.adapters.load("current", moved)
     assert torch.equal(roll(policy, config, tasks).turns[1].latents, before.turns[1].latents)
-    policy.load_adapter_state("old", moved)
+    policy.adapters.load("old", moved)
     assert not torch.equal(roll(policy, config, tasks).turns[0].latents[1], before.turns[0].latents[1])
     assert all(turn.old_log_prob.isnan().all() for turn in before.turns)
     sigmas = policy.sigmas(3)
-    with policy.adapter("off"):
+    with policy.adapters.use("off"):
         ode = roll_out(
             policy, tasks, num_turns=2, group_size=2, sigmas=sigmas, table=step_table(sigmas, noise_level=0.0),
             trained_steps=(), hand_off="pixels", microbatch_size=128, seed=0, step=0,

@@ -293,9 +293,9 @@ def test_an_adapter_that_does_nothing_stops_the_run(
     original = FluxKontextPolicy.velocity
 
     def deaf(self: Any, *args: Any) -> Tensor:
-        with self.adapter("off"):
+        with self.adapters.use("off"):
             velocity = original(self, *args)
-        return velocity + 0 * sum(weight.sum() for _, weight in self.trainable)
+        return velocity + 0 * sum(weight.sum() for _, weight in self.adapters.trainable)
 
     monkeypatch.setattr(FluxKontextPolicy, "velocity", deaf)
     line = refused(capsys, arguments(tmp_path, objective__kl_beta=0))

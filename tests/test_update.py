@@ -59,10 +59,10 @@ def build(config: Config, is_moved: bool = True) -> Policy:
     policy = build_policy(config.model, config.lora, seed=0, objective=config.objective.name)
     if is_moved:
         generator = torch.Generator().manual_seed(1)
-        state = policy.adapter_state("current")
+        state = policy.adapters.state("current")
         state = {key: w + 0.1 * torch.randn(w.shape, generator=generator) for key, w in state.items()}
         for name in ("current", "ema", "old") if config.objective.name == "nft" else ("current", "ema"):
-            policy.load_adapter_state(name, state)
+            policy.adapters.load(name, state)
     return policy
 
 
@@ -74,7 +74,7 @@ class KeepsGradients(torch.optim.SGD):
     """An optimizer that notes the gradients of each step."""
 
     def __init__(self, policy: Policy, learning_rate: float) -> None:
-        super().__init__([parameter for _, parameter in policy.trainable], lr=learning_rate)
+        super().__init__([parameter for _, parameter in policy.adapters.trainable], lr=learning_rate)
         self.gradients: list[Tensor] = []
 
     def step(self, closure: Any = None) -> Any:
@@ -90,7 +90,7 @@ def step(
     config = change(config, "optimizer", max_grad_norm=1e9)
     optimizer = KeepsGradients(policy, learning_rate)
     figures = update(policy, optimizer, rollout, advantage, config, 0, ONE_RANK)
-    assert all(parameter.grad is None for _, parameter in policy.trainable)
+    assert all(parameter.grad is None for _, parameter in policy.adapters.trainable)
     return figures, optimizer.gradients
 
 
@@ -116,7 +116,7 @@ def assert_near(actual: Tensor, expected: Tensor, num_roundings: float) -> None:
 
 
 def assert_same_adapter(policy: Policy, before: dict[str, Tensor], name: Any = "current") -> None:
-    after = policy.adapter_state(name)
+    after = policy.adapters.state(name)
     assert all(torch.equal(after[key], weight) for key, weight in before.items())
 
 
@@ -137,7 +137,7 @@ def test_ratio_is_exactly_one_before_the_first_update(config: Config, rule: str,
 
 def test_another_ratio_trips_the_guard(config: Config) -> None:
     policy = build(config)
-    rollout, before = roll(policy, config), policy.adapter_state("current")
+    rollout, before = roll(policy, config), policy.adapters.state("current")
     turns = [replace(turn, old_log_prob=turn.old_log_prob + 1e-6) for turn in rollout.turns]
     off = replace(rollout, turns=turns)
     with pytest.raises(GuardError, match=r"ratio before the first update is off by .*microbatch_size") as caught:
@@ -209,7 +209,7 @@ def test_gradient_is_that_of_the_loss_written_out(config: Config, ratio: str, st
             if step_weight == "inverse_dt":
                 log_prob = log_prob / (rollout.sigmas[s] - rollout.sigmas[s + 1])
             total = total - (ADVANTAGE[:, t] * log_prob).sum() / (4 * 2 * len(rollout.trained_steps))
-    expected = torch.cat([g.flatten() for g in torch.autograd.grad(total, [p for _, p in policy.trainable])])
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(total, [p for _, p in policy.adapters.trainable])])
     _, (gradient,) = step(policy, rollout, ADVANTAGE, config)
     assert_near(gradient, expected, 2e3)  # sums in another order, as above
 
@@ -243,7 +243,7 @@ def test_kl_moves_only_an_adapter_that_is_not_zero(config: Config) -> None:
 def test_nothing_finite_is_refused_and_nothing_moves(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     for own in (config, as_nft(config)):
         policy = build(own)
-        rollout, before, averaged = roll(policy, own), policy.adapter_state("current"), policy.adapter_state("ema")
+        rollout, before, averaged = roll(policy, own), policy.adapters.state("current"), policy.adapters.state("ema")
         bad = ADVANTAGE.clone()
         bad[2, 1] = torch.nan
         with pytest.raises(GuardError, match="not finite"):
@@ -309,7 +309,7 @@ def test_microbatches_are_filled(wanted: list[int], size: int, expected: list[tu
 def test_without_any_advantage_nothing_moves(config: Config, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = change(config, "objective", name=name)
     policy = build(config)
-    rollout, before = roll(policy, config), policy.adapter_state("current")
+    rollout, before = roll(policy, config), policy.adapters.state("current")
     with counted(policy, monkeypatch) as calls:
         figures, gradients = step(policy, rollout, torch.zeros(4, 2), config)
     assert not calls and not gradients
@@ -329,15 +329,15 @@ def test_figures_are_named(config: Config) -> None:
 
 def test_average_and_clipping(config: Config) -> None:
     policy = build(config)
-    rollout, before = roll(policy, config), policy.adapter_state("current")
+    rollout, before = roll(policy, config), policy.adapters.state("current")
     small = change(config, "optimizer", max_grad_norm=1e-6, ema_decay=0.75)
     optimizer = KeepsGradients(policy, 1e3)
     figures = update(policy, optimizer, rollout, ADVANTAGE, small, 0, ONE_RANK)
     assert figures["update/grad_norm"] > 1e-5  # the norm before clipping
     # clip_grad_norm_ divides by norm + 1e-6: here that is at most 10 % of the norm.
     assert optimizer.gradients[0].norm().item() == pytest.approx(1e-6, rel=0.1)
-    for key, weight in policy.adapter_state("ema").items():
-        expected = 0.75 * before[key].double() + 0.25 * policy.adapter_state("current")[key].double()
+    for key, weight in policy.adapters.state("ema").items():
+        expected = 0.75 * before[key].double() + 0.25 * policy.adapters.state("current")[key].double()
         torch.testing.assert_close(weight.double(), expected, rtol=0, atol=3 * 2 * 2**-24)  # three roundings below 2
 
 

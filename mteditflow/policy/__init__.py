@@ -1,40 +1,44 @@
 """The editor that is trained: one file per family of editors, one Protocol that the rest of the trainer sees."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from torch import Tensor, nn
+from torch import Tensor
 
 from mteditflow.config import EMBEDDED, LoraConfig, ModelConfig
-from mteditflow.policy.flux_kontext import AdapterName, FluxKontextPolicy
+from mteditflow.policy.adapters import AdapterName, Adapters
+from mteditflow.policy.flux_kontext import FluxKontextPolicy
 from mteditflow.types import Condition
 
 __all__ = ["AdapterName", "Policy", "build_policy"]
 
 
 class Policy(Protocol):
-    """An editor with LoRA adapters.
+    """An editor with adapters, of one family."""
 
-    current is trained, old is NFT's rollout policy, ema is evaluated and exported, off is the reference: no adapter.
-    """
+    has_cfg: bool
+    """Whether the family takes true classifier-free guidance."""
+    is_text_of_image: bool
+    """Whether the text encoder sees the image that is edited too, so that each trajectory has a text of its own."""
+    adapters: Adapters
+    """The weights that are trained, and which ones `velocity` uses."""
 
     @property
     def num_tokens(self) -> int:
-        """L, latent tokens of an image."""
+        """L, latent tokens of an edit."""
+        ...
+
+    @property
+    def num_condition_tokens(self) -> int:
+        """L', latent tokens of the image that is edited."""
         ...
 
     @property
     def num_channels(self) -> int:
         """C, channels of a latent token."""
-        ...
-
-    @property
-    def num_bound_modules(self) -> int:
-        """Modules that the adapter changes."""
         ...
 
     @property
@@ -45,17 +49,15 @@ class Policy(Protocol):
         """The diffusers pipeline, with the adapters in its transformer."""
         ...
 
-    @property
-    def trainable(self) -> list[tuple[str, nn.Parameter]]:
-        """Names and parameters of adapter `current`, float32, always in the same order."""
-        ...
+    def encode_text(self, instructions: Sequence[str], images: Tensor, *, has_cfg: bool) -> dict[str, Tensor]:
+        """What a condition has of N instructions on images (N, 3, H, W): tensors (N, ...), by the family's names.
 
-    def encode_text(self, instructions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Text embeddings (N, T, E) and pooled ones (N, E')."""
+        has_cfg: with what the unconditional half of classifier-free guidance needs.
+        """
         ...
 
     def encode_image(self, images: Tensor, microbatch_size: int = 16) -> Tensor:
-        """Images (N, 3, H, W) in [-1, 1] to clean latents (N, L, C), float32."""
+        """Images (N, 3, H, W) in [-1, 1], resized to the condition's size, to clean latents (N, L', C), float32."""
         ...
 
     def decode(self, latents: Tensor, microbatch_size: int = 16) -> Tensor:
@@ -63,36 +65,13 @@ class Policy(Protocol):
         ...
 
     def velocity(self, latents: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
-        """Velocity (B, L, C), float32, of latents (B, L, C) at noise level sigma (B,), under the selected adapter."""
+        """Velocity (B, L, C), float32, of latents (B, L, C) at noise level sigma (B,), under the selected adapter and
+        with the condition's guidance.
+        """
         ...
 
     def sigmas(self, num_steps: int) -> Tensor:
         """The model's own schedule of noise levels (S+1,), float64 on the host."""
-        ...
-
-    @property
-    def selected(self) -> AdapterName:
-        """The adapter that `velocity` uses now. Its weights change in place: a captured graph sees the new ones."""
-        ...
-
-    def adapter(self, name: AdapterName) -> AbstractContextManager[None]:
-        """Selects the weights that `velocity` uses within the context; `current` outside of any."""
-        ...
-
-    def copy_adapter(self, source: AdapterName, target: AdapterName, decay: float = 0.0) -> None:
-        """target <- decay * target + (1 - decay) * source."""
-        ...
-
-    def adapter_state(self, name: AdapterName) -> dict[str, Tensor]:
-        """A copy of the adapter's weights."""
-        ...
-
-    def load_adapter_state(self, name: AdapterName, state: dict[str, Tensor]) -> None:
-        """Puts back what `adapter_state` gave."""
-        ...
-
-    def save_lora(self, folder: Path, adapter: AdapterName = "ema") -> None:
-        """Writes the adapter so that the stock pipeline's `load_lora_weights(folder)` gives the same editor."""
         ...
 
 
@@ -105,11 +84,17 @@ def build_policy(config: ModelConfig, lora: LoraConfig, seed: int, objective: st
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     match _pipeline_class(path):
         case "FluxKontextPipeline":
-            return FluxKontextPolicy(path, config, lora, seed=seed, has_old=objective == "nft", device=device)
+            family = FluxKontextPolicy
         case other:
             raise ValueError(
                 f"model.path {path!r} is a {other}, which cannot be trained here: supported is FluxKontextPipeline"
             )
+    if config.cfg_scale != 1 and not family.has_cfg:
+        raise ValueError(
+            f"model.cfg_scale is {config.cfg_scale:g}: {path!r} has its guidance embedded, so it must be 1; "
+            f"set model.guidance_scale"
+        )
+    return family(path, config, lora, seed=seed, has_old=objective == "nft", device=device)
 
 
 def _pipeline_class(path: str) -> str:
