@@ -39,7 +39,7 @@ class ModelConfig:
     text_encoder: Literal["resident", "offload"] = "resident"
     """Where the text encoders stay: on the GPU, or on the host but for the moments in which they encode."""
     vae_tiling: bool = False
-    """Encode and decode images in tiles: less memory above 1024 px, and seams that the stock pipeline has too."""
+    """Encode and decode images in the autoencoder's tiles (of FLUX.1: 1024 px): less memory above that size."""
 
     def __post_init__(self) -> None:
         for name in ("height", "width"):

@@ -1,6 +1,8 @@
 """The policy against the stock FluxKontextPipeline, on a random-weight editor in the true format."""
 
+import math
 import shutil
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,11 @@ from conftest import TINY_MAX_TEXT_TOKENS
 from diffusers.pipelines.flux.pipeline_flux_kontext import FluxKontextPipeline, calculate_shift
 from torch import Tensor
 
-from mteditflow.config import LoraConfig, ModelConfig
+from mteditflow.config import Config, LoraConfig, ModelConfig, RolloutConfig
 from mteditflow.export import save_lora
 from mteditflow.policy import Policy, build_policy
+from mteditflow.policy.common import resized
+from mteditflow.rollout import to_8_bit
 from mteditflow.types import Condition
 
 HEIGHT, WIDTH, NUM_STEPS = 64, 48, 5  # not square: a swap of height and width would show
@@ -79,14 +83,16 @@ def rollout(policy: Policy, condition: Condition, latents: Tensor, sigmas: Tenso
     return policy.decode(latents, microbatch_size=len(latents)) * 0.5 + 0.5
 
 
-def generate(pipeline: Any, prompts: list[str], source: Tensor, latents: Tensor) -> Tensor:
+def generate(
+    pipeline: Any, prompts: list[str], source: Tensor, latents: Tensor, size: tuple[int, int] = (HEIGHT, WIDTH)
+) -> Tensor:
     """The stock pipeline's images (N, 3, H, W) in [0, 1] for sources in [-1, 1]."""
     return pipeline(
         image=source * 0.5 + 0.5,
         prompt=prompts,
-        height=HEIGHT,
-        width=WIDTH,
-        max_area=HEIGHT * WIDTH,
+        height=size[0],
+        width=size[1],
+        max_area=size[0] * size[1],
         _auto_resize=False,
         latents=latents,
         num_inference_steps=NUM_STEPS,
@@ -125,14 +131,60 @@ def test_ode_rollout_is_a_stock_generation_bit_for_bit(policy: Policy, tiny_pipe
     """With the scheduler's own float32 sigmas, the same batch for each stage: equal bits."""
     pipeline, latents, prompts = stock(tiny_pipeline_folder), draw(num, policy.num_tokens, 16), [str(PROMPTS[0])] * num
     source = images(num)
-    # The pipeline is given [0, 1]; send the condition on the same trip, whose rounding is not the policy's doing.
-    tripped = (source * 0.5 + 0.5) * 2 - 1
-    condition = condition_on(policy, prompts, tripped, microbatch_size=num)
+    condition = condition_on(policy, prompts, tripped(source), microbatch_size=num)
     expected = generate(pipeline, prompts, source, latents)
     assert torch.equal(rollout(policy, condition, latents, pipeline.scheduler.sigmas), expected)
     # Own sigmas are other roundings of the same numbers.
     own = rollout(policy, condition, latents, policy.sigmas(NUM_STEPS).float())
     torch.testing.assert_close(own, expected, rtol=0, atol=GEOMETRY_TOLERANCE)
+
+
+def tripped(source: Tensor) -> Tensor:
+    """Sources as the stock pipeline sees them: it is given [0, 1], a trip whose rounding is not the policy's doing."""
+    return (source * 0.5 + 0.5) * 2 - 1
+
+
+@pytest.mark.parametrize("size", [(64, 64), (48, 80)])
+@pytest.mark.parametrize("condition_size", [(0, 0), (32, 48)])
+def test_three_turns_are_three_stock_generations_bit_for_bit(
+    config: ModelConfig, tiny_pipeline_folder: Path, size: tuple[int, int], condition_size: tuple[int, int]
+) -> None:
+    """Square and not; the condition of the output's size, or resized to its own, in 8 bits from turn to turn."""
+    own = replace(
+        config, height=size[0], width=size[1], condition_height=condition_size[0], condition_width=condition_size[1]
+    )
+    policy, pipeline = build_policy(own, LORA, seed=3, objective="grpo"), stock(tiny_pipeline_folder)
+    assert policy.num_condition_tokens == math.prod(own.condition_size) // 256
+    source = expected = draw(1, 3, *size, seed=5).clamp(-1, 1)
+    for turn, prompt in enumerate(PROMPTS):
+        latents = draw(1, policy.num_tokens, 16, seed=turn)
+        condition = condition_on(policy, [prompt], tripped(resized(source, own.condition_size)), microbatch_size=1)
+        expected = generate(pipeline, [prompt], resized(expected, own.condition_size), latents, size)
+        edit = rollout(policy, condition, latents, pipeline.scheduler.sigmas)
+        assert torch.equal(edit, expected)
+        source, expected = to_8_bit(edit * 2 - 1), to_8_bit(expected * 2 - 1)
+
+
+def test_encoders_on_the_host_and_tiles(config: ModelConfig, policy: Policy, tiny_pipeline_folder: Path) -> None:
+    """Where the encoders are changes nothing; tiles (32 px here, the model's sample_size) are the stock pipeline's."""
+    away = build_policy(replace(config, text_encoder="offload", vae_tiling=True), LORA, seed=3, objective="nft")
+    own, expected = condition_of(away, 2).text, condition_of(policy, 2).text
+    assert all(torch.equal(own[name], value) for name, value in expected.items())
+    pipeline, latents, prompt = stock(tiny_pipeline_folder), draw(1, policy.num_tokens, 16), PROMPTS[0]
+    whole = generate(pipeline, [prompt], images(1), latents)
+    pipeline.vae.enable_tiling()
+    tiled = generate(pipeline, [prompt], images(1), latents)
+    condition = condition_on(away, [prompt], tripped(images(1)), microbatch_size=1)
+    assert torch.equal(rollout(away, condition, latents, pipeline.scheduler.sigmas), tiled)
+    assert not torch.equal(tiled, whole)
+
+
+def test_sizes_and_guidance_that_cannot_be(config: ModelConfig) -> None:
+    expect_error(replace(config, cfg_scale=4.0), config.path, r"cfg_scale is 4: .* guidance embedded, so it must be 1")
+    with pytest.raises(ValueError, match=r"model\.condition_width is 40: must be 0 or a multiple of 16"):
+        replace(config, condition_width=40)
+    with pytest.raises(ValueError, match=r"rollout\.hand_off is 'latents': the condition has a size of its own"):
+        Config(model=replace(config, condition_width=32), rollout=RolloutConfig(hand_off="latents"))
 
 
 def test_export_gives_the_stock_pipeline_the_same_editor(
@@ -141,7 +193,7 @@ def test_export_gives_the_stock_pipeline_the_same_editor(
     perturb(policy, "ema")
     save_lora(policy, tmp_path)
     pipeline = stock(tiny_pipeline_folder)
-    latents, source, prompt = draw(1, policy.num_tokens, 16), (images(1) * 0.5 + 0.5) * 2 - 1, PROMPTS[2]
+    latents, source, prompt = draw(1, policy.num_tokens, 16), tripped(images(1)), PROMPTS[2]
     base = generate(pipeline, [prompt], images(1), latents)
     pipeline.load_lora_weights(tmp_path)
     exported = generate(pipeline, [prompt], images(1), latents)
@@ -268,7 +320,7 @@ def test_state_of_another_adapter_is_refused(policy: Policy, config: ModelConfig
 
 def expect_error(config: ModelConfig, path: Path | str, match: str, lora: LoraConfig = LORA) -> None:
     with pytest.raises(ValueError, match=match) as caught:
-        build_policy(ModelConfig(path=str(path), height=HEIGHT, width=WIDTH), lora, seed=0, objective="grpo")
+        build_policy(replace(config, path=str(path)), lora, seed=0, objective="grpo")
     assert "\n" not in str(caught.value)
 
 
@@ -287,8 +339,10 @@ def test_errors_of_the_targets(config: ModelConfig) -> None:
         config, config.path, r"'attn.to_qq' matches no linear .* attn\.to_q", LoraConfig(targets=("attn.to_qq",))
     )
     expect_error(config, config.path, "'attn' matches no linear", LoraConfig(targets=("attn.to_q", "attn")))
-    one = build_policy(config, LoraConfig(targets=("proj_mlp",)), seed=0, objective="grpo")
-    assert one.adapters.num_modules == 1
+    expect_error(config, config.path, r"'\*\.to_qq' matches no linear", LoraConfig(targets=("*.to_qq",)))
+    for targets, num in ((("proj_mlp",), 1), (("single_*to_[qk]",), 2), (("*.to_q", "attn.to_q"), 2)):
+        policy = build_policy(config, LoraConfig(targets=targets), seed=0, objective="grpo")
+        assert policy.adapters.num_modules == num
 
 
 def test_another_schedule_is_refused(config: ModelConfig, tmp_path: Path) -> None:
