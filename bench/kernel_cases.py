@@ -24,8 +24,10 @@ BYTES = {  # moved per element of bfloat16 latents by the kernels of `static.VAR
     "log-prob, backward": 8,
     "GRPO": 6,
     "GRPO, KL": 8,
+    "GRPO-Guard": 8,
     "GRPO, backward": 8,
     "GRPO, KL, backward": 10,
+    "GRPO-Guard, backward": 8,
     "NFT": 8,
     "NFT, KL": 10,
     "NFT, backward": 10,
@@ -129,6 +131,12 @@ def _grpo(has_kl: bool) -> Callable[[Ops, Sequence[Tensor], Rows], Tensor]:
     return loss
 
 
+def _guard(ops: Ops, x: Sequence[Tensor], rows: Rows) -> Tensor:
+    return ops.grpo_loss(
+        x[0], x[1], x[2], rows.old_log_prob, rows.advantage, rows.table, STEP, clip_range=1.0, old_velocity=x[3]
+    )[0]
+
+
 def _nft(has_kl: bool) -> Callable[[Ops, Sequence[Tensor], Rows], Tensor]:
     def loss(ops: Ops, x: Sequence[Tensor], rows: Rows) -> Tensor:
         kl: dict[str, Any] = {"kl_beta": 0.1, "ref_velocity": x[4]} if has_kl else {}
@@ -185,6 +193,9 @@ CASES = [
     Case(
         name="GRPO with KL, both", kernels=("GRPO, KL", "GRPO, KL, backward"), num_latents=4,
         prepare=_both(_grpo(True)),
+    ),
+    Case(
+        name="GRPO-Guard, both", kernels=("GRPO-Guard", "GRPO-Guard, backward"), num_latents=4, prepare=_both(_guard)
     ),
     Case(name="NFT, forward", kernels=("NFT",), num_latents=4, prepare=_forward(_nft(False))),
     Case(name="NFT, backward", kernels=("NFT, backward",), num_latents=4, prepare=_backward(_nft(False))),

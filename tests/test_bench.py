@@ -9,7 +9,7 @@ from pathlib import Path
 import measure
 import pytest
 import torch
-from kernel_cases import CASES, OWN, SHAPES, Case, Ops, Rows, rows_for
+from kernel_cases import BYTES, CASES, OWN, SHAPES, Case, Ops, Rows, rows_for
 from mteditflow_kernels.static import VARIANTS
 from rich.console import Console
 from test_kernels import assert_parity, denoise_without_sync, time_case, time_rollout
@@ -67,10 +67,10 @@ def test_a_rollout_runs(tiny_config: Config) -> None:
 
 
 def test_bytes_of_the_algorithm() -> None:
-    """GRPO forward and backward: 14 bytes per element, so 58.7 MB at 1024 px; every kernel named is one."""
+    """GRPO forward and backward: 14 bytes per element, so 58.7 MB at 1024 px; every kernel has its bytes."""
     both = next(case for case in CASES if case.name == "GRPO, both")
     assert both.num_bytes(SHAPES[0]) == 14 * 16 * 4096 * 64
-    assert {name for case in CASES for name in case.kernels} <= set(VARIANTS)
+    assert {name for case in CASES for name in case.kernels} <= set(VARIANTS) and BYTES.keys() == VARIANTS.keys()
 
 
 def test_sets_fill_the_working_set() -> None:
