@@ -10,13 +10,17 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY_MAX_TEXT_TOKENS
+from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 from diffusers.pipelines.flux.pipeline_flux_kontext import FluxKontextPipeline, calculate_shift
 from torch import Tensor
 
 from mteditflow.config import Config, LoraConfig, ModelConfig, RolloutConfig
 from mteditflow.export import save_lora
 from mteditflow.policy import Policy, build_policy
-from mteditflow.policy.common import resized
+from mteditflow.policy.adapters import bound_modules
+from mteditflow.policy.common import resized, token_grid
+from mteditflow.policy.flux_kontext import TARGETS
+from mteditflow.policy.random_kontext import TRANSFORMER
 from mteditflow.rollout import to_8_bit
 from mteditflow.types import Condition
 
@@ -343,6 +347,18 @@ def test_errors_of_the_targets(config: ModelConfig) -> None:
     for targets, num in ((("proj_mlp",), 1), (("single_*to_[qk]",), 2), (("*.to_q", "attn.to_q"), 2)):
         policy = build_policy(config, LoraConfig(targets=targets), seed=0, objective="grpo")
         assert policy.adapters.num_modules == num
+
+
+def test_the_published_size() -> None:
+    """FLUX.1-Kontext-dev: 11.9 billion parameters; 12 targets in each of 19 double blocks, 4 in each of 38 single."""
+    with torch.device("meta"):
+        transformer = FluxTransformer2DModel(**TRANSFORMER)
+    assert sum(weight.numel() for weight in transformer.parameters()) == 11_901_408_320
+    names = bound_modules(transformer, TARGETS, is_default=True)
+    assert len(names) == 19 * 12 + 38 * 4
+    for size, num_tokens in ((512, 1024), (1024, 4096)):
+        assert token_grid(ModelConfig(height=size, width=size), 16, "")[0] == (size // 16,) * 2
+        assert (size // 16) ** 2 == num_tokens
 
 
 def test_another_schedule_is_refused(config: ModelConfig, tmp_path: Path) -> None:
