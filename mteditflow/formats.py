@@ -68,11 +68,15 @@ def _read_file(path: Path) -> Sessions:
         raise ValueError(f"cannot be read ({error.strerror or error}): give a file that can") from None
 
 
-def _unused(names: Iterable[str]) -> tuple[tuple[str, ...], dict[str, str]]:
-    """Fields that mean nothing here; and among them those that look like a misspelt one, with that one."""
-    unknown = sorted(set(names) - set(FIELDS))
-    near = {name: difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.85) for name in unknown}
-    return tuple(name for name in unknown if not near[name]), {name: it[0] for name, it in near.items() if it}
+def _unused(names: Iterable[str], what: str) -> tuple[str, ...]:
+    """Fields that mean nothing here. ValueError where one looks like a misspelt field that is not there."""
+    given = set(names)
+    absent = [field for field in FIELDS if field not in given]
+    unknown = sorted(given - set(FIELDS))
+    for name in unknown:
+        if near := difflib.get_close_matches(name, absent, n=1, cutoff=0.85):
+            raise ValueError(f"{name} is no {what}: did you mean {near[0]}?")
+    return tuple(unknown)
 
 
 def _read_jsonl(path: Path, image_fields: tuple[str, ...] = ("image",)) -> Sessions:
@@ -89,9 +93,9 @@ def _read_jsonl(path: Path, image_fields: tuple[str, ...] = ("image",)) -> Sessi
                 faults.append(Fault(place=place, kind="line", text=f"is not JSON: {error.msg}"))
                 continue
             try:
-                extra, misspelt = _unused(set(record) - set(image_fields) if isinstance(record, dict) else ())
-                for name, meant in misspelt.items():
-                    raise ValueError(f"{name} is no field: did you mean {meant}?")
+                if not isinstance(record, dict):
+                    raise ValueError("must be an object with fields such as image and instructions")
+                extra = _unused([name for name in record if name not in image_fields[1:]], "field")
                 image = image_name(record, image_fields)
                 file = path.parent / image
                 found.append(from_record(record, place, image, file, partial(_same, file)))
@@ -169,14 +173,18 @@ def _edival_record(rows: list[dict[str, Any]]) -> dict[str, Any]:
         raise ValueError(f"turns are {', '.join(sorted(map(str, turns)))}: must be 1 to {len(rows)}, each once")
     kept = [row for row in ordered if row is not None]
     record: dict[str, Any] = {
-        # some of the public file's cells wrap an instruction in '""'
-        "instructions": [str(_last(_literal(row, "instructions"))).strip().strip('"').strip() for row in kept]
+        "instructions": [_unwrapped(str(_last(_literal(row, "instructions"))).strip()) for row in kept]
     }
     if all(row.get("task_type") for row in kept):
         record["edit_types"] = [str(_last(_literal(row, "task_type"))) for row in kept]
     if all(row.get("unchanged_objects") for row in kept):
         record["untouched_objects"] = [_literal(row, "unchanged_objects") for row in kept]
     return record
+
+
+def _unwrapped(text: str) -> str:
+    """The text without quotes around all of it, as the public file has around some."""
+    return text[1:-1].strip() if len(text) > 2 and text[0] == text[-1] == '"' else text
 
 
 def _literal(row: Mapping[str, Any], name: str) -> Any:
@@ -235,10 +243,7 @@ def _read_table(table: Any, name: str, folder: Path) -> Sessions:
     own; a text is a path, relative to `folder`.
     """
     columns = table.column_names
-    unused, misspelt = _unused(columns)
-    if misspelt:
-        wrong, meant = next(iter(misspelt.items()))
-        raise ValueError(f"has a column {wrong}: did you mean {meant}?")
+    unused = _unused(columns, "column")
     if "image" not in columns or not {"instructions", "prompt"} & set(columns):
         raise ValueError(f"has columns {', '.join(columns)}: needs image, and instructions or prompt")
     is_path = getattr(table.features["image"], "dtype", "") in ("string", "large_string")

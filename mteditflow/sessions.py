@@ -68,11 +68,9 @@ def digest(text: str) -> str:
 
 
 def from_record(
-    record: object, place: str, image: str, file: Path | None, read: Callable[[], Path | bytes]
+    record: Mapping[str, Any], place: str, image: str, file: Path | None, read: Callable[[], Path | bytes]
 ) -> UserSession:
     """A session from the fields of one record. ValueError: which field is wrong, and what it should be."""
-    if not isinstance(record, Mapping):
-        raise ValueError("must be an object with fields such as image and instructions")
     fields = {name: value for name, value in record.items() if value is not None}
     if ("instructions" in fields) == ("prompt" in fields):
         raise ValueError("must have either instructions, a list of texts, or prompt, a text")
@@ -87,9 +85,9 @@ def from_record(
     )  # fmt: skip
 
 
-def image_name(record: object, names: tuple[str, ...] = ("image",)) -> str:
+def image_name(record: Mapping[str, Any], names: tuple[str, ...] = ("image",)) -> str:
     """The image that a record names. ValueError where it names none."""
-    found = [record[name] for name in names if isinstance(record, Mapping) and record.get(name) is not None]
+    found = [record[name] for name in names if record.get(name) is not None]
     if not found or not isinstance(found[0], str) or not found[0].strip():
         raise ValueError(f"must have {names[0]}, the path of a picture")
     return found[0]
