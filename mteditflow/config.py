@@ -57,38 +57,27 @@ class DataConfig:
     """The tasks."""
 
     path: str = EMBEDDED
-    """Sessions to train on: a .jsonl file, EdiVal's .csv, a .parquet file, a folder of images, or a hub data set
-    (owner/name); 'embedded' is the world that ships with the package. docs/data.md."""
+    """A .jsonl file of sessions, EdiVal's .csv, a .parquet file, a folder, or a hub data set (docs/data.md);
+    'embedded' is the world that ships with the package."""
     held_out: str = ""
-    """Sessions to evaluate on, in the same formats; empty: those of a fixed share of the images of data.path."""
+    """Sessions to evaluate on, as data.path; empty: those of a fixed share of its images."""
     held_out_share: float = 0.1
     """Share of the images of data.path that is held out, by a hash of their names, where data.held_out is empty."""
     fit: Literal["crop", "stretch"] = "crop"
-    """How a picture gets the shape of model.width x model.height: the largest centred part, or all of it stretched
-    (as EdiVal's public code does)."""
+    """How a picture becomes model.width x model.height: its largest centred part, or all of it, distorted (EdiVal)."""
     max_bad_share: float = 0.05
-    """The run stops when more than this share of the sessions is damaged: an unreadable line, a missing or unreadable
-    image."""
+    """The run stops when more than this share of the sessions has an unreadable line or image."""
     num_turns: int = 3
     """K, instructions per session (paper: 3); of a user's longer session the first K, shorter ones are left out."""
     seed: int = 0
     """Seed of the training sessions, or of their order; held-out sessions are disjoint whatever it is."""
 
     def __post_init__(self) -> None:
-        _require(
-            1 <= self.num_turns <= 10,
-            "data.num_turns",
-            self.num_turns,
-            "a session of the world has 1 to 10 instructions",
-        )
+        remedy = "a session of the world has 1 to 10 instructions"
+        _require(1 <= self.num_turns <= 10, "data.num_turns", self.num_turns, remedy)
         _require(self.path != "", "data.path", self.path, f"must be {EMBEDDED!r}, or where your sessions are")
-        is_world = self.path == EMBEDDED
-        _require(
-            not (is_world and self.held_out),
-            "data.held_out",
-            self.held_out,
-            "the embedded world has its own: leave empty",
-        )
+        is_had = self.path != EMBEDDED or not self.held_out
+        _require(is_had, "data.held_out", self.held_out, "the embedded world has its own: must be empty")
         _require(0 < self.held_out_share < 1, "data.held_out_share", self.held_out_share, "must lie in (0, 1)")
         _require(0 <= self.max_bad_share <= 1, "data.max_bad_share", self.max_bad_share, "must lie in [0, 1]")
 

@@ -167,8 +167,8 @@ def test_damaged_images_are_named_and_replaced(
     assert set(counts) == {n for i in range(20) for n in first(training_tasks(whole, i, ranks()))}
     assert sum(counts.values()) == 40 > num
     cached_anew(config)
-    parts = [first(training_tasks(config, i, ranks(rank, 2))) for i in (19, 3) for rank in range(2)]
-    assert parts == [[name] for i in (19, 3) for name in steps[i]]
+    parts = [first(training_tasks(config, i, ranks(rank, 2))) for i in range(19, -1, -1) for rank in range(2)]
+    assert parts == [[name] for step in steps[::-1] for name in step]
 
 
 def test_too_much_damage_stops_with_one_line(make: Callable[..., Config], tmp_path: Path) -> None:
@@ -206,14 +206,20 @@ def test_settings_that_do_not_fit_the_data(make: Callable[..., Config]) -> None:
             replace(config, evaluation=replace(config.evaluation, num_turns=4)),
         "data.path is 'nowhere.jsonl': cannot be read": replace(config, data=DataConfig(path="nowhere.jsonl")),
     }  # fmt: skip
-    for message, wrong in cases.items():
+    for message, unfit in cases.items():
         with pytest.raises(ValueError, match=message) as error:
-            check_data(wrong, is_speaking=False)
+            check_data(unfit, is_speaking=False)
         assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match=r"model.height is 96: must be 64"):
         check_data(Config(model=ModelConfig(height=96)), is_speaking=False)
     check_data(replace(config, model=ModelConfig(height=96)), is_speaking=False)
-    for name, value in (("held_out", "a.jsonl"), ("held_out_share", 0.0), ("max_bad_share", 2.0), ("path", "")):
+    wrong: list[tuple[str, Any]] = [
+        ("held_out", "a.jsonl"),
+        ("held_out_share", 0.0),
+        ("max_bad_share", 2.0),
+        ("path", ""),
+    ]
+    for name, value in wrong:
         with pytest.raises(ValueError, match=f"data.{name} is "):
             DataConfig(**{name: value})
 
