@@ -36,6 +36,7 @@ MAY_CHANGE = (
     "run.max_invalid_share",
     "run.max_ratio_error",
     "rollout.cuda_graph",
+    "data.max_bad_share",
 )
 """Fields that a resumed run may change, with all of `evaluation` and `alarms`; the others change the numbers that
 follow."""

@@ -16,18 +16,30 @@ __all__ = [
 class DataConfig:
     """The tasks."""
 
+    path: str = EMBEDDED
+    """A .jsonl file of sessions, EdiVal's .csv, a .parquet file, a folder, or a hub data set (docs/data.md);
+    'embedded' is the world that ships with the package."""
+    held_out: str = ""
+    """Sessions to evaluate on, as data.path; empty: those of a fixed share of its images."""
+    held_out_share: float = 0.1
+    """Share of the images of data.path that is held out, by a hash of their names, where data.held_out is empty."""
+    fit: Literal["crop", "stretch"] = "crop"
+    """How a picture becomes model.width x model.height: its largest centred part, or all of it, distorted (EdiVal)."""
+    max_bad_share: float = 0.05
+    """The run stops when more than this share of the sessions has an unreadable line or image."""
     num_turns: int = 3
-    """K, instructions per session (paper: 3)."""
+    """K, instructions per session (paper: 3); of a user's longer session the first K, shorter ones are left out."""
     seed: int = 0
-    """Seed of the training sessions; held-out sessions are disjoint whatever it is."""
+    """Seed of the training sessions, or of their order; held-out sessions are disjoint whatever it is."""
 
     def __post_init__(self) -> None:
-        _require(
-            1 <= self.num_turns <= 10,
-            "data.num_turns",
-            self.num_turns,
-            "a session of the world has 1 to 10 instructions",
-        )
+        remedy = "a session of the world has 1 to 10 instructions"
+        _require(1 <= self.num_turns <= 10, "data.num_turns", self.num_turns, remedy)
+        _require(self.path != "", "data.path", self.path, f"must be {EMBEDDED!r}, or where your sessions are")
+        is_had = self.path != EMBEDDED or not self.held_out
+        _require(is_had, "data.held_out", self.held_out, "the embedded world has its own: must be empty")
+        _require(0 < self.held_out_share < 1, "data.held_out_share", self.held_out_share, "must lie in (0, 1)")
+        _require(0 <= self.max_bad_share <= 1, "data.max_bad_share", self.max_bad_share, "must lie in [0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)

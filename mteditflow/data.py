@@ -1,41 +1,79 @@
-"""Edit tasks. Which tasks a step sees is a function of (data.seed, step) alone, so a resume sees what would have
-come.
+"""Edit tasks, of the embedded world or of a user's data. Which tasks a step sees is a function of (data.seed, step)
+alone, so a resume sees what would have come, on any number of ranks.
+
+    python -m mteditflow.data check FILE                                           what is in the data, what is wrong
+    python -m mteditflow.data generate COCO.json --images FOLDER --out FILE.jsonl  sessions from object lists
+
+`--help` imports no torch: what needs it is imported where it is used.
 """
 
-from mteditflow.config import Config
-from mteditflow.distributed import Ranks
-from mteditflow.types import EditTask
-from mteditflow.world.edits import Session, make_session
-from mteditflow.world.render import render
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from mteditflow import cli
+from mteditflow.config import EMBEDDED, Config, DataConfig
+
+if TYPE_CHECKING:
+    from mteditflow.distributed import Ranks
+    from mteditflow.types import EditTask
+    from mteditflow.world.edits import Session
 
 SIZE = 64  # pixels, of the embedded world's pictures
 
 
+def check_data(config: Config, *, is_speaking: bool) -> None:
+    """Raise ValueError for anything that is wrong with the data before the first image is read; what is skipped is
+    named on stderr.
+    """
+    if config.data.path == EMBEDDED:
+        check_size(config)
+        return
+    from mteditflow.userdata import check_sessions
+
+    check_sessions(config, is_speaking)
+
+
 def check_size(config: Config) -> None:
-    """Raise ValueError where the editor is set to another size than that of the pictures."""
+    """Raise ValueError where the editor is set to another size than that of the embedded world's pictures."""
     for name, value in (("model.height", config.model.height), ("model.width", config.model.width)):
-        if value != SIZE:
+        if config.data.path == EMBEDDED and value != SIZE:
             raise ValueError(f"{name} is {value}: must be {SIZE}, the size of the embedded world's pictures")
 
 
-def training_tasks(config: Config, iteration: int, ranks: Ranks) -> list[EditTask]:
+def training_tasks(config: Config, iteration: int, ranks: "Ranks") -> "list[EditTask]":
     """This rank's share of the P tasks of an iteration. Raises ValueError where P is not a multiple of the ranks."""
     num_tasks = config.rollout.num_tasks
     if num_tasks % ranks.world_size:
         raise ValueError(f"rollout.num_tasks is {num_tasks}: must be a multiple of the {ranks.world_size} ranks")
     ids = range(iteration * num_tasks, (iteration + 1) * num_tasks)[ranks.rank :: ranks.world_size]
+    if config.data.path != EMBEDDED:
+        from mteditflow.userdata import user_task
+
+        return [user_task(config, i) for i in ids]
+    from mteditflow.world.edits import make_session
+
     num_turns = config.data.num_turns
     return _tasks(list(ids), [make_session(f"{config.data.seed}/{i}", num_turns, held_out=False) for i in ids])
 
 
-def held_out_tasks(num_sessions: int, num_turns: int) -> list[EditTask]:
-    """The first held-out sessions: the same for every run."""
-    return _tasks(
-        list(range(num_sessions)), [make_session(str(i), num_turns, held_out=True) for i in range(num_sessions)]
-    )
+def held_out_tasks(config: Config) -> "list[EditTask]":
+    """The first evaluation.num_sessions held-out sessions: the same for every run on the same data."""
+    if config.data.path != EMBEDDED:
+        from mteditflow.userdata import held_out_user_tasks
+
+        return held_out_user_tasks(config)
+    from mteditflow.world.edits import make_session
+
+    ids = range(config.evaluation.num_sessions)
+    return _tasks(list(ids), [make_session(str(i), config.num_held_out_turns, held_out=True) for i in ids])
 
 
-def _tasks(ids: list[int], sessions: list[Session]) -> list[EditTask]:
+def _tasks(ids: list[int], sessions: "list[Session]") -> "list[EditTask]":
+    from mteditflow.types import EditTask
+    from mteditflow.world.render import render
+
     pictures = render([session.source for session in sessions])
     return [
         EditTask(
@@ -47,3 +85,52 @@ def _tasks(ids: list[int], sessions: list[Session]) -> list[EditTask]:
         )
         for i, session, picture in zip(ids, sessions, pictures, strict=True)
     ]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line: 0 when all is well, 1 when too much is damaged, 2 for a wrong argument or file."""
+    arguments = _parser().parse_args(argv)
+    try:
+        if arguments.command == "check":
+            from mteditflow.check import check
+
+            return check(arguments.path, num_turns=arguments.num_turns, max_bad_share=arguments.max_bad_share)
+        from mteditflow.coco import write_sessions
+
+        print(
+            write_sessions(
+                arguments.coco, images=arguments.images, out=arguments.out, num_turns=arguments.turns,
+                seed=arguments.seed, per_image=arguments.per_image,
+            )
+        )  # fmt: skip
+        return 0
+    except ValueError as error:
+        cli.fail(error)
+
+
+def _parser() -> argparse.ArgumentParser:
+    default = DataConfig()
+    parser = argparse.ArgumentParser(
+        prog="python -m mteditflow.data", description="Check users' data, or make sessions of photographs."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    check = commands.add_parser(
+        "check", help="count what is in the data and name what is wrong; exit code 1 if too much"
+    )
+    check.add_argument("path", help="as data.path: .jsonl, EdiVal's .csv, .parquet, a folder, or owner/name of the hub")
+    check.add_argument("--num_turns", type=int, default=default.num_turns, help="data.num_turns (%(default)s)")
+    check.add_argument(
+        "--max_bad_share", type=float, default=default.max_bad_share, help="data.max_bad_share (%(default)s)"
+    )
+    generate = commands.add_parser("generate", help="write K-turn sessions from a COCO file of images and objects")
+    generate.add_argument("coco", help="JSON with images, annotations (bbox) and categories")
+    generate.add_argument("--images", required=True, help="folder of the images")
+    generate.add_argument("--out", required=True, help="JSONL file to write; must not be there yet")
+    generate.add_argument("--turns", type=int, default=default.num_turns, help="instructions per session (%(default)s)")
+    generate.add_argument("--per_image", type=int, default=1, help="sessions per image (%(default)s)")
+    generate.add_argument("--seed", type=int, default=0, help="of everything that is drawn (%(default)s)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

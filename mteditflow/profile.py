@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from mteditflow import cli, rollout, update
-from mteditflow.config import Config
+from mteditflow.config import EMBEDDED, Config
 from mteditflow.data import SIZE, training_tasks
 from mteditflow.distributed import Ranks
 from mteditflow.flops import forward_flops
@@ -47,7 +47,7 @@ def build(config: Config) -> Policy:
 
 
 def resized_tasks(config: Config, ranks: Ranks) -> list[EditTask]:
-    """The world's tasks of iteration 0, their pictures at the size of the config."""
+    """The tasks of iteration 0, the world's pictures at the size of the config."""
     size = (config.model.height, config.model.width)
     tasks = training_tasks(config, 0, ranks)
     sources = torch.nn.functional.interpolate(torch.stack([task.source for task in tasks]), size, mode="bilinear")
@@ -91,7 +91,7 @@ def iteration(policy: Policy, tasks: list[EditTask], config: Config, ranks: Rank
     """A rollout, its scores where the pictures are the world's, and an update with an advantage for every row."""
     optimizer = torch.optim.AdamW([parameter for _, parameter in policy.adapters.trainable], lr=1e-9)
     own = rollout.sample_rollout(policy, tasks, config, 0)
-    if (config.model.height, config.model.width) == (SIZE, SIZE):
+    if config.data.path == EMBEDDED and (config.model.height, config.model.width) == (SIZE, SIZE):
         with context("score"):
             build_reward(config.reward, config.run.seed)(own, 0)
     num_rows = len(own.group)

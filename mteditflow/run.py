@@ -18,7 +18,7 @@ from torch import Tensor
 from mteditflow import alarms, checkpoint
 from mteditflow.cli import to_yaml
 from mteditflow.config import Config
-from mteditflow.data import check_size, held_out_tasks
+from mteditflow.data import check_data, held_out_tasks
 from mteditflow.distributed import Ranks
 from mteditflow.evaluate import (
     METRICS,
@@ -36,6 +36,7 @@ from mteditflow.metrics import Reporter, Timer, memory_gib, reduce_mean
 from mteditflow.objective.nft import old_decay
 from mteditflow.policy import build_policy
 from mteditflow.report import write_report
+from mteditflow.reward import check_judge
 
 
 class Run:
@@ -60,7 +61,8 @@ class Run:
 
     def _start(self, stack: ExitStack) -> None:
         config = self.config
-        check_size(config)
+        check_judge(config)
+        check_data(config, is_speaking=self.ranks.is_main)
         if self.ranks.is_main:
             stack.enter_context(checkpoint.lock(self.folder))
         stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, self._on_sigterm))
@@ -88,7 +90,7 @@ class Run:
         (self.folder / "config.yaml").write_text(to_yaml(config))
         going_on = f", going on after iteration {self.first_iteration}" if is_resumed else ""
         self.reporter.say(f"{self.policy.adapters.num_modules} modules adapted, run folder {self.folder}{going_on}")
-        self.tasks = held_out_tasks(config.evaluation.num_sessions, config.num_held_out_turns)
+        self.tasks = held_out_tasks(config)
         before = load_evaluation(self.folder, "before")
         if before is None or not before.is_of(config):
             self.reporter.say(f"evaluating the base on {len(self.tasks)} held-out sessions")

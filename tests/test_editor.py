@@ -9,10 +9,11 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.pipelines.flux.pipeline_flux_kontext import FluxKontextPipeline
 from PIL import Image
 
-from mteditflow.config import Config, LoraConfig, ModelConfig
+from mteditflow.config import Config, DataConfig, EvaluationConfig, LoraConfig, ModelConfig
 from mteditflow.data import held_out_tasks
 from mteditflow.policy import build_policy
 from mteditflow.rollout import to_8_bit
+from mteditflow.types import EditTask
 from mteditflow.world import pretrain
 from mteditflow.world.render import render
 from mteditflow.world.verify import grade, read
@@ -30,6 +31,12 @@ def to_tensor(picture: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1) / 127.5 - 1
 
 
+def held_out(num_sessions: int) -> list[EditTask]:
+    """The first held-out sessions, of one turn."""
+    own = EvaluationConfig(num_sessions=num_sessions, num_sessions_short=num_sessions)
+    return held_out_tasks(Config(data=DataConfig(num_turns=1), evaluation=own))
+
+
 def test_folder_is_small_enough_to_ship() -> None:
     assert sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) <= 10 * 2**20
 
@@ -38,7 +45,7 @@ def test_stock_pipeline_loads_it_and_edits() -> None:
     """At least half of 24 first edits pass the verifier: 75 % did at release, and 12 of 24 at 75 % is 3 sigma off."""
     pipeline = FluxKontextPipeline.from_pretrained(FOLDER)
     pipeline.set_progress_bar_config(disable=True)
-    tasks, size = held_out_tasks(24, 1), Config().model.height
+    tasks, size = held_out(24), Config().model.height
     edits = []
     for task in tasks:
         noise = torch.Generator().manual_seed(task.id)
@@ -56,7 +63,7 @@ def test_stock_pipeline_loads_it_and_edits() -> None:
 def test_verifier_reads_through_the_autoencoder() -> None:
     """True renders of edits, once through encoder, decoder and 8 bits, still pass: what fails is the editor's doing."""
     policy = build_policy(ModelConfig(), LoraConfig(), seed=0, objective="grpo")
-    tasks = held_out_tasks(100, 1)
+    tasks = held_out(100)
     edits = [task.truth.edits[0] for task in tasks]
     with torch.no_grad():
         pictures = to_8_bit(policy.decode(policy.encode_image(render([edit.after for edit in edits]))))

@@ -145,7 +145,7 @@ def test_evaluation_is_deterministic_and_sees_the_adapter(tiny_pipeline_folder: 
         rollout=RolloutConfig(num_steps=3),
         evaluation=EvaluationConfig(num_sessions=3, num_turns=2, num_sessions_short=3, num_strips=2, num_steps=3),
     )
-    policy, tasks = build_policy(config.model, config.lora, 0, "grpo"), held_out_tasks(3, 2)
+    policy, tasks = build_policy(config.model, config.lora, 0, "grpo"), held_out_tasks(config)
     base, again = evaluate(policy, tasks, config, "off"), evaluate(policy, tasks, config, "ema")
     assert base.images.shape == (2, 2, 3, 64, 64) and base.verdict.shape == (3, 2) and base.is_of(config)
     assert torch.equal(base.images, again.images)  # B is 0: the same noise, the same pictures
@@ -153,4 +153,5 @@ def test_evaluation_is_deterministic_and_sees_the_adapter(tiny_pipeline_folder: 
     moved = evaluate(policy, tasks, config, "ema")
     assert not torch.equal(moved.images, base.images)
     assert torch.equal(evaluate(policy, tasks, config, "off").images, base.images)
-    assert held_out_tasks(2, 2)[1].instructions == tasks[1].instructions  # the first sessions of every number
+    fewer = replace(config, evaluation=replace(config.evaluation, num_sessions=2, num_sessions_short=2))
+    assert held_out_tasks(fewer)[1].instructions == tasks[1].instructions  # the first sessions of every number

@@ -5,11 +5,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mteditflow.config import RewardConfig
+from mteditflow.config import EMBEDDED, Config, RewardConfig
 from mteditflow.distributed import Ranks
 from mteditflow.reward.exact import ExactReward
 from mteditflow.reward.simulated import SimulatedJudge
 from mteditflow.types import Rollout, Scores
+
+WORLD_JUDGES = ("exact", "thinking", "direct")  # know what the embedded world's pictures should show
 
 
 class Reward(Protocol):
@@ -25,6 +27,15 @@ class Reward(Protocol):
 def build_reward(config: RewardConfig, seed: int) -> Reward:
     """The reward of the embedded world: the exact verifier, or a judge whose chance is a function of `seed`."""
     return ExactReward(config.scale) if config.judge == "exact" else SimulatedJudge(config, seed)
+
+
+def check_judge(config: Config) -> None:
+    """Raise ValueError where the judge knows only the embedded world, and the data are another's."""
+    if config.data.path != EMBEDDED and config.reward.judge in WORLD_JUDGES:
+        raise ValueError(
+            f"reward.judge is {config.reward.judge!r}: knows only the embedded world's pictures, not those of "
+            f"data.path {config.data.path!r}; take a judge that looks at yours"
+        )
 
 
 def of_all_ranks(scores: Scores, group: Tensor, ranks: Ranks) -> tuple[Scores, Tensor]:

@@ -10,8 +10,12 @@ from mteditflow.world.verify import MIN_SCORE_DONE, consistency, grade, read
 
 def score_pictures(sessions: list[Session], sources: Tensor, pictures: Tensor) -> tuple[Tensor, Tensor]:
     """Grades 1 to 5 (N, K) and consistency (N, K), NaN where undefined, of N sessions with pictures (K, N, 3, 64,
-    64).
+    64). ValueError where a session is None: a task of a user's own.
     """
+    if any(session is None for session in sessions):
+        raise ValueError(
+            "reward.judge is 'exact': a task has no truth to compare with; take a judge that looks at yours"
+        )
     before, grades, kept = read(sources), [], []
     for turn, picture in enumerate(pictures):
         after = read(picture)

@@ -1,0 +1,251 @@
+"""The generator of sessions: the pool's invariants over hundreds of sessions, English, and the COCO file."""
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from random import Random
+
+import pytest
+from photos import copy_photos
+from PIL import Image
+
+from mteditflow.data import main
+from mteditflow.formats import read_sessions
+from mteditflow.generate import (
+    COLORS,
+    EDIT_TYPES,
+    MATERIALS,
+    NEW_OBJECTS,
+    Step,
+    Thing,
+    generate,
+    plural,
+    untouched,
+    with_article,
+)
+from mteditflow.world import edits
+
+KINDS = ("person", "dog", "traffic light", "bus", "knife", "sky", "umbrella", "cat")
+
+
+def things_of(random: Random) -> list[Thing]:
+    """Up to five kinds, with one to four boxes each."""
+
+    def box() -> tuple[float, float, float, float]:
+        x, y = random.random() * 0.6, random.random() * 0.6
+        return (x, y, x + 0.3, y + 0.3)
+
+    kinds = random.sample(KINDS, random.randint(1, 5))
+    counts = [random.choice((1, 1, 1, 2, 4)) for _ in kinds]
+    return [
+        Thing(kind=kind, count=n, boxes=tuple(box() for _ in range(n)), is_foreground=kind != "sky")
+        for kind, n in zip(kinds, counts, strict=True)
+    ]
+
+
+def sessions(num: int, num_turns: int) -> list[tuple[list[Thing], list[Step]]]:
+    made = []
+    for i in range(num):
+        random = Random(f"test/{i}")
+        things = things_of(random)
+        made.append((things, generate(things, num_turns, random)))
+    return made
+
+
+@pytest.mark.parametrize("num_turns", [3, 10])
+def test_the_pool_is_kept(num_turns: int) -> None:
+    """What an instruction names is there; what it makes is new; what is removed is gone; each type once in nine."""
+    for things, steps in sessions(400, num_turns):
+        before = {thing.kind: thing for thing in things}
+        ever, text = set(before), ""
+        for step in steps:
+            assert all(kind in before for kind in step.touched), step.instruction
+            for kind in step.touched:
+                names = (before[kind].called, before[kind].plural, before[kind].name)
+                assert any(name in step.instruction for name in names), step.instruction
+            gone, made = set(before) - set(step.pool), set(step.pool) - set(before)
+            match step.edit_type:
+                case "subject_add":
+                    assert not gone and len(made) == 1 and not made & ever
+                case "subject_remove":
+                    assert gone == set(step.touched) and not made and not any(before[kind].is_new for kind in gone)
+                case "subject_replace":
+                    assert gone == set(step.touched) and len(made) == 1 and not made & ever
+                    assert not any(before[kind].is_new for kind in gone)
+                    assert step.pool[made.copy().pop()].count == before[gone.copy().pop()].count
+                case "background_change":
+                    assert {kind for kind in gone} == {kind for kind, it in before.items() if not it.is_foreground}
+                    assert step.pool and all(it.called in step.instruction for it in step.pool.values())
+                case "text_change":
+                    assert step.pool == before and step.text != text and (not text or text in step.instruction)
+                case _:
+                    assert not gone and not made
+                    (target, *_) = step.touched
+                    old, new = before[target], step.pool[target]
+                    changed = {"color_alter": old.color != new.color, "material_alter": old.material != new.material,
+                               "count_change": old.count != new.count, "position_change": old.boxes != new.boxes or
+                               not old.boxes}  # fmt: skip
+                    assert changed[step.edit_type]
+            before, ever, text = step.pool, ever | set(step.pool), step.text
+        counts = Counter(step.edit_type for step in steps)
+        assert counts["background_change"] <= 1 and (num_turns > 3 or max(counts.values()) == 1)
+
+
+def test_untouched_objects_only_shrink_and_are_never_named_as_a_target() -> None:
+    num_boxes = 0
+    for things, steps in sessions(400, 3):
+        kept = untouched(things, steps)
+        boxes = {thing.kind: thing.boxes for thing in things}
+        touched: set[str] = set()
+        for turn, step in enumerate(steps):
+            touched |= set(step.touched)
+            names = {region.name for region in kept[turn]}
+            assert names == {kind for kind in boxes if kind not in touched and kind in step.pool}
+            assert Counter(region.name for region in kept[turn]) == {name: len(boxes[name]) for name in names}
+            assert all(region.box in boxes[region.name] for region in kept[turn])
+            assert turn == 0 or set(kept[turn]) <= set(kept[turn - 1])
+            num_boxes += len(kept[turn])
+    assert num_boxes > 1000
+
+
+def test_every_type_comes_and_nothing_is_moved_to_where_it_is() -> None:
+    assert set(EDIT_TYPES) == set(edits.EDIT_TYPES)  # EdiVal's nine
+    counts: Counter[str] = Counter()
+    for things, steps in sessions(600, 3):
+        counts.update(step.edit_type for step in steps)
+        first, boxes = steps[0], {thing.kind: thing.boxes for thing in things}
+        if first.edit_type == "position_change":
+            (old, at), words = first.touched, first.instruction
+            (l0, t0, r0, b0), (l1, t1, r1, b1) = boxes[old][0], boxes[at][0]
+            is_there = {"left": l0 + r0 < l1 + r1, "right": l0 + r0 > l1 + r1, "above": t0 + b0 < t1 + b1,
+                        "below": t0 + b0 > t1 + b1}  # fmt: skip
+            side = re.search(r"(left|right|above|below)", words)
+            assert side and not is_there[side[1]], words
+    assert min(counts.values()) > 100 and len(counts) == 9  # 200 each, were all feasible
+
+
+def test_a_pool_can_run_empty_and_new_names_can_run_out() -> None:
+    for i in range(50):
+        steps = generate([Thing(kind="sky", is_foreground=False)], 10, Random(i))
+        assert len(steps) == 10
+        full = [Thing(kind=kind) for kind in NEW_OBJECTS]
+        types = {step.edit_type for step in generate(full, 10, Random(i))}
+        assert not types & {"subject_add", "subject_replace"}
+
+
+def test_english() -> None:
+    many = {"dog": "dogs", "bus": "buses", "person": "people", "wine glass": "wine glasses", "puppy": "puppies",
+            "vase of flowers": "vases of flowers", "sheep": "sheep", "traffic light": "traffic lights", "toy": "toys",
+            "old man": "old men", "sandwich": "sandwiches"}  # fmt: skip
+    assert {word: plural(word) for word in many} == many
+    assert [with_article(it) for it in ("dog", "owl", "unicycle", "umbrella")] == [
+        "a dog", "an owl", "a unicycle", "an umbrella"
+    ]  # fmt: skip
+    assert Thing(kind="dog", count=3, color="red").called == "the 3 red dogs"
+    assert Thing(kind="dog", color="red", material="glass").called == "the red glass dog"
+    assert not set(COLORS) & set(MATERIALS)
+
+
+COCO = {
+    "images": [
+        {"id": 1, "file_name": "chelsea.png", "width": 451, "height": 300},
+        {"id": 2, "file_name": "coffee.png", "width": 600, "height": 400},
+        {"id": 3, "file_name": "rocket.jpg", "width": 640, "height": 427},
+        {"id": 4, "file_name": "flower.jpg", "width": 100, "height": 100},
+        {"id": 5, "file_name": "nowhere.jpg", "width": 100, "height": 100},
+        {"id": 6, "file_name": "china.jpg", "width": 640, "height": 427},
+    ],
+    "annotations": [
+        {"image_id": 1, "category_id": 17, "bbox": [90, 15, 320, 280]},
+        {"image_id": 1, "category_id": 63, "bbox": [0, 0, 451, 100]},
+        {"image_id": 2, "category_id": 47, "bbox": [150, 60, 280, 270]},
+        {"image_id": 2, "category_id": 50, "bbox": [400, 80, 180, 240]},
+        {"image_id": 2, "category_id": 50, "bbox": [10, 80, 50, 240]},
+        {"image_id": 3, "category_id": 1, "bbox": [0, 0, 5, 5]},
+        {"image_id": 3, "category_id": 17, "bbox": [0, 0, 300, 300], "iscrowd": 1},
+        {"image_id": 4, "category_id": 1, "bbox": [0, 0, 90, 90]},
+        {"image_id": 5, "category_id": 1, "bbox": [0, 0, 90, 90]},
+    ],
+    "categories": [
+        {"id": 1, "name": "person"}, {"id": 17, "name": "cat"}, {"id": 47, "name": "cup"}, {"id": 50, "name": "spoon"},
+        {"id": 63, "name": "curtain", "isthing": 0},
+    ],
+}  # fmt: skip
+
+
+@pytest.fixture
+def coco(tmp_path: Path) -> Path:
+    copy_photos(tmp_path / "photos")
+    (tmp_path / "coco.json").write_text(json.dumps(COCO))
+    (tmp_path / "out").mkdir()
+    return tmp_path
+
+
+def run(folder: Path, name: str, *more: str) -> list[str]:
+    out = folder / "out" / name
+    arguments = ["generate", str(folder / "coco.json"), "--images", str(folder / "photos"), "--out", str(out), *more]
+    assert main(arguments) == 0
+    return out.read_text().splitlines()
+
+
+def test_coco_to_sessions_that_can_be_read(coco: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = run(coco, "a.jsonl", "--turns", "4", "--per_image", "3")
+    said = capsys.readouterr().out
+    assert "6 sessions of 4 turns" in said and "2 images left out: no object that can be edited" in said
+    assert "1 images left out: no such file" in said and "of another size than its entry says" in said
+    sessions = read_sessions(str(coco / "out" / "a.jsonl"))
+    assert sessions.faults == [] and sessions.unused == () and len(sessions.found) == 6
+    assert {len(it.instructions) for it in sessions.found} == {4} == {len(it.untouched) for it in sessions.found}
+    assert {it.file.resolve() for it in sessions.found if it.file} == {
+        coco / "photos" / "chelsea.png", coco / "photos" / "coffee.png"
+    }  # fmt: skip
+    record = next(it for it in map(json.loads, lines) if it["image"].endswith("coffee.png"))
+    assert record["image"] == "../photos/coffee.png"
+    assert record["objects"] == [
+        {"name": "cup", "box": [0.25, 0.15, 0.71667, 0.825]},
+        {"name": "spoon", "box": [0.66667, 0.2, 0.96667, 0.8]},
+        {"name": "spoon", "box": [0.01667, 0.2, 0.1, 0.8]},
+    ]
+    assert main(["check", str(coco / "out" / "a.jsonl")]) == 0
+
+
+def test_the_same_seed_gives_the_same_sessions_whatever_else_is_there(coco: Path) -> None:
+    one = run(coco, "a.jsonl", "--seed", "3")
+    assert run(coco, "b.jsonl", "--seed", "3") == one != run(coco, "c.jsonl", "--seed", "4")
+    assert run(coco, "d.jsonl", "--seed", "3", "--per_image", "2")[::2] == one
+    fewer = {**COCO, "images": COCO["images"][1:2], "annotations": COCO["annotations"][2:5]}
+    (coco / "coco.json").write_text(json.dumps(fewer))
+    assert run(coco, "e.jsonl", "--seed", "3") == [line for line in one if "coffee" in line]
+
+
+def test_boxes_are_of_the_picture_as_it_is_shown(coco: Path) -> None:
+    """A photograph that lies on its side in the file has its entry's size once turned."""
+    path = coco / "photos" / "chelsea.png"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.open(path).convert("RGB").transpose(Image.Transpose.ROTATE_90).save(path, exif=exif)
+    assert any("chelsea" in line for line in run(coco, "a.jsonl"))
+
+
+def test_generate_of_bad_input_is_one_line(coco: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (coco / "there.jsonl").write_text("mine\n")
+    for name, content in (("words", "a"), ("list", "[]"),
+                          ("entry", '{"images": [{}], "annotations": [], "categories": []}'),
+                          ("empty", '{"images": [], "annotations": [], "categories": []}')):  # fmt: skip
+        (coco / f"{name}.json").write_text(content)
+    right = {"coco": "coco.json", "images": "photos", "out": "new.jsonl", "turns": "3"}
+    for changed, message in (
+        ({"coco": "nowhere.json"}, "cannot be read (No such file"), ({"coco": "words.json"}, "is not JSON"),
+        ({"coco": "list.json"}, "is no COCO file"), ({"coco": "entry.json"}, "an entry without a field"),
+        ({"coco": "empty.json"}, "no session"), ({"images": "nowhere"}, "no such folder"),
+        ({"out": "there.jsonl"}, "is there already"), ({"out": "a.json"}, "must end in .jsonl"),
+        ({"out": "no/a.jsonl"}, "there is no folder"), ({"turns": "0"}, "--turns is 0: must lie in 1 to 10"),
+    ):  # fmt: skip
+        own = right | changed
+        arguments = ["generate", str(coco / own["coco"]), "--images", str(coco / own["images"])]
+        with pytest.raises(SystemExit) as stop:
+            main([*arguments, "--out", str(coco / own["out"]), "--turns", own["turns"]])
+        out, err = capsys.readouterr()
+        assert stop.value.code == 2 and out == "" and err.count("\n") == 1 and message in err, err
+    assert (coco / "there.jsonl").read_text() == "mine\n"

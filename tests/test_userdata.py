@@ -1,0 +1,284 @@
+"""Users' sessions as tasks: order over resumes and ranks, who is held out, damaged images, and whole runs."""
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from photos import PHOTOS, copy_photos, photo
+from PIL import Image
+
+from mteditflow import cli
+from mteditflow.config import Config, DataConfig, EvaluationConfig, ModelConfig, RewardConfig, RolloutConfig
+from mteditflow.data import check_data, held_out_tasks, training_tasks
+from mteditflow.distributed import Ranks
+from mteditflow.images import fitted, read_picture
+from mteditflow.metrics import read_lines
+from mteditflow.reward import ExactReward
+from mteditflow.train import main
+from mteditflow.types import EditTask, Rollout, Scores
+from mteditflow.userdata import is_held_out
+
+SHARE = 0.6
+
+
+def ranks(rank: int = 0, world_size: int = 1) -> Ranks:
+    return Ranks(rank=rank, world_size=world_size, device=torch.device("cpu"))
+
+
+def record(name: str, i: int, num_turns: int = 2) -> dict[str, Any]:
+    return {"image": f"photos/{name}", "instructions": [f"session {i} of {name}", "b", "c", "d"][:num_turns]}
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Callable[..., Config]:
+    """A config on a JSONL in a folder with the photographs."""
+    copy_photos(tmp_path / "photos")
+
+    def config(records: list[dict[str, Any]], name: str = "a.jsonl", num_tasks: int = 4, **data: Any) -> Config:
+        path = tmp_path / name
+        path.write_text("".join(f"{json.dumps(it)}\n" for it in records))
+        return Config(
+            data=DataConfig(**({"path": str(path), "num_turns": 2, "held_out_share": SHARE} | data)),
+            rollout=RolloutConfig(num_tasks=num_tasks),
+            evaluation=EvaluationConfig(num_sessions=2, num_sessions_short=1, num_strips=1),
+        )
+
+    return config
+
+
+def first(tasks: list[EditTask]) -> list[str]:
+    return [task.instructions[0] for task in tasks]
+
+
+RECORDS = [record(name, i) for i in range(3) for name in PHOTOS]
+HELD_OUT = {name for name in PHOTOS if is_held_out(f"photos/{name}", SHARE)}
+
+
+def test_a_task_is_the_picture_and_its_instructions(make: Callable[..., Config]) -> None:
+    box = [0.1, 0.0, 0.9, 1.0]
+    name = sorted(set(PHOTOS) - HELD_OUT)[0]
+    own = {**record(name, 0, 4), "untouched_objects": [["a", {"name": "b", "box": box}], [], [], []]}
+    config = make([own], num_tasks=1)
+    (task,) = training_tasks(config, 5, ranks())
+    seen = fitted(read_picture(photo(name)), height=64, width=64, fit="crop")
+    assert torch.equal(task.source, seen.image) and task.id == 5 and task.truth is None
+    assert task.instructions == (f"session 0 of {name}", "b") and task.edit_types == ("unspecified",) * 2
+    assert [it.name for it in task.untouched[0]] == ["a", "b"] and task.untouched[1] == () and len(task.untouched) == 2
+    region, (x0, _, x1, _) = task.untouched[0][1], seen.frame
+    expected = (max(0, (0.1 - x0) / (x1 - x0)), 0, min(1, (0.9 - x0) / (x1 - x0)), 1)
+    assert region.box is not None and region.box == pytest.approx(expected)
+    large = replace(config, model=ModelConfig(height=96, width=160), data=replace(config.data, fit="stretch"))
+    (task,) = training_tasks(large, 0, ranks())
+    assert task.source.shape == (3, 96, 160) and task.untouched[0][1].box == tuple(box)
+
+
+def test_order_is_of_seed_and_step_alone(make: Callable[..., Config]) -> None:
+    """Every epoch visits each session once; ranks share a step; neither the file's order nor the process counts."""
+    config = make(RECORDS)
+    steps = [training_tasks(config, i, ranks()) for i in range(12)]
+    every = [name for step in steps for name in first(step)]
+    trained = {it["instructions"][0] for it in RECORDS if Path(it["image"]).name not in HELD_OUT}
+    num = len(trained)
+    assert 2 * num <= len(every) and set(every[:num]) == set(every[num : 2 * num]) == trained
+    assert every[:num] != every[num : 2 * num]  # another order in the next epoch
+    ids = [task.id for step in steps for task in step]
+    assert ids == list(range(48))
+    for world_size in (2, 4):
+        parts = [training_tasks(config, 7, ranks(rank, world_size)) for rank in range(world_size)]
+        found = {task.id: task.instructions for part in parts for task in part}
+        assert found == {task.id: task.instructions for task in steps[7]}
+    again = make(RECORDS[::-1], "b.jsonl")  # read anew, in another order
+    assert first(training_tasks(again, 7, ranks())) == first(steps[7])
+    other = replace(config, data=replace(config.data, seed=1))
+    assert [n for i in range(12) for n in first(training_tasks(other, i, ranks()))] != every
+    with pytest.raises(ValueError, match=r"rollout.num_tasks is 4: must be a multiple of the 3 ranks"):
+        training_tasks(config, 0, ranks(0, 3))
+
+
+def test_the_order_is_pinned(make: Callable[..., Config]) -> None:
+    """A release that changes it would give a resumed run other tasks."""
+    assert [task.instructions[0].split()[1::2] for task in training_tasks(make(RECORDS), 1, ranks())] == PINNED
+
+
+PINNED = [["2", "chelsea.png"], ["1", "chelsea.png"], ["0", "chelsea.png"], ["0", "astronaut.png"]]
+
+
+def test_held_out_are_whole_images_and_stay_so(make: Callable[..., Config]) -> None:
+    config = make(RECORDS)
+    assert HELD_OUT and set(PHOTOS) > HELD_OUT
+    tasks = held_out_tasks(
+        replace(config, evaluation=EvaluationConfig(num_sessions=3 * len(HELD_OUT), num_sessions_short=1, num_strips=1))
+    )
+    assert {name.split()[-1] for name in first(tasks)} == HELD_OUT
+    assert [task.id for task in tasks] == list(range(3 * len(HELD_OUT)))
+    assert first(held_out_tasks(config)) == first(tasks)[:2]
+    more = make([*RECORDS, record("../photos/chelsea.png", 9)], "b.jsonl")
+    assert {it for it in PHOTOS if is_held_out(f"photos/{it}", 0.9)} >= HELD_OUT  # a larger share adds
+    assert len(held_out_tasks(more)) == 2
+    share = np.mean([is_held_out(f"{i}.jpg", 0.2) for i in range(10_000)])
+    assert abs(share - 0.2) < 4 * (0.2 * 0.8 / 10_000) ** 0.5  # four standard deviations
+
+
+def test_held_out_of_its_own(make: Callable[..., Config], tmp_path: Path) -> None:
+    make(RECORDS[:2], "held.jsonl")
+    config = make(RECORDS[2:7], held_out=str(tmp_path / "held.jsonl"))
+    check_data(config, is_speaking=False)
+    assert {it.split()[-1] for it in first(held_out_tasks(config))} == set(PHOTOS[:2])
+    assert {it for i in range(9) for it in first(training_tasks(config, i, ranks()))} == {
+        it["instructions"][0] for it in RECORDS[2:7]
+    }
+    for records, path in ((RECORDS[1:5], "held.jsonl"), (RECORDS, "a.jsonl")):
+        both = make(records, held_out=str(tmp_path / path), seed=len(records))
+        with pytest.raises(ValueError, match=r"data.held_out is .* has images of data.path"):
+            cached_anew(both)
+
+
+def cached_anew(config: Config) -> None:
+    """As in another process: files are read once."""
+    from mteditflow import userdata
+
+    for own in (userdata.read_named, userdata.training_source, userdata.held_out_source):
+        own.cache_clear()
+    check_data(config, is_speaking=True)
+
+
+def test_damaged_images_are_named_and_replaced(
+    make: Callable[..., Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The next session of the epoch takes the slot, whether or not the damage was known before, on any rank."""
+    (tmp_path / "photos" / "torn.jpg").write_bytes(photo("china.jpg").read_bytes()[:30_000])
+    records = [*RECORDS, *(record("torn.jpg", i) for i in range(2))]
+    assert not is_held_out("photos/torn.jpg", SHARE)
+    config = make(records, max_bad_share=0.1, num_tasks=2)
+    steps = [first(training_tasks(config, i, ranks())) for i in range(20)]
+    err = capsys.readouterr().err.splitlines()
+    assert len(err) == 2 and all("image photos/torn.jpg: damaged: image file is truncated" in line for line in err)
+    assert {line.split()[2] for line in err} == {"a.jsonl:22:", "a.jsonl:23:"}
+    assert not any("torn.jpg" in name for step in steps for name in step)
+    whole = make([it for it in records if "torn" not in it["image"]], "whole.jsonl", num_tasks=2)
+    num = sum(not is_held_out(it["image"], SHARE) for it in records)
+    counts = Counter(name for step in steps for name in step)
+    assert set(counts) == {n for i in range(20) for n in first(training_tasks(whole, i, ranks()))}
+    assert sum(counts.values()) == 40 > num
+    cached_anew(config)
+    parts = [first(training_tasks(config, i, ranks(rank, 2))) for i in range(19, -1, -1) for rank in range(2)]
+    assert parts == [[name] for step in steps[::-1] for name in step]
+
+
+def test_too_much_damage_stops_with_one_line(make: Callable[..., Config], tmp_path: Path) -> None:
+    (tmp_path / "photos" / "torn.jpg").write_bytes(photo("china.jpg").read_bytes()[:30_000])
+    missing = make([*RECORDS, record("nowhere.png", 0), record("gone.png", 0)])
+    with pytest.raises(ValueError, match=r"2 of 23 sessions are damaged, more than data.max_bad_share 0.05"):
+        check_data(missing, is_speaking=False)
+    found = make([*RECORDS, record("torn.jpg", 0), record("torn.jpg", 1)], "b.jsonl")
+    check_data(found, is_speaking=False)  # not known yet
+    with pytest.raises(ValueError, match=r"2 of 23 sessions are damaged.*data check .*b.jsonl"):
+        for i in range(9):
+            training_tasks(found, i, ranks())
+    nothing = make([record("torn.jpg", i) for i in range(3)], "c.jsonl", max_bad_share=1.0)
+    with pytest.raises(ValueError, match=r"none of its 3 images can be read"):
+        training_tasks(nothing, 0, ranks())
+
+
+def test_check_data_says_what_is_skipped(make: Callable[..., Config], capsys: pytest.CaptureFixture[str]) -> None:
+    config = make([*RECORDS, *(record(f"gone{i}.png", 0) for i in range(12))], max_bad_share=0.5)
+    check_data(config, is_speaking=True)
+    err = capsys.readouterr().err.splitlines()
+    assert len(err) == 13 and "a.jsonl:22: no such file" in err[0] and err[10] == "mteditflow: skipped 2 more"
+    num = 3 * len(HELD_OUT)
+    assert err[11].startswith(f"mteditflow: {21 - num} sessions of") and err[12].startswith(f"mteditflow: {num} ")
+
+
+def test_settings_that_do_not_fit_the_data(make: Callable[..., Config]) -> None:
+    config = make(RECORDS)
+    cases = {
+        "data.num_turns is 3: no session of .* the longest has 2":
+            replace(config, data=replace(config.data, num_turns=3)),
+        "evaluation.num_sessions is 256: .* held-out sessions of 2 turns; lower it .* or raise data.held_out_share":
+            replace(config, evaluation=EvaluationConfig()),
+        "evaluation.num_sessions is 2: .* has 0 held-out sessions of 4 turns":
+            replace(config, evaluation=replace(config.evaluation, num_turns=4)),
+        "data.path is 'nowhere.jsonl': cannot be read": replace(config, data=DataConfig(path="nowhere.jsonl")),
+    }  # fmt: skip
+    for message, unfit in cases.items():
+        with pytest.raises(ValueError, match=message) as error:
+            check_data(unfit, is_speaking=False)
+        assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match=r"model.height is 96: must be 64"):
+        check_data(Config(model=ModelConfig(height=96)), is_speaking=False)
+    check_data(replace(config, model=ModelConfig(height=96)), is_speaking=False)
+    wrong: list[tuple[str, Any]] = [
+        ("held_out", "a.jsonl"),
+        ("held_out_share", 0.0),
+        ("max_bad_share", 2.0),
+        ("path", ""),
+    ]
+    for name, value in wrong:
+        with pytest.raises(ValueError, match=f"data.{name} is "):
+            DataConfig(**{name: value})
+
+
+def arguments_of(folder: Path, pipeline: Path, data: Path) -> list[str]:
+    values = {
+        "model.path": pipeline, "model.max_text_tokens": 8, "model.height": 48, "model.width": 64, "lora.rank": 2,
+        "data.path": data, "data.num_turns": 2, "data.held_out_share": SHARE, "rollout.num_tasks": 2,
+        "rollout.group_size": 2, "rollout.num_steps": 3, "objective.name": "grpo", "run.num_iterations": 1,
+        "evaluation.num_sessions": 2, "evaluation.num_sessions_short": 1, "evaluation.num_strips": 1,
+        "evaluation.num_steps": 2, "run.folder": folder,
+    }  # fmt: skip
+    return cli.as_arguments({key: str(value) for key, value in values.items()})
+
+
+def redness(rollout: Rollout, iteration: int) -> Scores:
+    """A reward that looks at pictures: how red each turn is."""
+    red = torch.stack([turn.image[:, 0].flatten(1).mean(1) for turn in rollout.turns], dim=1) / 2 + 0.5
+    return Scores(
+        instruction=red.clamp(0, 1), consistency=torch.full_like(red, torch.nan), valid=torch.ones(len(red)).bool()
+    )
+
+
+def test_a_run_on_users_data(
+    make: Callable[..., Config], tmp_path: Path, tiny_pipeline_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(RECORDS)
+    monkeypatch.setattr("mteditflow.reward.build_reward", lambda config, seed: redness)
+    monkeypatch.setattr("mteditflow.run.check_judge", lambda config: None)
+    monkeypatch.setattr(  # the verdict of evaluation, which the world's verifier cannot give
+        "mteditflow.evaluate.score_pictures",
+        lambda truths, sources, pictures: (torch.full((len(truths), 2), 5), torch.ones(len(truths), 2)),
+    )
+    main(arguments_of(tmp_path / "run", tiny_pipeline_folder, tmp_path / "a.jsonl"))
+    (line,) = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert 0 < line["reward/instruction"] < 1 and line["update/grad_norm"] > 0
+    assert (tmp_path / "run" / "lora" / "pytorch_lora_weights.safetensors").exists()
+    strip = Image.open(tmp_path / "run" / "strips" / "iteration-000001.png")
+    assert strip.width > strip.height
+
+
+def test_the_worlds_judges_cannot_score_it(
+    make: Callable[..., Config], tmp_path: Path, tiny_pipeline_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(RECORDS)
+    arguments = arguments_of(tmp_path / "run", tiny_pipeline_folder, tmp_path / "a.jsonl")
+    for judge in ("exact", "thinking", "direct"):
+        with pytest.raises(SystemExit) as stop:
+            main([*arguments, f"--reward.judge={judge}"])
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and err.count("\n") == 1
+        assert err.startswith(f"mteditflow: reward.judge is '{judge}': knows only the embedded world's pictures")
+    assert not (tmp_path / "run").exists()
+    own = [replace(it, source=torch.zeros(3, 64, 64)) for it in training_tasks(make(RECORDS), 0, ranks())[:1]]
+    rollout = Rollout(tasks=own, turns=[], group=torch.zeros(1).long(), table=torch.zeros(1), sigmas=torch.zeros(1),
+                      trained_steps=())  # fmt: skip
+    with pytest.raises(ValueError, match=r"reward.judge is 'exact': a task has no truth"):
+        ExactReward(RewardConfig().scale)(replace(rollout, turns=[turn()]), 0)
+
+
+def turn() -> Any:
+    return type("Turn", (), {"image": torch.zeros(1, 3, 64, 64)})()
