@@ -35,7 +35,7 @@ class ModelConfig:
     """T5 tokens of an instruction, longer ones are cut; 512 is what FLUX.1-Kontext was trained with, 12 the
     miniature."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the frozen base; the adapter and the equations are float32."""
+    """Precision of the base and of its forward passes; trained weights and the equations are float32."""
     text_encoder: Literal["resident", "offload"] = "resident"
     """Where the text encoders stay: on the GPU, or on the host but for the moments in which they encode."""
     vae_tiling: bool = False
@@ -59,15 +59,17 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """The adapter (peft LoRA on the transformer)."""
+    """What is trained of the transformer: a peft LoRA, or the weights themselves."""
 
     rank: int = 32
-    """Rank of the adapter (DiffusionNFT: 32, Flow-GRPO: 64)."""
+    """Rank of the adapter (DiffusionNFT: 32, Flow-GRPO: 64); 0: full fine-tuning, the targets' own weights are
+    trained in float32."""
     alpha: int = 64
-    """Scale of the adapter is alpha / rank."""
+    """Scale of the adapter is alpha / rank; unused with rank 0."""
     targets: tuple[str, ...] = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.add_k_proj", "attn.add_v_proj")
-    """Names of modules to adapt; empty: attention and feed-forward linears of the model's family."""
+    """Names of modules to adapt; empty: attention and feed-forward linears of the model's family, or with rank 0 the
+    whole transformer."""
 
     def __post_init__(self) -> None:
-        require(self.rank > 0, "lora.rank", self.rank, "must be positive")
+        require(self.rank >= 0, "lora.rank", self.rank, "must be positive, or 0 for full fine-tuning")
         require(self.alpha > 0, "lora.alpha", self.alpha, "must be positive")
