@@ -27,6 +27,9 @@ class ModelConfig:
     """Height at which the image that is edited is encoded, pixels, in training and at evaluation; 0: height."""
     condition_width: int = 0
     """Width at which the image that is edited is encoded, pixels; 0: width."""
+    vision_pixels: int = 0
+    """Pixels (height x width) of the image within the text encoder of Qwen-Image-Edit, in training and at evaluation; 0:
+    the stock pipeline's own, 1024^2 for Qwen-Image-Edit and 384^2 for -2509 and -2511."""
     guidance_scale: float = 2.5
     """Embedded guidance, of models that have it (FLUX.1-Kontext's default 2.5)."""
     cfg_scale: float = 1.0
@@ -48,6 +51,10 @@ class ModelConfig:
         for name in ("condition_height", "condition_width"):
             value = getattr(self, name)
             require(value >= 0 and value % 16 == 0, f"model.{name}", value, "must be 0 or a multiple of 16")
+        require(
+            self.vision_pixels == 0 or self.vision_pixels >= 56**2,  # Qwen2.5-VL enlarges what is smaller
+            "model.vision_pixels", self.vision_pixels, "must be 0 or at least 3136",
+        )  # fmt: skip
         require(self.cfg_scale >= 1, "model.cfg_scale", self.cfg_scale, "must be at least 1")
         require(self.max_text_tokens > 0, "model.max_text_tokens", self.max_text_tokens, "must be positive")
 
