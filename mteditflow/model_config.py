@@ -28,7 +28,7 @@ class ModelConfig:
     condition_width: int = 0
     """Width at which the image that is edited is encoded, pixels; 0: width."""
     vision_pixels: int = 0
-    """Pixels (height x width) of the image within the text encoder of Qwen-Image-Edit, in training and at evaluation; 0:
+    """Pixels, height x width, of the image that Qwen-Image-Edit's text encoder sees, in training and at evaluation; 0:
     the stock pipeline's own, 1024^2 for Qwen-Image-Edit and 384^2 for -2509 and -2511."""
     guidance_scale: float = 2.5
     """Embedded guidance, of models that have it (FLUX.1-Kontext's default 2.5)."""

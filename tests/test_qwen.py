@@ -1,75 +1,32 @@
 """The Qwen-Image-Edit policy against the stock pipelines, on random-weight editors in the true format."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny_qwen
 import torch
-from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformer2DModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
 from PIL import Image
+from tiny_qwen import LARGE, LORA, PROMPTS, SQUARE, WIDE, build, condition_on, config_of, images, noise, perturb
 from torch import Tensor
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessor
 
-from mteditflow.config import (
-    Config,
-    DataConfig,
-    LoraConfig,
-    ModelConfig,
-    ObjectiveConfig,
-    OptimizerConfig,
-    RolloutConfig,
-)
-from mteditflow.distributed import Ranks
+from mteditflow.config import ModelConfig
 from mteditflow.export import save_lora
 from mteditflow.flow import step_table
-from mteditflow.policy import build_policy, qwen_image_edit
-from mteditflow.policy.adapters import bound_modules
-from mteditflow.policy.qwen_image_edit import TARGETS, QwenImageEditPolicy, schedule
-from mteditflow.rollout import roll_out, sample_rollout, to_8_bit
+from mteditflow.policy.qwen_image_edit import QwenImageEditPolicy, schedule
+from mteditflow.rollout import roll_out, to_8_bit
 from mteditflow.types import Condition, EditTask
-from mteditflow.update import update
 
 NUM_STEPS = 4
-LORA = LoraConfig(rank=4, alpha=12, targets=())
-PROMPTS = ("make the red square blue", "remove the big blue circle", "add a blue circle")  # of 5, 5 and 4 tokens
-SQUARE, WIDE, LARGE = (64, 64), (64, 96), (128, 192)  # WIDE is not square: a swap would show
 # Masked padding leaves the exact result as it is and moves the order of float32 sums: of 1e3 operations in sequence,
 # each of relative error 2^-24 at values of at most 4, and guidance of 4 takes 4 + 3 parts of it: 7 * 1e3 * 2^-24 * 4.
 PADDING_TOLERANCE = 2e-3
 
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
-    with pytest.MonkeyPatch.context() as patch:
-        tiny_qwen.without_torchvision(patch)
-        root = tmp_path_factory.mktemp("qwen")
-        yield {variant: tiny_qwen.save(variant, PROMPTS, root / variant) for variant in tiny_qwen.VARIANTS}
-
-
-def config_of(
-    folder: Path, size: tuple[int, int] = WIDE, condition: tuple[int, int] = (0, 0), **fields: Any
-) -> ModelConfig:
-    """By default 5 tokens, those of the first two prompts: no padding. The vision input is the first pipeline's: the
-    condition's size.
-    """
-    pixels = (condition[0] or size[0]) * (condition[1] or size[1])
-    given = {"vision_pixels": pixels, "max_text_tokens": 5, "cfg_scale": 4.0} | fields
-    return ModelConfig(
-        path=str(folder), height=size[0], width=size[1], condition_height=condition[0], condition_width=condition[1],
-        **given,
-    )  # fmt: skip
-
-
-def build(config: ModelConfig, objective: str = "nft") -> QwenImageEditPolicy:
-    policy = build_policy(config, LORA, seed=3, objective=objective)
-    assert isinstance(policy, QwenImageEditPolicy)
-    return policy
+folders = tiny_qwen.folders
 
 
 def stock(config: ModelConfig, patch: pytest.MonkeyPatch) -> Any:
@@ -104,31 +61,6 @@ def picture(source: Tensor) -> Image.Image:
     return Image.fromarray(((source[0] + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy())
 
 
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def images(num: int, size: tuple[int, int] = WIDE) -> Tensor:
-    coarse = torch.nn.functional.interpolate(draw(num, 3, 8, 8, seed=5), size, mode="bilinear")
-    return to_8_bit(coarse.clamp(-1, 1))
-
-
-def noise(policy: QwenImageEditPolicy, num: int, seed: int = 0) -> Tensor:
-    return draw(num, policy.num_tokens, policy.num_channels, seed=seed)
-
-
-def condition_on(policy: QwenImageEditPolicy, prompts: list[str], source: Tensor, rows: int = 16) -> Condition:
-    scale = policy.config.cfg_scale
-    text = policy.encode_text(prompts, source, has_cfg=scale != 1)
-    return Condition(text=text, image=policy.encode_image(source, microbatch_size=rows), cfg_scale=scale)
-
-
-def perturb(policy: QwenImageEditPolicy, name: Any, seed: int = 1) -> None:
-    state = policy.adapters.state(name)
-    changed = {key: own + 0.2 * draw(*own.shape, seed=seed + i) for i, (key, own) in enumerate(state.items())}
-    policy.adapters.load(name, changed)
-
-
 @torch.no_grad()
 def rollout(policy: QwenImageEditPolicy, condition: Condition, latents: Tensor, sigmas: Tensor) -> Tensor:
     """An ODE rollout of one turn: images (N, 3, H, W) in [0, 1]."""
@@ -154,6 +86,129 @@ def test_ode_rollout_is_a_stock_generation_bit_for_bit(
     expected = generate(pipeline, config, PROMPTS[0], source, latents)
     own = condition_on(policy, [PROMPTS[0]], source, rows=1)
     assert own.text["mask"].all()
+    assert torch.equal(rollout(policy, own, latents, pipeline.scheduler.sigmas), expected)
+
+
+@pytest.mark.parametrize("variant", tiny_qwen.VARIANTS)
+def test_padding_changes_nothing_but_the_order_of_sums(
+    folders: dict[str, Path], variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A text of 4 tokens padded to 40: equal bits to the stock pipeline given the padded text, close to it without."""
+    config = config_of(folders[variant], max_text_tokens=40)
+    pipeline, policy, source = stock(config, monkeypatch), build(config), images(1)
+    own, latents = condition_on(policy, [PROMPTS[2]], source, rows=1), noise(policy, 1)
+    assert own.text["mask"].sum() == policy.num_text_tokens - 36 and not own.text["text"][~own.text["mask"]].any()
+    unpadded = generate(pipeline, config, PROMPTS[2], source, latents)
     result = rollout(policy, own, latents, pipeline.scheduler.sigmas)
-    print("delta", (result - expected).abs().max())
-    assert torch.equal(result, expected)
+    torch.testing.assert_close(result, unpadded, rtol=0, atol=PADDING_TOLERANCE)
+    padded = generate(
+        pipeline, config, None, source, latents, prompt_embeds=own.text["text"], prompt_embeds_mask=own.text["mask"],
+        negative_prompt_embeds=own.text["negative"], negative_prompt_embeds_mask=None,
+    )  # fmt: skip
+    assert torch.equal(result, padded)
+    # Own sigmas are other roundings of the same numbers.
+    close = rollout(policy, own, latents, policy.sigmas(NUM_STEPS).float())
+    torch.testing.assert_close(close, padded, rtol=0, atol=PADDING_TOLERANCE)
+    without = Condition(text=own.text | {"mask": torch.ones_like(own.text["mask"])}, image=own.image, cfg_scale=4.0)
+    assert (rollout(policy, without, latents, pipeline.scheduler.sigmas) - padded).abs().max() > PADDING_TOLERANCE
+
+
+@pytest.mark.parametrize("variant", tiny_qwen.VARIANTS)
+@pytest.mark.parametrize("condition", [(0, 0), LARGE])
+def test_three_turns_are_three_stock_calls(
+    folders: dict[str, Path], variant: str, condition: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The output of each call is the picture of the next; equal bits."""
+    config = config_of(folders[variant], WIDE, condition)
+    pipeline, policy = stock(config, monkeypatch), build(config)
+    own = theirs = images(1)
+    for turn in range(3):
+        latents, prompt = noise(policy, 1, seed=turn), PROMPTS[turn % 2]
+        expected = generate(pipeline, config, prompt, theirs, latents)
+        pixels = np.asarray(picture(expected * 2 - 1), dtype=np.float32)  # (H, W, 3), what a file holds
+        theirs = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 127.5 - 1
+        image = rollout(policy, condition_on(policy, [prompt], own, rows=1), latents, pipeline.scheduler.sigmas)
+        assert torch.equal(image, expected)
+        own = to_8_bit(image * 2 - 1)
+
+
+@pytest.mark.parametrize("hand_off", ["pixels", "latents"])
+def test_roll_out_is_three_stock_calls(
+    folders: dict[str, Path], hand_off: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(folders["2511"])
+    pipeline, policy = stock(config, monkeypatch), build(config)
+    tasks = [EditTask(id=7, source=images(1)[0], instructions=(*PROMPTS[:2], PROMPTS[0]), edit_types=("",) * 3)]
+    sigmas = policy.sigmas(NUM_STEPS)
+    result = roll_out(
+        policy, tasks, num_turns=3, group_size=2, sigmas=sigmas, table=step_table(sigmas, noise_level=0.0),
+        trained_steps=(), hand_off=hand_off, microbatch_size=2, seed=1, step=0, cfg_scale=4.0,
+    )  # fmt: skip
+    source = tasks[0].source[None]
+    for index, turn in enumerate(result.turns):
+        if hand_off == "pixels":  # else the stock pipeline, which takes pixels, is given another condition
+            expected = generate(pipeline, config, tasks[0].instructions[index], source, turn.latents[0, 1:])
+            # One level of 255 where the rounding to 8 bits falls on another side, and what it does to the next turn.
+            difference = (turn.image[1:] - (expected * 2 - 1)).abs()
+            assert difference.max() <= 2 / 255 + PADDING_TOLERANCE
+        elif index:
+            assert torch.equal(turn.condition.image, result.turns[index - 1].latents[-1])
+        source = turn.image[1:]
+    assert not torch.equal(result.turns[0].image[0], result.turns[0].image[1])
+
+
+@pytest.mark.parametrize("variant", tiny_qwen.VARIANTS)
+def test_export_gives_the_stock_pipeline_the_same_editor(
+    folders: dict[str, Path], variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(folders[variant])
+    pipeline, policy, source = stock(config, monkeypatch), build(config), images(1)
+    perturb(policy, "ema")
+    save_lora(policy, tmp_path)
+    latents, prompt = noise(policy, 1), PROMPTS[1]
+    base = generate(pipeline, config, prompt, source, latents)
+    pipeline.load_lora_weights(tmp_path)
+    exported = generate(pipeline, config, prompt, source, latents)
+    own = condition_on(policy, [prompt], source, rows=1)
+    with policy.adapters.use("ema"):
+        assert torch.equal(rollout(policy, own, latents, pipeline.scheduler.sigmas), exported)
+    assert torch.equal(rollout(policy, own, latents, pipeline.scheduler.sigmas), base)  # current: B is 0
+    assert (exported - base).abs().max() > 1e-2
+    loaded = next(iter(pipeline.transformer.peft_config.values()))
+    assert (loaded.r, loaded.lora_alpha) == (LORA.rank, LORA.alpha)
+
+
+def test_tiles_are_the_stock_pipeline_s(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of(folders["2509"], (64, 288), vae_tiling=True, cfg_scale=1.0, vision_pixels=4096)
+    pipeline, policy, source = stock(config, monkeypatch), build(config), images(1, (64, 288))
+    latents = noise(policy, 1)
+    seamless = generate(pipeline, config, PROMPTS[0], source, latents)
+    pipeline.vae.enable_tiling()
+    expected = generate(pipeline, config, PROMPTS[0], source, latents)
+    own = condition_on(policy, [PROMPTS[0]], source, rows=1)
+    assert torch.equal(rollout(policy, own, latents, pipeline.scheduler.sigmas), expected)
+    assert (expected - seamless).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("num_steps", [2, 8, 50])
+@pytest.mark.parametrize("size", [SQUARE, (512, 512), (1024, 1024)])
+def test_sigmas_are_the_scheduler_s(num_steps: int, size: tuple[int, int]) -> None:
+    num_tokens = size[0] * size[1] // 256
+    scheduler: Any = tiny_qwen.scheduler()
+    unshifted = torch.linspace(1, 1 / num_steps, num_steps, dtype=torch.float64).tolist()
+    scheduler.set_timesteps(
+        sigmas=unshifted, mu=pipeline_qwenimage_edit.calculate_shift(num_tokens, 256, 8192, 0.5, 0.9)
+    )
+    sigmas = schedule(scheduler.config, num_steps, num_tokens)
+    assert sigmas.dtype == torch.float64 and sigmas[0] == 1 and sigmas[-1] == 0
+    assert sigmas[-2].item() == pytest.approx(0.02, abs=1e-15)
+    # In float32 the shift is rounded four times and the stretch, of values up to 1 that are differences from 1, four
+    # times more, its divisor by as much: 12 roundings of 2^-24 at values of at most 1, absolutely.
+    torch.testing.assert_close(sigmas, scheduler.sigmas.double(), rtol=0, atol=12 * 2**-24)
+
+
+def test_schedule_s_errors() -> None:
+    config = tiny_qwen.scheduler().config
+    with pytest.raises(ValueError, match="num_steps is 1: must be at least 2"):
+        schedule(config, 1, 1024)
+    assert schedule(dict(config) | {"shift_terminal": None}, 1, 1024).tolist() == [1, 0]

@@ -1,6 +1,7 @@
 """Random-weight Qwen-Image-Edit pipelines in the true format: real component classes, small."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import QwenImage
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from tokenizers import Regex
 from tokenizers.pre_tokenizers import ByteLevel, Split
+from torch import Tensor
 from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -24,9 +26,16 @@ from transformers import (
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 from transformers.utils.import_utils import is_torchvision_available
 
-from mteditflow.policy.qwen_image_edit import PICTURE
+from mteditflow.config import LoraConfig, ModelConfig
+from mteditflow.policy import build_policy
+from mteditflow.policy.qwen_image_edit import PICTURE, QwenImageEditPolicy
+from mteditflow.rollout import to_8_bit
+from mteditflow.types import Condition
 
 VARIANTS = ("edit", "2509", "2511")
+LORA = LoraConfig(rank=4, alpha=12, targets=())
+PROMPTS = ("make the red square blue", "remove the big blue circle", "add a blue circle")  # of 5, 5 and 4 tokens
+SQUARE, WIDE, LARGE = (64, 64), (64, 96), (128, 192)  # WIDE is not square: a swap would show
 SPECIAL = ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")
 VIDEO = "video_processor"
 CHAT = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -56,7 +65,7 @@ def _pieces(text: str) -> list[str]:
 def _merged(word: str, ranks: dict[tuple[str, str], int]) -> list[str]:
     """Byte-pair encoding: the pair of lowest rank first."""
     tokens = list(word)
-    while pairs := [pair for pair in zip(tokens, tokens[1:], strict=False) if pair in ranks]:
+    while pairs := [pair for pair in pairwise(tokens) if pair in ranks]:
         best = min(pairs, key=lambda pair: ranks[pair])
         at = next(i for i in range(len(tokens) - 1) if (tokens[i], tokens[i + 1]) == best)
         tokens[at : at + 2] = ["".join(best)]
@@ -108,7 +117,12 @@ def _text_encoder(tokens: Qwen2Tokenizer, width: int) -> Qwen2_5_VLForConditiona
     return Qwen2_5_VLForConditionalGeneration(config)
 
 
-def build(variant: str, prompts: Sequence[str], seed: int = 0) -> Any:
+def scheduler() -> FlowMatchEulerDiscreteScheduler:
+    """The published one."""
+    return FlowMatchEulerDiscreteScheduler(**SCHEDULER)
+
+
+def build_pipeline(variant: str, prompts: Sequence[str], seed: int = 0) -> Any:
     """A pipeline of about 200 thousand float32 weights, a function of `seed`."""
     family = QwenImageEditPipeline if variant == "edit" else QwenImageEditPlusPipeline
     parts = ("scheduler", "vae", "text_encoder", "tokenizer", "processor", "transformer")
@@ -117,7 +131,7 @@ def build(variant: str, prompts: Sequence[str], seed: int = 0) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         pipeline = family(
-            scheduler=FlowMatchEulerDiscreteScheduler(**SCHEDULER),
+            scheduler=scheduler(),
             vae=AutoencoderKLQwenImage(
                 base_dim=8,
                 z_dim=4,
@@ -179,5 +193,58 @@ def without_torchvision(patch: pytest.MonkeyPatch) -> None:
 
 def save(variant: str, prompts: Sequence[str], folder: Path) -> Path:
     """The folder of a pipeline, `model_index.json` and all."""
-    build(variant, prompts).save_pretrained(folder)
+    build_pipeline(variant, prompts).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
+    with pytest.MonkeyPatch.context() as patch:
+        without_torchvision(patch)
+        root = tmp_path_factory.mktemp("qwen")
+        yield {variant: save(variant, PROMPTS, root / variant) for variant in VARIANTS}
+
+
+def config_of(
+    folder: Path, size: tuple[int, int] = WIDE, condition: tuple[int, int] = (0, 0), **fields: Any
+) -> ModelConfig:
+    """By default 5 tokens, those of the first two prompts: no padding. The vision input is the first pipeline's: the
+    condition's size.
+    """
+    pixels = max((condition[0] or size[0]) * (condition[1] or size[1]), 3136)
+    given = {"vision_pixels": pixels, "max_text_tokens": 5, "cfg_scale": 4.0} | fields
+    return ModelConfig(
+        path=str(folder), height=size[0], width=size[1], condition_height=condition[0], condition_width=condition[1],
+        **given,
+    )  # fmt: skip
+
+
+def build(config: ModelConfig, objective: str = "nft") -> QwenImageEditPolicy:
+    policy = build_policy(config, LORA, seed=3, objective=objective)
+    assert isinstance(policy, QwenImageEditPolicy)
+    return policy
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def images(num: int, size: tuple[int, int] = WIDE) -> Tensor:
+    coarse = torch.nn.functional.interpolate(draw(num, 3, 8, 8, seed=5), size, mode="bilinear")
+    return to_8_bit(coarse.clamp(-1, 1))
+
+
+def noise(policy: QwenImageEditPolicy, num: int, seed: int = 0) -> Tensor:
+    return draw(num, policy.num_tokens, policy.num_channels, seed=seed)
+
+
+def condition_on(policy: QwenImageEditPolicy, prompts: list[str], source: Tensor, rows: int = 16) -> Condition:
+    scale = policy.config.cfg_scale
+    text = policy.encode_text(prompts, source, has_cfg=scale != 1)
+    return Condition(text=text, image=policy.encode_image(source, microbatch_size=rows), cfg_scale=scale)
+
+
+def perturb(policy: QwenImageEditPolicy, name: Any, seed: int = 1) -> None:
+    state = policy.adapters.state(name)
+    changed = {key: own + 0.2 * draw(*own.shape, seed=seed + i) for i, (key, own) in enumerate(state.items())}
+    policy.adapters.load(name, changed)

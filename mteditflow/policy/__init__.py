@@ -100,7 +100,7 @@ def build_policy(config: ModelConfig, lora: LoraConfig, seed: int, objective: st
         )
     if config.vision_pixels and not family.is_text_of_image:
         raise ValueError(
-            f"model.vision_pixels is {config.vision_pixels}: the text encoder of {path!r} sees no image, so it must be 0"
+            f"model.vision_pixels is {config.vision_pixels}: the text encoder of {path!r} sees no image; it must be 0"
         )
     return family(path, config, lora, seed=seed, has_old=objective == "nft", device=device)
 

@@ -119,7 +119,8 @@ class QwenImageEditPolicy:
     def _num_template_tokens(self) -> int:
         """Tokens of an empty instruction, vision tokens included, without the system's part, which is dropped."""
         text = self.pipeline.prompt_template_encode.format(PICTURE if self._is_plus else "")
-        blank = Image.new("RGB", self.vision_size[::-1])
+        height, width = self.vision_size
+        blank = Image.new("RGB", (width, height))
         tokens = self.pipeline.processor(text=[text], images=[blank], return_tensors="pt")["input_ids"]
         return tokens.shape[1] - self.pipeline.prompt_template_encode_start_idx
 
@@ -246,7 +247,7 @@ def schedule(config: Any, num_steps: int, num_tokens: int) -> Tensor:
         config.get("max_shift", 1.15),
     )
     unshifted = torch.linspace(1, 1 / num_steps, num_steps, dtype=torch.float64)
-    sigmas = math.exp(mu) / (math.exp(mu) + (1 / unshifted - 1))
+    sigmas = 1 / (1 + math.exp(-mu) * (1 / unshifted - 1))  # e^mu / (e^mu + 1/s - 1), and 1 exactly where s is 1
     terminal = config.get("shift_terminal")
     if terminal:
         if num_steps < 2:
