@@ -35,6 +35,11 @@ class ForwardFlops:
         """
         return self.linear + 2 * self.attention
 
+    @property
+    def backward_full(self) -> float:
+        """Of all weights trained: the gradient of each weight besides."""
+        return self.backward + self.linear + self.other
+
 
 def forward_flops(config: Mapping[str, Any], *, text_tokens: int, image_tokens: int) -> ForwardFlops:
     """One row through a FluxTransformer2DModel of this config; `image_tokens` counts noisy and condition tokens."""

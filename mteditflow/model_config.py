@@ -27,6 +27,9 @@ class ModelConfig:
     """Height at which the image that is edited is encoded, pixels, in training and at evaluation; 0: height."""
     condition_width: int = 0
     """Width at which the image that is edited is encoded, pixels; 0: width."""
+    vision_pixels: int = 0
+    """Pixels, height x width, of the image that Qwen-Image-Edit's text encoder sees, in training and at evaluation; 0:
+    the stock pipeline's own, 1024^2 for Qwen-Image-Edit and 384^2 for -2509 and -2511."""
     guidance_scale: float = 2.5
     """Embedded guidance, of models that have it (FLUX.1-Kontext's default 2.5)."""
     cfg_scale: float = 1.0
@@ -35,7 +38,7 @@ class ModelConfig:
     """T5 tokens of an instruction, longer ones are cut; 512 is what FLUX.1-Kontext was trained with, 12 the
     miniature."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the frozen base; the adapter and the equations are float32."""
+    """Precision of the base and of its forward passes; trained weights and the equations are float32."""
     text_encoder: Literal["resident", "offload"] = "resident"
     """Where the text encoders stay: on the GPU, or on the host but for the moments in which they encode."""
     vae_tiling: bool = False
@@ -48,6 +51,10 @@ class ModelConfig:
         for name in ("condition_height", "condition_width"):
             value = getattr(self, name)
             require(value >= 0 and value % 16 == 0, f"model.{name}", value, "must be 0 or a multiple of 16")
+        require(
+            self.vision_pixels == 0 or self.vision_pixels >= 56**2,  # Qwen2.5-VL enlarges what is smaller
+            "model.vision_pixels", self.vision_pixels, "must be 0 or at least 3136",
+        )  # fmt: skip
         require(self.cfg_scale >= 1, "model.cfg_scale", self.cfg_scale, "must be at least 1")
         require(self.max_text_tokens > 0, "model.max_text_tokens", self.max_text_tokens, "must be positive")
 
@@ -59,15 +66,17 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """The adapter (peft LoRA on the transformer)."""
+    """What is trained of the transformer: a peft LoRA, or the weights themselves."""
 
     rank: int = 32
-    """Rank of the adapter (DiffusionNFT: 32, Flow-GRPO: 64)."""
+    """Rank of the adapter (DiffusionNFT: 32, Flow-GRPO: 64); 0: full fine-tuning, the targets' own weights are
+    trained in float32."""
     alpha: int = 64
-    """Scale of the adapter is alpha / rank."""
+    """Scale of the adapter is alpha / rank; unused with rank 0."""
     targets: tuple[str, ...] = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.add_k_proj", "attn.add_v_proj")
-    """Names of modules to adapt; empty: attention and feed-forward linears of the model's family."""
+    """Names of modules to adapt; empty: attention and feed-forward linears of the model's family, or with rank 0 the
+    whole transformer."""
 
     def __post_init__(self) -> None:
-        require(self.rank > 0, "lora.rank", self.rank, "must be positive")
+        require(self.rank >= 0, "lora.rank", self.rank, "must be positive, or 0 for full fine-tuning")
         require(self.alpha > 0, "lora.alpha", self.alpha, "must be positive")

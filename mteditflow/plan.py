@@ -32,6 +32,7 @@ TABLE_WIDTH = 46
 # with saved-tensor hooks on FluxTransformer2DModel (diffusers 0.42) with the default targets, at d 128, r 8 and 32,
 # 76 and 268 tokens.
 SAVED_DOUBLE, SAVED_SINGLE = (19.5, 6.0), (12.2, 4.0)
+SAVED_FULL_DOUBLE, SAVED_FULL_SINGLE = (24.4, 0.0), (21.2, 0.0)  # all weights trained, at d 128, 76 and 268 tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,10 +132,13 @@ def read_pipeline(config: Config) -> Pipeline:
         if len(path.name.split(".")) == 2:  # model.fp16.safetensors is the same weights once more
             shapes[path.parent.name] |= _shapes(path)
     targets = tuple(config.lora.targets or TARGETS)
-    adapted = [shape for name, shape in shapes.get("transformer", {}).items() if _is_adapted(name, targets)]
+    own = shapes.get("transformer", {})
+    adapted = [shape for name, shape in own.items() if _is_adapted(name, targets)]
+    trained = [shape for name, shape in own.items() if not config.lora.targets or _is_trained(name, targets)]
     return Pipeline(
         num_weights=sum(math.prod(shape) for part in shapes.values() for shape in part.values()),
-        num_adapter_weights=config.lora.rank * sum(sum(shape) for shape in adapted),
+        num_adapter_weights=config.lora.rank * sum(sum(shape) for shape in adapted)
+        or sum(math.prod(shape) for shape in trained),
         num_double=transformer["num_layers"],
         num_single=transformer["num_single_layers"],
         width=transformer["num_attention_heads"] * transformer["attention_head_dim"],
@@ -150,7 +154,8 @@ def memory_plan(config: Config, pipeline: Pipeline) -> dict[str, float]:
     Adapter: weights, gradients and two moments of AdamW are four float32 each, `ema` and NFT's `old` one more each.
     Rollout: per turn the latents of S+1 noise levels, the condition's latents and text, the images.
     Activations: rows x (text + 2 L tokens) x (double blocks x (19.5 d + 6 r) + single blocks x (12.2 d + 4 r)),
-    in the base's dtype.
+    in the base's dtype; 24.4 d and 21.2 d where all weights are trained, and then, with a base in another precision
+    than float32, each trained weight once more, as it was rounded for the forward pass.
     """
     model, rollout, num_bytes = config.model, config.rollout, NUM_BYTES[config.model.dtype]
     num_tokens = model.height * model.width // pipeline.pixels_per_token**2
@@ -159,16 +164,19 @@ def memory_plan(config: Config, pipeline: Pipeline) -> dict[str, float]:
     text = model.max_text_tokens * pipeline.text_width
     images = rollout.num_tasks * rollout.group_size * config.data.num_turns
     rows = min(config.optimizer.microbatch_size, rollout.num_tasks * rollout.group_size)
+    is_full = config.lora.rank == 0
+    double, single = (SAVED_FULL_DOUBLE, SAVED_FULL_SINGLE) if is_full else (SAVED_DOUBLE, SAVED_SINGLE)
     per_token = sum(
         count * (saved[0] * pipeline.width + saved[1] * config.lora.rank)
-        for count, saved in ((pipeline.num_double, SAVED_DOUBLE), (pipeline.num_single, SAVED_SINGLE))
+        for count, saved in ((pipeline.num_double, double), (pipeline.num_single, single))
     )
+    rounded = pipeline.num_adapter_weights * num_bytes if is_full and model.dtype != "float32" else 0
     tokens = rows * (model.max_text_tokens + 2 * num_tokens)
     return {
         "base weights": pipeline.num_weights * num_bytes / GIB,
         "adapter, gradient, optimizer, averages": pipeline.num_adapter_weights * 4 * copies / GIB,
         "a rollout, stored": images * (per_turn_image * 4 + text * num_bytes) / GIB,
-        "activations of a training microbatch": tokens * per_token * num_bytes / GIB,
+        "activations of a training microbatch": (tokens * per_token * num_bytes + rounded) / GIB,
     }
 
 
@@ -265,8 +273,12 @@ def _shapes(path: Path) -> dict[str, list[int]]:
 
 
 def _is_adapted(name: str, targets: tuple[str, ...]) -> bool:
-    module = name.removesuffix(".weight")
-    return name.endswith(".weight") and any(module == target or module.endswith(f".{target}") for target in targets)
+    return name.endswith(".weight") and _is_trained(name, targets)
+
+
+def _is_trained(name: str, targets: tuple[str, ...]) -> bool:
+    module = name.rsplit(".", 1)[0]
+    return any(module == target or module.endswith(f".{target}") for target in targets)
 
 
 def _free_gib() -> float:

@@ -165,9 +165,10 @@ def measure(config: Config, folder: Path) -> dict[str, Any]:
     row = forward_flops(
         policy.pipeline.transformer.config, text_tokens=config.model.max_text_tokens, image_tokens=2 * policy.num_tokens
     )
+    backward = row.backward if config.lora.rank else row.backward_full
     work = {
         "denoise": batches.rollout_rows * row.total / 1e12,
-        "forward, backward": (batches.train_forward_rows * row.total + batches.transitions * row.backward) / 1e12,
+        "forward, backward": (batches.train_forward_rows * row.total + batches.transitions * backward) / 1e12,
     }
     seconds, num_threads = figures["seconds"], torch.get_num_threads()
     rollout_s = sum(seconds[phase] for phase in ("encode text", "encode images", "denoise", "decode"))

@@ -158,9 +158,10 @@ def _what(config: dict[str, Any]) -> str:
         return "What was run is not there yet: config.yaml is missing."
     model, objective = config.get("model", {}), config.get("objective", {})
     data, rollout, lora = config.get("data", {}), config.get("rollout", {}), config.get("lora", {})
+    trained = f"LoRA of rank {lora.get('rank', '?')}" if lora.get("rank") != 0 else "the weights themselves trained"
     return (
         f"Editor {model.get('path', '?')} at {model.get('width', '?')} by {model.get('height', '?')} pixels, "
-        f"objective {objective.get('name', '?')}, LoRA of rank {lora.get('rank', '?')}. "
+        f"objective {objective.get('name', '?')}, {trained}. "
         f"Each iteration: P = {rollout.get('num_tasks', '?')} tasks, G = {rollout.get('group_size', '?')} trajectories "
         f"of each, K = {data.get('num_turns', '?')} turns, S = {rollout.get('num_steps', '?')} denoising steps."
     )

@@ -99,6 +99,11 @@ def is_captured(policy: Policy, num_rows: int, condition: Condition, cuda_graph:
     is_cuda = policy.device.type == "cuda"
     if cuda_graph == "on" and not is_cuda:
         raise ValueError(f"rollout.cuda_graph is 'on': there are no graphs on {policy.device}, take 'auto' or 'off'")
+    # Qwen-Image-Edit-2511's transformer makes a tensor of Python numbers in every forward pass: that waits for the host
+    if is_cuda and policy.pipeline.transformer.config.get("zero_cond_t", False):
+        if cuda_graph == "on":
+            raise ValueError("rollout.cuda_graph is 'on': a model with zero_cond_t has no graph, take 'auto' or 'off'")
+        return False
     if cuda_graph != "auto" or not is_cuda:
         return cuda_graph == "on"
     num_text = max(value.shape[1] for value in condition.text.values() if value.ndim == 3)  # (N, T, E)

@@ -331,8 +331,8 @@ def expect_error(config: ModelConfig, path: Path | str, match: str, lora: LoraCo
 def test_errors_of_the_path(config: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expect_error(config, tmp_path / "nowhere", "does not exist")
     expect_error(config, tmp_path, "is not a diffusers pipeline")
-    (tmp_path / "model_index.json").write_text('{"_class_name": "QwenImageEditPipeline"}')
-    expect_error(config, tmp_path, "is a QwenImageEditPipeline, .* supported is FluxKontextPipeline")
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    expect_error(config, tmp_path, "is a StableDiffusionPipeline, .* supported are FluxKontextPipeline")
     expect_error(config, tmp_path / "model_index.json", "is a file")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     expect_error(config, "nobody/no-such-editor", "no hub name that can be reached")

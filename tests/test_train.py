@@ -356,10 +356,10 @@ def test_bad_input_is_one_line(arguments: Arguments, tmp_path: Path, capsys: pyt
     empty, other = tmp_path / "empty", tmp_path / "other"
     empty.mkdir()
     other.mkdir()
-    (other / "model_index.json").write_text('{"_class_name": "QwenImageEditPipeline"}')
+    (other / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
     cases = [
         ({"model__path": empty}, "is not a diffusers pipeline"),
-        ({"model__path": other}, "is a QwenImageEditPipeline, which cannot be trained here"),
+        ({"model__path": other}, "is a StableDiffusionPipeline, which cannot be trained here"),
         ({"model__height": 128}, "model.height is 128: must be 64"),
         ({"data__num_turns": 11}, "data.num_turns is 11"),
         ({"rollout__group_size": 1}, "rollout.group_size is 1"),

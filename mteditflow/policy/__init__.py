@@ -11,6 +11,7 @@ from torch import Tensor
 from mteditflow.config import EMBEDDED, LoraConfig, ModelConfig
 from mteditflow.policy.adapters import AdapterName, Adapters
 from mteditflow.policy.flux_kontext import FluxKontextPolicy
+from mteditflow.policy.qwen_image_edit import QwenImageEditPolicy
 from mteditflow.types import Condition
 
 __all__ = ["AdapterName", "Policy", "build_policy"]
@@ -85,14 +86,21 @@ def build_policy(config: ModelConfig, lora: LoraConfig, seed: int, objective: st
     match _pipeline_class(path):
         case "FluxKontextPipeline":
             family = FluxKontextPolicy
+        case "QwenImageEditPipeline" | "QwenImageEditPlusPipeline":
+            family = QwenImageEditPolicy
         case other:
             raise ValueError(
-                f"model.path {path!r} is a {other}, which cannot be trained here: supported is FluxKontextPipeline"
+                f"model.path {path!r} is a {other}, which cannot be trained here: supported are FluxKontextPipeline, "
+                f"QwenImageEditPipeline, QwenImageEditPlusPipeline"
             )
     if config.cfg_scale != 1 and not family.has_cfg:
         raise ValueError(
             f"model.cfg_scale is {config.cfg_scale:g}: {path!r} has its guidance embedded, so it must be 1; "
             f"set model.guidance_scale"
+        )
+    if config.vision_pixels and not family.is_text_of_image:
+        raise ValueError(
+            f"model.vision_pixels is {config.vision_pixels}: the text encoder of {path!r} sees no image; it must be 0"
         )
     return family(path, config, lora, seed=seed, has_old=objective == "nft", device=device)
 

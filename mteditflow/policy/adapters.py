@@ -1,6 +1,7 @@
-"""The LoRA adapters of a transformer: what is trained, and its copies for rollouts, averages and the reference.
+"""What of a transformer is trained, and its copies for rollouts, averages and the reference: here as LoRA adapters, in
+full_weights.py as weights of its own.
 
-Adapters are switched by two fields of each peft layer rather than by peft's `set_adapter`: that one also sets
+LoRA adapters are switched by two fields of each peft layer rather than by peft's `set_adapter`: that one also sets
 requires_grad, which would cut `current` out of training while another is selected, and walks all modules of the
 transformer at every call.
 """
@@ -9,9 +10,9 @@ import difflib
 import re
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import peft
 import torch
@@ -23,18 +24,61 @@ from mteditflow.config import LoraConfig
 AdapterName = Literal["current", "old", "off", "ema"]
 
 
-class Adapters:
-    """current is trained, old (where `has_old`) is NFT's rollout policy, ema is evaluated and exported, off is the
-    reference: no adapter.
+class Adapters(Protocol):
+    """current is trained, old (under NFT) is the rollout policy, ema is evaluated and exported, off is the reference:
+    the model as it was. All start alike, are float32, and change in place: a captured graph sees new weights.
+    """
 
-    All start alike, by peft's 'gaussian' rule: A ~ N(0, 1/r^2), B = 0, a function of `seed` on every device. Weights
-    are float32 and change in place: a captured graph sees new ones. ValueError for a target that matches nothing.
+    lora: LoraConfig
+    targets: list[str]
+    """Full names of the modules that are trained."""
+    selected: AdapterName
+    """The weights that `transformer` uses now."""
+
+    @property
+    def transformer(self) -> Any:
+        """The transformer under the selected weights: what `velocity` calls."""
+        ...
+
+    @property
+    def num_modules(self) -> int:
+        """Modules that are trained."""
+        ...
+
+    @property
+    def trainable(self) -> list[tuple[str, nn.Parameter]]:
+        """Names and parameters of `current`, float32, always in the same order."""
+        ...
+
+    def use(self, name: AdapterName) -> AbstractContextManager[None]:
+        """Selects weights; on leaving, those from before. Never touches requires_grad, nor a graph that is pending."""
+        ...
+
+    def copy(self, source: AdapterName, target: AdapterName, decay: float = 0.0) -> None:
+        """target <- decay * target + (1 - decay) * source, in place; an exact copy at decay 0."""
+        ...
+
+    def state(self, name: AdapterName) -> dict[str, Tensor]:
+        """A copy of the trained weights, by name."""
+        ...
+
+    def load(self, name: AdapterName, state: dict[str, Tensor]) -> None:
+        """Puts back what `state` gave. ValueError for the state of another rank, other targets or another model."""
+        ...
+
+
+class LoraAdapters:
+    """The weights of `Adapters` are low-rank changes of linears; `off` is no adapter.
+
+    All start alike, by peft's 'gaussian' rule: A ~ N(0, 1/r^2), B = 0, a function of `seed` on every device.
+    ValueError for a target that matches nothing.
     """
 
     def __init__(
         self, transformer: nn.Module, lora: LoraConfig, default_targets: Sequence[str], *, seed: int, has_old: bool
     ) -> None:
         self.lora = lora
+        self.transformer = transformer
         targets = list(lora.targets or default_targets)
         self.targets = bound_modules(transformer, targets, is_default=not lora.targets)  # full names
         names: tuple[AdapterName, ...] = ("current", "old", "ema") if has_old else ("current", "ema")
@@ -70,35 +114,47 @@ class Adapters:
         finally:
             self._select(before)
 
-    @torch.no_grad()
     def copy(self, source: AdapterName, target: AdapterName, decay: float = 0.0) -> None:
         """target <- decay * target + (1 - decay) * source, in place; an exact copy at decay 0."""
-        assert 0 <= decay <= 1, decay
-        new: list[Tensor] = [*self._weights[source].values()]
-        old: list[Tensor] = [*self._weights[target].values()]
-        if decay == 0:
-            torch._foreach_copy_(old, new)  # pyright: ignore[reportPrivateImportUsage]
-        else:
-            torch._foreach_lerp_(old, new, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
+        blend(self._weights[source], self._weights[target], decay)
 
     def state(self, name: AdapterName) -> dict[str, Tensor]:
         """A copy of the adapter's weights, `<module>.lora_A.weight` (r, in) and `<module>.lora_B.weight` (out, r)."""
         return {key: weight.detach().clone() for key, weight in self._weights[name].items()}
 
-    @torch.no_grad()
     def load(self, name: AdapterName, state: dict[str, Tensor]) -> None:
         """Puts back what `state` gave. ValueError for the state of another rank, other targets or another model."""
-        weights = self._weights[name]
-        differing = [key for key in weights.keys() | state.keys() if _shape(weights, key) != _shape(state, key)]
-        if differing:
-            key = min(differing)
-            raise ValueError(
-                f"adapter {name!r} does not fit the model: {key} is {_shape(state, key)} in the state, "
-                f"{_shape(weights, key)} in the model ({len(differing)} differ): lora.rank, lora.targets and "
-                f"model.path must be as when it was saved"
-            )
-        for key, weight in weights.items():
-            weight.copy_(state[key])
+        put(name, self._weights[name], state)
+
+
+Weights = dict[str, nn.Parameter]
+
+
+@torch.no_grad()
+def blend(source: Weights, target: Weights, decay: float) -> None:
+    """target <- decay * target + (1 - decay) * source, in place; an exact copy at decay 0."""
+    assert 0 <= decay <= 1, decay
+    new: list[Tensor] = [*source.values()]
+    old: list[Tensor] = [*target.values()]
+    if decay == 0:
+        torch._foreach_copy_(old, new)  # pyright: ignore[reportPrivateImportUsage]
+    else:
+        torch._foreach_lerp_(old, new, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
+
+
+@torch.no_grad()
+def put(name: AdapterName, weights: Weights, state: dict[str, Tensor]) -> None:
+    """Copies a state into weights of the same names and shapes. ValueError where they differ."""
+    differing = [key for key in weights.keys() | state.keys() if _shape(weights, key) != _shape(state, key)]
+    if differing:
+        key = min(differing)
+        raise ValueError(
+            f"adapter {name!r} does not fit the model: {key} is {_shape(state, key)} in the state, "
+            f"{_shape(weights, key)} in the model ({len(differing)} differ): lora.rank, lora.targets and "
+            f"model.path must be as when it was saved"
+        )
+    for key, weight in weights.items():
+        weight.copy_(state[key])
 
 
 def _shape(state: dict[str, Any], key: str) -> tuple[int, ...] | None:

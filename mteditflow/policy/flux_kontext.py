@@ -4,7 +4,7 @@ Text, latents, position ids, guidance and timestep are made by the pipeline's ow
 operations, so that a deterministic rollout here is a stock generation (tests/test_policy.py says to how many bits). The
 condition has the configured size, which the stock pipeline keeps only with `_auto_resize=False`.
 
-Precision: the frozen base runs in the config's dtype. LoRA weights, latents, velocities and images are float32; text
+Precision: the base runs in the config's dtype. Trained weights, latents, velocities and images are float32; text
 embeddings, which are only ever an input of the base, have its dtype.
 """
 
@@ -17,7 +17,6 @@ from torch import Tensor
 
 from mteditflow.config import LoraConfig, ModelConfig
 from mteditflow.flow import sigma_schedule
-from mteditflow.policy.adapters import Adapters
 from mteditflow.policy.common import (
     DTYPES,
     Prompts,
@@ -28,6 +27,7 @@ from mteditflow.policy.common import (
     resized,
     token_grid,
 )
+from mteditflow.policy.full_weights import build_adapters
 from mteditflow.types import Condition
 
 TARGETS = (
@@ -88,7 +88,7 @@ class FluxKontextPolicy:
         self._image_ids = self._position_ids()  # (L + L', 3)
         self._text_ids = torch.zeros(config.max_text_tokens, 3, device=device, dtype=self.dtype)  # (T, 3)
         self._prompts = Prompts(self._encode_prompt)
-        self.adapters = Adapters(pipeline.transformer, lora, TARGETS, seed=seed, has_old=has_old)
+        self.adapters = build_adapters(pipeline.transformer, lora, TARGETS, seed=seed, has_old=has_old)
 
     # Text and images
 
@@ -156,7 +156,7 @@ class FluxKontextPolicy:
             guidance = scale.expand(batch)
         # rounded to the base's dtype on this scale, as the pipeline does
         timestep = (sigma.float() * 1000).to(self.dtype)
-        predicted = self.pipeline.transformer(
+        predicted = self.adapters.transformer(
             hidden_states=torch.cat([latents.to(self.dtype), condition.image.to(self.dtype)], dim=1),
             timestep=timestep / 1000,
             guidance=guidance,

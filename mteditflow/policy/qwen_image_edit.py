@@ -1,0 +1,269 @@
+"""Qwen-Image-Edit, -2509 and -2511 as a policy: what the stock QwenImageEditPipeline (the first) and
+QwenImageEditPlusPipeline (the others) compute, cut at the places where a trainer needs it.
+
+Text, latents, shapes, guidance and timestep are made by the pipelines' own methods or in their order of operations. An
+image enters as a picture file holds it, in 8 bits, and is resized as the pipelines resize a PIL image, but to the
+configured sizes: `model.condition_height`, `condition_width` for the autoencoder and `model.vision_pixels` for the text
+encoder, which sees the image too.
+
+Texts have one fixed length, that of the longest instruction with its vision tokens, and a mask: the bits of a row then
+do not depend on its companions. Masked keys have probability 0 and stand behind the text's own, so that padding
+changes nothing but the order of sums (tests/test_qwen.py says by how much). The negative prompt has one length anyway.
+
+Precision: the frozen base runs in the config's dtype. LoRA weights, latents, guidance, velocities and images are
+float32; text embeddings, which are only ever an input of the base, have its dtype.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import (
+    CONDITION_IMAGE_SIZE,
+    VAE_IMAGE_SIZE,
+    QwenImageEditPlusPipeline,
+    calculate_dimensions,
+    calculate_shift,
+)
+from PIL import Image
+from torch import Tensor
+from transformers.utils.import_utils import is_torchvision_available
+
+from mteditflow.config import LoraConfig, ModelConfig
+from mteditflow.policy.adapters import Adapters
+from mteditflow.policy.common import DTYPES, encoders_on, in_chunks, load_pipeline, prepare, token_grid
+from mteditflow.types import Condition
+
+TARGETS = (
+    *(f"attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")),
+    *(f"attn.{name}" for name in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")),
+    *(f"{name}.net.{layer}" for name in ("img_mlp", "txt_mlp") for layer in ("0.proj", "2")),
+)
+NEGATIVE_PROMPT = " "  # of the model cards; the pipelines have none of their own
+PICTURE = "Picture 1: <|vision_start|><|image_pad|><|vision_end|>"  # before an instruction, by the Plus pipeline
+
+# What `schedule` assumes; the shift's constants are taken from the scheduler's own config.
+SCHEDULER = {
+    "num_train_timesteps": 1000,
+    "use_dynamic_shifting": True,
+    "time_shift_type": "exponential",
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "invert_sigmas": False,
+    "stochastic_sampling": False,
+}
+
+
+class QwenImageEditPolicy:
+    """See `mteditflow.policy.Policy`. The text of a condition: 'text' (N, T, E) with 'mask' (N, T) bool, and for true
+    guidance 'negative' (N, T', E).
+    """
+
+    has_cfg = True
+    is_text_of_image = True
+    is_distilled = False
+
+    def __init__(
+        self,
+        path: str,
+        config: ModelConfig,
+        lora: LoraConfig,
+        *,
+        seed: int,
+        has_old: bool,
+        device: torch.device,
+        loaded: DiffusionPipeline | None = None,
+    ) -> None:
+        if not is_torchvision_available():
+            raise ValueError(
+                f"model.path {path!r} has a processor that transformers loads with torchvision only: install the "
+                f"torchvision of this torch"
+            )
+        self.device = device
+        self.dtype = DTYPES[config.dtype]
+        self.config = config
+        pipeline: Any = (
+            prepare(loaded, config, device) if loaded else load_pipeline(DiffusionPipeline, path, config, device)
+        )
+        _check_scheduler(pipeline.scheduler, path)
+        self.pipeline = pipeline
+        self._is_plus = isinstance(pipeline, QwenImageEditPlusPipeline)
+        grid, condition_grid = token_grid(config, 2 * pipeline.vae_scale_factor, path)
+        self.num_tokens = grid[0] * grid[1]
+        self.num_condition_tokens = condition_grid[0] * condition_grid[1]
+        self.num_channels: int = pipeline.transformer.config.in_channels
+        self._shapes = [(1, *grid), (1, *condition_grid)]  # frames, rows, columns of the output and of the condition
+        self.vision_size = self._vision_size()
+        self.num_text_tokens = self._num_template_tokens() + config.max_text_tokens  # T
+        # as the pipelines make them: mean, and one over the standard deviation rounded to the base's dtype
+        vae = pipeline.vae.config
+        mean, std = (
+            torch.tensor(value).view(1, -1, 1, 1, 1).to(device, self.dtype)
+            for value in (vae.latents_mean, vae.latents_std)
+        )
+        self._latents_mean, self._latents_scale = mean, 1.0 / std
+        self.adapters = Adapters(pipeline.transformer, lora, TARGETS, seed=seed, has_old=has_old)
+
+    # Text and images
+
+    def _vision_size(self) -> tuple[int, int]:
+        """Height and width at which the text encoder is given the image, of the edit's aspect."""
+        pixels = self.config.vision_pixels or (CONDITION_IMAGE_SIZE if self._is_plus else VAE_IMAGE_SIZE)
+        width, height = calculate_dimensions(pixels, self.config.width / self.config.height)
+        return int(height), int(width)
+
+    def _num_template_tokens(self) -> int:
+        """Tokens of an empty instruction, vision tokens included, without the system's part, which is dropped."""
+        text = self.pipeline.prompt_template_encode.format(PICTURE if self._is_plus else "")
+        height, width = self.vision_size
+        blank = Image.new("RGB", (width, height))
+        tokens = self.pipeline.processor(text=[text], images=[blank], return_tensors="pt")["input_ids"]
+        return tokens.shape[1] - self.pipeline.prompt_template_encode_start_idx
+
+    @torch.no_grad()
+    def encode_text(self, instructions: Sequence[str], images: Tensor, *, has_cfg: bool) -> dict[str, Tensor]:
+        """Embeddings (N, T, E) of N instructions on images (N, 3, H, W), in the base's dtype, and their mask.
+
+        Each is encoded alone, as the pipelines do, so that its bits do not depend on the others; one that is repeated
+        with its image, once.
+        """
+        prompts = [self._cut(instruction) for instruction in instructions]
+        seen = [self._resize(picture) for picture in _pictures(images)]
+        keys = [(prompt, picture.tobytes()) for prompt, picture in zip(prompts, seen, strict=True)]
+        unique = {key: row for row, key in enumerate(keys)}
+        with encoders_on(self.pipeline, self.device):
+            encoded = {key: self._encode_row(prompts[row], seen[row], has_cfg) for key, row in unique.items()}
+        rows = [encoded[key] for key in keys]
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+    def _encode_row(self, prompt: str, picture: Image.Image, has_cfg: bool) -> dict[str, Tensor]:
+        text = self._embed(prompt, picture)
+        missing = self.num_text_tokens - len(text)
+        assert missing >= 0, (len(text), self.num_text_tokens)
+        row = {
+            "text": torch.nn.functional.pad(text, (0, 0, 0, missing)),
+            "mask": torch.arange(self.num_text_tokens, device=self.device) < len(text),
+        }
+        return row | ({"negative": self._embed(NEGATIVE_PROMPT, picture)} if has_cfg else {})
+
+    def _embed(self, prompt: str, picture: Image.Image) -> Tensor:
+        """The pipeline's embeddings (T', E) of a prompt on a picture."""
+        image = [picture] if self._is_plus else picture
+        return self.pipeline.encode_prompt(prompt, image=image, device=self.device)[0][0]
+
+    def _cut(self, prompt: str) -> str:
+        """The instruction, or as much of its beginning as has no more than max_text_tokens."""
+        limit, tokenizer = self.config.max_text_tokens, self.pipeline.tokenizer
+        tokens, cut = tokenizer(prompt)["input_ids"], limit
+        while len(tokens) > limit:  # what is cut within a letter or a word may have more tokens than it had
+            prompt = tokenizer.decode(tokens[:cut])
+            tokens, cut = tokenizer(prompt)["input_ids"], cut - 1
+        return prompt
+
+    def _resize(self, picture: Image.Image) -> Image.Image:
+        return self.pipeline.image_processor.resize(picture, *self.vision_size)
+
+    @torch.no_grad()
+    def encode_image(self, images: Tensor, microbatch_size: int = 16) -> Tensor:
+        """Images (N, 3, H, W) in [-1, 1] to clean latents (N, L', C), float32: rounded to 8 bits, resized, and the mode
+        of the VAE, normalised and packed. Always `microbatch_size` rows at a time: bits do not depend on N.
+        """
+
+        def encode(rows: Tensor) -> Tensor:
+            pictures = self.pipeline.image_processor.preprocess(_pictures(rows), *self.config.condition_size)
+            pictures = pictures.unsqueeze(2).to(self.device, self.dtype)  # (B, 3, 1, H', W'): a video of one frame
+            latents = self.pipeline._encode_vae_image(image=pictures, generator=None)  # the mode uses no generator
+            batch, channels, _, height, width = latents.shape
+            return self.pipeline._pack_latents(latents, batch, channels, height, width).float()
+
+        return in_chunks(encode, images, microbatch_size)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, microbatch_size: int = 16) -> Tensor:
+        """Latents (N, L, C) to images (N, 3, H, W) clamped to [-1, 1], float32, not rounded.
+
+        Always `microbatch_size` rows at a time: bits do not depend on N.
+        """
+        assert latents.shape[1:] == (self.num_tokens, self.num_channels), latents.shape
+        size, factor = (self.config.height, self.config.width), self.pipeline.vae_scale_factor
+
+        def decode(rows: Tensor) -> Tensor:
+            unpacked = self.pipeline._unpack_latents(rows, *size, factor).to(self.dtype)
+            unpacked = unpacked / self._latents_scale + self._latents_mean
+            return self.pipeline.vae.decode(unpacked, return_dict=False)[0][:, :, 0].float().clamp(-1, 1)
+
+        return in_chunks(decode, latents, microbatch_size)
+
+    # Velocity
+
+    def velocity(self, latents: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+        """Velocity (B, L, C), float32, of latents (B, L, C) at noise level sigma (B,), under the selected adapter.
+
+        With guidance s: v' = v- + s (v+ - v-), then each token scaled to the norm of v+.
+        """
+        tokens = (latents.shape[1], condition.image.shape[1])
+        assert tokens == tuple(math.prod(shape) for shape in self._shapes), (tokens, self._shapes)
+        # rounded to the base's dtype on this scale, as the pipelines do
+        timestep = (sigma.float() * 1000).to(self.dtype) / 1000
+        hidden = torch.cat([latents.to(self.dtype), condition.image.to(self.dtype)], dim=1)
+
+        def predict(text: Tensor, mask: Tensor | None) -> Tensor:
+            predicted = self.pipeline.transformer(
+                hidden_states=hidden,
+                timestep=timestep,
+                encoder_hidden_states=text,
+                encoder_hidden_states_mask=mask,
+                img_shapes=[self._shapes] * len(hidden),
+                return_dict=False,
+            )[0]
+            return predicted[:, : tokens[0]].float().contiguous()
+
+        velocity = predict(condition.text["text"], condition.text["mask"])
+        if condition.cfg_scale == 1:
+            return velocity
+        negative = predict(condition.text["negative"], None)
+        guided = negative + condition.cfg_scale * (velocity - negative)
+        norm, guided_norm = (torch.norm(own, dim=-1, keepdim=True) for own in (velocity, guided))
+        return guided * (norm / guided_norm)
+
+    def sigmas(self, num_steps: int) -> Tensor:
+        """The pipeline's schedule of noise levels (S+1,), float64 on the host."""
+        return schedule(self.pipeline.scheduler.config, num_steps, self.num_tokens)
+
+
+def schedule(config: Any, num_steps: int, num_tokens: int) -> Tensor:
+    """Noise levels (S+1,), float64, of a scheduler's config at L tokens of the output: FLUX.1's shift with constants of
+    its own, then stretched so that the last level before 0 is `shift_terminal`.
+    """
+    mu = calculate_shift(  # with the pipelines' own defaults
+        num_tokens,
+        config.get("base_image_seq_len", 256),
+        config.get("max_image_seq_len", 4096),
+        config.get("base_shift", 0.5),
+        config.get("max_shift", 1.15),
+    )
+    unshifted = torch.linspace(1, 1 / num_steps, num_steps, dtype=torch.float64)
+    sigmas = 1 / (1 + math.exp(-mu) * (1 / unshifted - 1))  # e^mu / (e^mu + 1/s - 1), and 1 exactly where s is 1
+    terminal = config.get("shift_terminal")
+    if terminal:
+        if num_steps < 2:
+            raise ValueError(f"num_steps is {num_steps}: must be at least 2, from 1 to the last level {terminal:g}")
+        sigmas = 1 - (1 - sigmas) * (1 - terminal) / (1 - sigmas[-1])
+    return torch.cat([sigmas, torch.zeros(1, dtype=torch.float64)])
+
+
+def _pictures(images: Tensor) -> list[Image.Image]:
+    """Images (N, 3, H, W) in [-1, 1] as PIL has them, in 8 bits."""
+    pixels = ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return [Image.fromarray(np.ascontiguousarray(own)) for own in pixels.permute(0, 2, 3, 1).cpu().numpy()]
+
+
+def _check_scheduler(scheduler: Any, path: str) -> None:
+    for name, value in SCHEDULER.items():
+        found = scheduler.config.get(name, value)
+        if found != value:
+            raise ValueError(f"scheduler of {path!r} has {name} {found!r}: Qwen-Image-Edit's schedule has {value!r}")
