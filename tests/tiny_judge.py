@@ -120,7 +120,7 @@ def teach(vlm: LocalVlm) -> None:
     inputs["input_ids"] = torch.cat([inputs["input_ids"], answers], 1)
     inputs["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones_like(answers)], 1)
     inputs["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(answers)], 1)
-    optimizer = torch.optim.AdamW(vlm.model.requires_grad_(True).parameters(), lr=3e-3, weight_decay=0)
+    optimizer = torch.optim.AdamW(vlm.model.requires_grad_(True).parameters(), lr=6e-3, weight_decay=0)
     loss = torch.tensor(torch.inf)
     for _ in range(100):
         logits = vlm.model(**inputs, logits_to_keep=answers.shape[1] + 1).logits[:, :-1]
