@@ -124,7 +124,7 @@ def test_against_the_formula_in_float64(folders: dict[str, Path], family: str) -
             objects = [reference.object(before, after, box) for box in regions]
             expected = (background + sum(objects) / len(objects)) / 2
             assert abs(found[row, turn].item() - expected) <= TOLERANCE, (row, turn)
-    assert found[1, 1] == pytest.approx(1, abs=TOLERANCE) and found.min() < 0.95  # the source itself; others differ
+    assert found[1, 1] == pytest.approx(1, abs=TOLERANCE) and found.min() < 0.97  # the source itself; others differ
 
 
 def test_the_parts_see_their_own_places(folders: dict[str, Path]) -> None:

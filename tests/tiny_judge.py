@@ -164,7 +164,7 @@ def save_dino(folder: Path, family: str) -> None:
             model = Dinov2Model(Dinov2Config(**DINO, mlp_ratio=2))
             own = {"size": {"shortest_edge": 28}, "crop_size": {"height": 24, "width": 24}, "do_center_crop": True}
             own |= {"resample": 3, "image_processor_type": "BitImageProcessor"}
-        for weight in model.parameters():  # tokens that differ, as a trained model's do
-            weight.data.mul_(8) if weight.ndim == 2 else None
+        for weight in model.parameters():  # tokens that differ, in norm too, as a trained model's do
+            weight.data.mul_(8) if weight.ndim == 2 else weight.data.add_(0.3 * torch.randn(weight.shape))
     model.save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(PREPARATION | own))
