@@ -5,6 +5,7 @@ from typing import Literal
 
 from mteditflow.model_config import EMBEDDED, LoraConfig, ModelConfig
 from mteditflow.model_config import require as _require
+from mteditflow.reward_config import RewardConfig
 
 __all__ = [
     "EMBEDDED", "AdvantageConfig", "AlarmConfig", "Config", "DataConfig", "EvaluationConfig", "LoraConfig",
@@ -99,30 +100,6 @@ TurnAggregation = Literal[
     "mean", "sum", "min", "prod", "geomean", "last", "binary_mean", "binary_all", "prefix_soft", "prefix_binary"
 ]
 Credit = Literal["broadcast", "per_turn", "return_to_go", "early_stop"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class RewardConfig:
-    """The judge that training sees. Evaluation always sees the exact verifier."""
-
-    judge: Literal["exact", "thinking", "direct"] = "exact"
-    """The world's verifier, or a simulated VLM judge on top of it: thinking errs at random (bias 0.1, std 0.9 points),
-    direct is kind (bias 0.8, std 0.3). Profiles ours."""
-    scale: Literal["five", "binary"] = "five"
-    """Instruction score: (answer - 1) / 4 for answers 1 to 5 (paper), or 1 from answer 4 on and else 0."""
-    leniency: float = 0.0
-    """Points that a simulated judge adds to a failed turn for each unit of corruption of its picture (0 clean, 1 the
-    most): above 0, the reward can be hacked."""
-    failure_rate: float = 0.0
-    """Share of trajectories that a simulated judge gives no scores."""
-
-    def __post_init__(self) -> None:
-        _require(self.leniency >= 0, "reward.leniency", self.leniency, "must not be negative")
-        _require(0 <= self.failure_rate <= 1, "reward.failure_rate", self.failure_rate, "must lie in [0, 1]")
-        for name in ("leniency", "failure_rate"):
-            value = getattr(self, name)
-            is_had = value == 0 or self.judge != "exact"
-            _require(is_had, f"reward.{name}", value, "the exact verifier has none: must be 0, or judge another")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -301,6 +278,10 @@ class RunConfig:
     """Where everything that the run makes is written; the same command in the same folder continues it."""
     seed: int = 0
     """Seed of noise, adapter initialisation and window placement."""
+    num_gpus: int = 1
+    """GPUs that the run is meant for: --dry_run plans for one of them; torchrun says how many there are."""
+    gpu_gib: float = 0.0
+    """Memory of such a GPU that --dry_run holds the plan against, GiB; 0: what is free on this machine now."""
     num_iterations: int = 60
     """Iterations of roll out, score, update."""
     backend: Literal["auto", "triton", "reference"] = "auto"
@@ -316,11 +297,12 @@ class RunConfig:
     device."""
 
     def __post_init__(self) -> None:
-        for name in ("num_iterations", "save_every", "keep_checkpoints"):
+        for name in ("num_gpus", "num_iterations", "save_every", "keep_checkpoints"):
             _require(getattr(self, name) >= 1, f"run.{name}", getattr(self, name), "must be at least 1")
         _require(
             0 <= self.max_invalid_share <= 1, "run.max_invalid_share", self.max_invalid_share, "must lie in [0, 1]"
         )
+        _require(self.gpu_gib >= 0, "run.gpu_gib", self.gpu_gib, "must not be negative")
         _require(self.max_ratio_error >= 0, "run.max_ratio_error", self.max_ratio_error, "must not be negative")
 
 
@@ -358,6 +340,18 @@ class Config:
             "rollout.hand_off",
             self.rollout.hand_off,
             "the condition has a size of its own (model.condition_height, condition_width): must be 'pixels'",
+        )
+        if self.reward.judge == "vlm":
+            self._check_vlm()
+
+    def _check_vlm(self) -> None:
+        num_turns, weight = self.data.num_turns, self.advantage.consistency_weight
+        _require(num_turns <= 9, "data.num_turns", num_turns, "reward.judge 'vlm' scores at most 9 turns")
+        _require(
+            weight == 0 or self.reward.consistency != "none",
+            "advantage.consistency_weight",
+            weight,
+            "reward.consistency is 'none', so that there is nothing to weigh: must be 0",
         )
 
     @property

@@ -39,6 +39,9 @@ class ModelConfig:
     miniature."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the base and of its forward passes; trained weights and the equations are float32."""
+    is_checkpointed: bool = False
+    """Keep only the inputs of the transformer's blocks for the backward pass and run the blocks again in it: far less
+    memory, a third more time."""
     text_encoder: Literal["resident", "offload"] = "resident"
     """Where the text encoders stay: on the GPU, or on the host but for the moments in which they encode."""
     vae_tiling: bool = False

@@ -1,38 +1,25 @@
 """What a run will cost, before it starts: batch arithmetic, memory, duration.
 
 The arithmetic is the most that an iteration does: groups without spread are not trained on. Memory is an estimate from
-the shapes in the pipeline's files. The duration is measured: the policy is built and a few rows are timed on this
-machine, unless the estimate says that it would not fit.
+shapes (memory.py), held against the GPU that the run is meant for. The duration is measured, where the model is on this
+machine and fits: the policy is built and a few rows are timed.
 """
 
-import json
 import math
-import struct
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
-from huggingface_hub import try_to_load_from_cache
 
-from mteditflow.config import EMBEDDED, Config
+from mteditflow.config import Config
+from mteditflow.memory import GIB, folder_of, memory_plan, read_sizes
 from mteditflow.policy import Policy, build_policy
-from mteditflow.policy.flux_kontext import TARGETS
 from mteditflow.types import Condition
 
-GIB = 2**30
-NUM_BYTES = {"float32": 4, "bfloat16": 2}
 TIMED_ROWS, NUM_TIMINGS = 16, 5
 TABLE_WIDTH = 46
-
-# Numbers that autograd keeps per token of a block, in units of the block's width d and the adapter's rank r, counted
-# with saved-tensor hooks on FluxTransformer2DModel (diffusers 0.42) with the default targets, at d 128, r 8 and 32,
-# 76 and 268 tokens.
-SAVED_DOUBLE, SAVED_SINGLE = (19.5, 6.0), (12.2, 4.0)
-SAVED_FULL_DOUBLE, SAVED_FULL_SINGLE = (24.4, 0.0), (21.2, 0.0)  # all weights trained, at d 128, 76 and 268 tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,32 +48,49 @@ class RowSeconds:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pipeline:
-    """What the files of a pipeline folder say of its size."""
+class Plan:
+    """A table to print, and in one line why the run cannot be, where it does not fit."""
 
-    num_weights: int
-    num_adapter_weights: int
-    num_double: int
-    num_single: int
-    width: int
-    num_channels: int
-    text_width: int
-    pixels_per_token: int
+    table: str
+    problem: str | None
 
 
-def dry_run(config: Config) -> str:
-    """The plan of a run as a table. ValueError: a model that is not there or that is no Flux pipeline."""
-    batches = batch_plan(config)
-    memory = memory_plan(config, read_pipeline(config))
+LEVERS = {  # what makes a part of the memory smaller
+    "activations of a training microbatch": "lower optimizer.microbatch_size or set model.is_checkpointed true",
+    "base: text encoders": "set model.text_encoder offload",
+    "judge": "serve the judge elsewhere and set reward.url",
+    "adapter, averages": "lower lora.rank",
+    "gradient, optimizer": "lower lora.rank",
+    "latents of a rollout": "lower rollout.num_tasks",
+    "base: transformer": "take model.dtype bfloat16 or a smaller model",
+}
+
+
+def dry_run(config: Config) -> Plan:
+    """The plan of a run. ValueError: a model that is not there and whose sizes are not known."""
+    memory = memory_plan(config, read_sizes(config))
     total, free = sum(memory.values()), _free_gib()
-    lines = ["Batches of an iteration", *_batch_rows(config, batches)]
-    lines += ["", "Memory, estimated, GiB", *(_row(name, f"{value:.3f}") for name, value in memory.items())]
-    lines += [_row("sum", f"{total:.3f}"), _row("free on this machine now", f"{free:.3f}"), "", "Duration, expected"]
-    if total > free:
-        return "\n".join([*lines, _row("not measured", "the model does not fit into what is free")])
+    limit, name = (config.run.gpu_gib, "run.gpu_gib") if config.run.gpu_gib else (free, "free on this machine now")
+    lines = ["Batches of an iteration", *_batch_rows(config, batch_plan(config)), "", "Memory of a GPU, estimated, GiB"]
+    lines += [_row(part, f"{value:.3f}") for part, value in memory.items()]
+    lines += [_row("sum", f"{total:.3f}"), _row(name, f"{limit:.3f}"), "", "Duration, expected"]
+    if total > limit:
+        lines.append(_row("not measured", "the run does not fit"))
+        return Plan(table="\n".join(lines), problem=_excess(memory, limit))
+    if total > free or folder_of(config.model.path) is None:
+        lines.append(_row("not measured", "the model is not on this machine"))
+        return Plan(table="\n".join(lines), problem=None)
     policy = build_policy(config.model, config.lora, config.run.seed, config.objective.name)
     seconds = measure(policy, config)
-    return "\n".join(lines + [_row(name, _duration(value)) for name, value in duration_plan(config, seconds).items()])
+    lines += [_row(part, _duration(value)) for part, value in duration_plan(config, seconds).items()]
+    return Plan(table="\n".join(lines), problem=None)
+
+
+def _excess(memory: dict[str, float], limit: float) -> str:
+    """What does not fit, with the levers of the three largest parts that have one, largest first."""
+    parts = sorted((part for part in memory if part in LEVERS and memory[part] > 0), key=lambda part: -memory[part])
+    levers = dict.fromkeys(f"{LEVERS[part]} ({part}: {memory[part]:.1f})" for part in parts[:3])
+    return f"the run needs about {sum(memory.values()):.1f} GiB of a GPU's {limit:.1f}: {'; or '.join(levers)}"
 
 
 def batch_plan(config: Config) -> Batches:
@@ -111,73 +115,6 @@ def batch_plan(config: Config) -> Batches:
         optimizer_steps=config.optimizer.num_updates,
         optimizer_steps_in_run=config.optimizer.num_updates * config.run.num_iterations,
     )
-
-
-def read_pipeline(config: Config) -> Pipeline:
-    """Sizes from the headers of the folder's safetensors files and from its configs; no weight is read."""
-    folder = _folder(config.model.path)
-    try:
-        transformer = json.loads((folder / "transformer" / "config.json").read_text())
-        vae = json.loads((folder / "vae" / "config.json").read_text())
-    except OSError as error:
-        missing = f"{Path(error.filename).parent.name}/config.json"
-        raise ValueError(
-            f"model.path is {config.model.path!r}, without {missing}: must be the folder of a FluxKontextPipeline"
-        ) from None
-    if transformer.get("_class_name") != "FluxTransformer2DModel":
-        other = transformer.get("_class_name")
-        raise ValueError(f"model.path is {config.model.path!r}, with a {other}: must be a FluxKontextPipeline")
-    shapes = {path.parent.name: {} for path in folder.glob("*/*.safetensors")}
-    for path in folder.glob("*/*.safetensors"):
-        if len(path.name.split(".")) == 2:  # model.fp16.safetensors is the same weights once more
-            shapes[path.parent.name] |= _shapes(path)
-    targets = tuple(config.lora.targets or TARGETS)
-    own = shapes.get("transformer", {})
-    adapted = [shape for name, shape in own.items() if _is_adapted(name, targets)]
-    trained = [shape for name, shape in own.items() if not config.lora.targets or _is_trained(name, targets)]
-    return Pipeline(
-        num_weights=sum(math.prod(shape) for part in shapes.values() for shape in part.values()),
-        num_adapter_weights=config.lora.rank * sum(sum(shape) for shape in adapted)
-        or sum(math.prod(shape) for shape in trained),
-        num_double=transformer["num_layers"],
-        num_single=transformer["num_single_layers"],
-        width=transformer["num_attention_heads"] * transformer["attention_head_dim"],
-        num_channels=transformer["in_channels"],
-        text_width=transformer["joint_attention_dim"],
-        pixels_per_token=2 ** len(vae["block_out_channels"]),  # a token is 2 x 2 latents of 2^(blocks - 1) pixels
-    )
-
-
-def memory_plan(config: Config, pipeline: Pipeline) -> dict[str, float]:
-    """GiB by part, on one rank that does everything.
-
-    Adapter: weights, gradients and two moments of AdamW are four float32 each, `ema` and NFT's `old` one more each.
-    Rollout: per turn the latents of S+1 noise levels, the condition's latents and text, the images.
-    Activations: rows x (text + 2 L tokens) x (double blocks x (19.5 d + 6 r) + single blocks x (12.2 d + 4 r)),
-    in the base's dtype; 24.4 d and 21.2 d where all weights are trained, and then, with a base in another precision
-    than float32, each trained weight once more, as it was rounded for the forward pass.
-    """
-    model, rollout, num_bytes = config.model, config.rollout, NUM_BYTES[config.model.dtype]
-    num_tokens = model.height * model.width // pipeline.pixels_per_token**2
-    copies = 5 + (config.objective.name == "nft")
-    per_turn_image = (rollout.num_steps + 2) * num_tokens * pipeline.num_channels + 3 * model.height * model.width
-    text = model.max_text_tokens * pipeline.text_width
-    images = rollout.num_tasks * rollout.group_size * config.data.num_turns
-    rows = min(config.optimizer.microbatch_size, rollout.num_tasks * rollout.group_size)
-    is_full = config.lora.rank == 0
-    double, single = (SAVED_FULL_DOUBLE, SAVED_FULL_SINGLE) if is_full else (SAVED_DOUBLE, SAVED_SINGLE)
-    per_token = sum(
-        count * (saved[0] * pipeline.width + saved[1] * config.lora.rank)
-        for count, saved in ((pipeline.num_double, double), (pipeline.num_single, single))
-    )
-    rounded = pipeline.num_adapter_weights * num_bytes if is_full and model.dtype != "float32" else 0
-    tokens = rows * (model.max_text_tokens + 2 * num_tokens)
-    return {
-        "base weights": pipeline.num_weights * num_bytes / GIB,
-        "adapter, gradient, optimizer, averages": pipeline.num_adapter_weights * 4 * copies / GIB,
-        "a rollout, stored": images * (per_turn_image * 4 + text * num_bytes) / GIB,
-        "activations of a training microbatch": (tokens * per_token * num_bytes + rounded) / GIB,
-    }
 
 
 def measure(policy: Policy, config: Config) -> RowSeconds:
@@ -249,36 +186,6 @@ def _row(name: str, value: str) -> str:
 
 def _duration(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
-
-
-def _folder(path: str) -> Path:
-    """Where a pipeline's files are on this machine."""
-    if path == EMBEDDED:
-        return Path(__file__).parent / "world" / "editor"
-    if Path(path).is_dir():
-        return Path(path)
-    found = None if path.count("/") != 1 else try_to_load_from_cache(path, "model_index.json")
-    if not isinstance(found, str):
-        raise ValueError(
-            f"model.path is {path!r}: no folder, and not in the hub's cache here; give a folder or download it"
-        )
-    return Path(found).parent
-
-
-def _shapes(path: Path) -> dict[str, list[int]]:
-    """Names and shapes of a safetensors file: eight bytes of length, then a JSON header."""
-    with path.open("rb") as file:
-        header: dict[str, Any] = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
-    return {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
-
-
-def _is_adapted(name: str, targets: tuple[str, ...]) -> bool:
-    return name.endswith(".weight") and _is_trained(name, targets)
-
-
-def _is_trained(name: str, targets: tuple[str, ...]) -> bool:
-    module = name.rsplit(".", 1)[0]
-    return any(module == target or module.endswith(f".{target}") for target in targets)
 
 
 def _free_gib() -> float:

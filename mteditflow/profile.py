@@ -218,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = Path(config.run.folder)
     try:
         if is_dry_run:
-            print(dry_run(config))
+            print(dry_run(config).table)
             return
         folder.mkdir(parents=True, exist_ok=True)
         figures = measure(config, folder)

@@ -36,8 +36,9 @@ def train(config: "Config", ranks: "Ranks") -> None:
 
     use_backend(config.run.backend)
     timer, is_adapter_checked = Timer(), False
+    reward = build_reward(config.reward, config.run.seed)  # first: a judge that is not there is found at once
     with Run(config, ranks, timer) as run:
-        policy, optimizer, reward = run.policy, run.optimizer, build_reward(config.reward, config.run.seed)
+        policy, optimizer = run.policy, run.optimizer
         for iteration in range(run.first_iteration, config.run.num_iterations):
             tasks = training_tasks(config, iteration, ranks)
             with timer("time/rollout"):
@@ -69,9 +70,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         from mteditflow.plan import dry_run
 
         try:
-            print(dry_run(config))
+            plan = dry_run(config)
         except ValueError as error:
             cli.fail(error)
+        print(plan.table)
+        if plan.problem:
+            cli.fail(plan.problem)
         return
     with ExitStack() as stack:
         ranks = distributed.start()

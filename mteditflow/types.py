@@ -27,6 +27,7 @@ class EditTask:
     instructions: tuple[str, ...]  # K
     edit_types: tuple[str, ...]  # K
     truth: Any = None  # for the embedded world, its Session: what the exact verifier needs to know
+    objects: tuple[Region, ...] = ()  # all that were found in the source, touched or not; (): unknown
     untouched: tuple[tuple[Region, ...], ...] = ()  # K: what no instruction so far touches; (): unknown
 
 

@@ -114,8 +114,8 @@ def test_failures_come_at_the_stated_rate(rollout: Rollout) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"leniency": 1.0}, "reward.leniency is 1.0: the exact verifier has none"),
-        ({"failure_rate": 0.1}, "reward.failure_rate is 0.1: the exact verifier has none"),
+        ({"leniency": 1.0}, "reward.leniency is 1.0: judge 'exact' has none"),
+        ({"failure_rate": 0.1}, "reward.failure_rate is 0.1: judge 'exact' has none"),
         ({"judge": "direct", "failure_rate": 1.5}, r"reward.failure_rate is 1.5: must lie in \[0, 1\]"),
         ({"judge": "direct", "leniency": -1.0}, "reward.leniency is -1.0: must not be negative"),
     ],

@@ -20,7 +20,7 @@ from mteditflow.policy import Policy, build_policy
 from mteditflow.policy.adapters import bound_modules
 from mteditflow.policy.common import resized, token_grid
 from mteditflow.policy.flux_kontext import TARGETS
-from mteditflow.policy.random_kontext import TRANSFORMER
+from mteditflow.policy.published import FLUX_KONTEXT
 from mteditflow.rollout import to_8_bit
 from mteditflow.types import Condition
 
@@ -352,7 +352,7 @@ def test_errors_of_the_targets(config: ModelConfig) -> None:
 def test_the_published_size() -> None:
     """FLUX.1-Kontext-dev: 11.9 billion parameters; 12 targets in each of 19 double blocks, 4 in each of 38 single."""
     with torch.device("meta"):
-        transformer = FluxTransformer2DModel(**TRANSFORMER)
+        transformer = FluxTransformer2DModel(**FLUX_KONTEXT)
     assert sum(weight.numel() for weight in transformer.parameters()) == 11_901_408_320
     names = bound_modules(transformer, TARGETS, is_default=True)
     assert len(names) == 19 * 12 + 38 * 4

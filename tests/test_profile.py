@@ -12,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from mteditflow.config import Config
 from mteditflow.flops import forward_flops
 from mteditflow.policy.flux_kontext import FluxKontextPolicy
-from mteditflow.policy.random_kontext import TRANSFORMER, num_weights
+from mteditflow.policy.published import FLUX_KONTEXT
+from mteditflow.policy.random_kontext import num_weights
 from mteditflow.profile import PHASES, main
 
 TINY = ["--rollout.num_tasks=1", "--rollout.group_size=2", "--data.num_turns=2", "--rollout.num_steps=2"]
@@ -24,14 +25,14 @@ TINY += ["--rollout.window_size=1"]
     [(4096, 74.4), (2 * 1024, 37.6), (2 * 4096, 165.4)],  # 1024 px without a condition; Kontext at 512 and 1024 px
 )
 def test_published_figures(image_tokens: int, tflop: float) -> None:
-    assert round(forward_flops(TRANSFORMER, text_tokens=512, image_tokens=image_tokens).blocks / 1e12, 1) == tflop
+    assert round(forward_flops(FLUX_KONTEXT, text_tokens=512, image_tokens=image_tokens).blocks / 1e12, 1) == tflop
 
 
 @pytest.mark.parametrize("has_guidance", [True, False])
 def test_all_that_torch_counts(has_guidance: bool) -> None:
     """Every matrix product of a forward pass, and those of the backward pass to the inputs, exactly."""
     config = {
-        **TRANSFORMER, "num_layers": 2, "num_single_layers": 3, "attention_head_dim": 16, "num_attention_heads": 4,
+        **FLUX_KONTEXT, "num_layers": 2, "num_single_layers": 3, "attention_head_dim": 16, "num_attention_heads": 4,
         "joint_attention_dim": 24, "pooled_projection_dim": 20, "axes_dims_rope": (4, 6, 6),
         "guidance_embeds": has_guidance,
     }  # fmt: skip

@@ -36,6 +36,8 @@ def prepare(pipeline: Any, config: ModelConfig, device: torch.device) -> Any:
             module.requires_grad_(False).eval()
             if config.text_encoder == "resident" or not name.startswith("text_encoder"):
                 module.to(device)
+    if config.is_checkpointed:
+        pipeline.transformer.enable_gradient_checkpointing()
     if config.vae_tiling:
         pipeline.vae.enable_tiling()
     return pipeline

@@ -12,21 +12,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from mteditflow.config import Config
 from mteditflow.policy.flux_kontext import FluxKontextPolicy
+from mteditflow.policy.published import FLUX_KONTEXT
 from mteditflow.world.parts import clip_tokenizer, flux_scheduler, t5_tokenizer
 
-# As in the published transformer/config.json and vae/config.json.
-TRANSFORMER: dict[str, Any] = {
-    "patch_size": 1,
-    "in_channels": 64,
-    "num_layers": 19,
-    "num_single_layers": 38,
-    "attention_head_dim": 128,
-    "num_attention_heads": 24,
-    "joint_attention_dim": 4096,
-    "pooled_projection_dim": 768,
-    "guidance_embeds": True,
-    "axes_dims_rope": (16, 56, 56),
-}
+# As in the published vae/config.json.
 VAE: dict[str, Any] = {
     "down_block_types": ("DownEncoderBlock2D",) * 4,
     "up_block_types": ("UpDecoderBlock2D",) * 4,
@@ -52,7 +41,7 @@ def _parts(max_text_tokens: int) -> dict[str, nn.Module]:
         feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False,
     )  # fmt: skip
     return {
-        "transformer": FluxTransformer2DModel(**TRANSFORMER),
+        "transformer": FluxTransformer2DModel(**FLUX_KONTEXT),
         "vae": AutoencoderKL(**VAE),
         "text_encoder": CLIPTextModel(clip),
         "text_encoder_2": T5EncoderModel(t5),

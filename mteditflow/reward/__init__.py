@@ -5,10 +5,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mteditflow.config import EMBEDDED, Config, RewardConfig
+from mteditflow.config import EMBEDDED, Config
 from mteditflow.distributed import Ranks
 from mteditflow.reward.exact import ExactReward
+from mteditflow.reward.instruction import VlmReward
 from mteditflow.reward.simulated import SimulatedJudge
+from mteditflow.reward_config import RewardConfig
 from mteditflow.types import Rollout, Scores
 
 WORLD_JUDGES = ("exact", "thinking", "direct")  # know what the embedded world's pictures should show
@@ -25,8 +27,37 @@ class Reward(Protocol):
 
 
 def build_reward(config: RewardConfig, seed: int) -> Reward:
-    """The reward of the embedded world: the exact verifier, or a judge whose chance is a function of `seed`."""
-    return ExactReward(config.scale) if config.judge == "exact" else SimulatedJudge(config, seed)
+    """The judge that `config` names; its chance is a function of `seed`. On this process's GPU or else the CPU.
+
+    ValueError, one line: a model or a server that is not there.
+    """
+    match config.judge:
+        case "exact":
+            return ExactReward(config.scale)
+        case "vlm":
+            return _vlm_reward(config, seed)
+        case _:
+            return SimulatedJudge(config, seed)
+
+
+def _vlm_reward(config: RewardConfig, seed: int) -> VlmReward:
+    # Imported here: a run on the embedded world needs neither transformers' Auto classes nor the extra 'judge'.
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    if config.url:
+        try:
+            from mteditflow.reward.remote import RemoteVlm
+        except ModuleNotFoundError as error:
+            raise ValueError(f"reward.url needs the package {error.name}: pip install 'mteditflow[judge]'") from error
+        ask = RemoteVlm(config)
+    else:
+        from mteditflow.reward.local import LocalVlm
+
+        ask = LocalVlm(config, device)
+    if config.consistency == "none":
+        return VlmReward(config, ask, None, seed)
+    from mteditflow.reward.consistency import DinoConsistency
+
+    return VlmReward(config, ask, DinoConsistency(config, device), seed)
 
 
 def check_judge(config: Config) -> None:
@@ -34,7 +65,7 @@ def check_judge(config: Config) -> None:
     if config.data.path != EMBEDDED and config.reward.judge in WORLD_JUDGES:
         raise ValueError(
             f"reward.judge is {config.reward.judge!r}: knows only the embedded world's pictures, not those of "
-            f"data.path {config.data.path!r}; take a judge that looks at yours"
+            f"data.path {config.data.path!r}; take 'vlm' (docs/judge.md)"
         )
 
 
