@@ -140,6 +140,10 @@ def window_steps(
     return tuple(range(start, start + window_size))
 
 
-def noisy_steps(num_steps: int, window_size: int, trained_steps: tuple[int, ...]) -> tuple[int, ...]:
-    """The denoising steps that are noisy: all S without a window, the trained ones with one."""
-    return tuple(range(num_steps)) if window_size == 0 else trained_steps
+def noisy_steps(
+    num_steps: int, window_size: int, trained_steps: tuple[int, ...], last_step: str = "noisy"
+) -> tuple[int, ...]:
+    """The denoising steps that are noisy: all S without a window, or all but the last where `last_step` is 'ode'; the
+    trained ones with a window, which never reaches the last.
+    """
+    return tuple(range(num_steps - (last_step == "ode"))) if window_size == 0 else trained_steps

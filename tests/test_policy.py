@@ -276,7 +276,7 @@ def test_errors_of_the_path(config: ModelConfig, tmp_path: Path, monkeypatch: py
     expect_error(config, tmp_path / "nowhere", "does not exist")
     expect_error(config, tmp_path, "is not a diffusers pipeline")
     (tmp_path / "model_index.json").write_text('{"_class_name": "QwenImageEditPipeline"}')
-    expect_error(config, tmp_path, "is a QwenImageEditPipeline, .* supported is FluxKontextPipeline")
+    expect_error(config, tmp_path, "is a QwenImageEditPipeline, .* supported are FluxKontextPipeline")
     expect_error(config, tmp_path / "model_index.json", "is a file")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     expect_error(config, "nobody/no-such-editor", "no hub name that can be reached")
