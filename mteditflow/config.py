@@ -64,6 +64,9 @@ class RolloutConfig:
     trained."""
     window_placement: Literal["random", "progressive"] = "random"
     """Where the window lies: drawn per iteration, or moving from the first step to the last over the run (MixGRPO)."""
+    last_step: Literal["noisy", "ode"] = "noisy"
+    """How the last denoising step is made where all steps are noisy (window_size 0), never trained: 'ode' for FLUX.2,
+    whose last step of 12 falls from sigma 0.395 to 0, so that its noise would be seen in the picture."""
     hand_off: Literal["pixels", "latents"] = "pixels"
     """What the next turn edits: the decoded 8-bit image (what a user gets), or the latents as they are. Ours."""
     microbatch_size: int = 32

@@ -31,8 +31,9 @@ def sigma_schedule(num_steps: int, num_tokens: int) -> Tensor:
     """
     slope = (1.15 - 0.5) / (4096 - 256)
     shift = math.exp(0.5 + slope * (num_tokens - 256))
-    unshifted = torch.linspace(1, 1 / num_steps, num_steps, dtype=torch.float64)
-    return torch.cat([shift / (shift + (1 / unshifted - 1)), torch.zeros(1, dtype=torch.float64)])
+    unshifted: list[float] = torch.linspace(1, 1 / num_steps, num_steps, dtype=torch.float64).tolist()
+    # of numbers, not of a tensor: torch divides by it in two roundings, and the first sigma would not always be 1
+    return torch.tensor([*(shift / (shift + (1 / s - 1)) for s in unshifted), 0.0], dtype=torch.float64)
 
 
 def _sde_row(sigma: float, sigma_next: float, safe_sigma: float, noise_level: float) -> list[float]:
@@ -140,6 +141,10 @@ def window_steps(
     return tuple(range(start, start + window_size))
 
 
-def noisy_steps(num_steps: int, window_size: int, trained_steps: tuple[int, ...]) -> tuple[int, ...]:
-    """The denoising steps that are noisy: all S without a window, the trained ones with one."""
-    return tuple(range(num_steps)) if window_size == 0 else trained_steps
+def noisy_steps(
+    num_steps: int, window_size: int, trained_steps: tuple[int, ...], last_step: str = "noisy"
+) -> tuple[int, ...]:
+    """The denoising steps that are noisy: all S without a window, or all but the last where `last_step` is 'ode'; the
+    trained ones with a window, which never reaches the last.
+    """
+    return tuple(range(num_steps - (last_step == "ode"))) if window_size == 0 else trained_steps

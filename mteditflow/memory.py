@@ -21,14 +21,12 @@ from torch import nn
 from mteditflow.config import EMBEDDED, Config, ModelConfig
 from mteditflow.policy import flux2, flux_kontext, qwen_image_edit
 from mteditflow.policy.adapters import bound_modules
-from mteditflow.policy.published import FLUX_KONTEXT, JUDGES, MODELS, Published
+from mteditflow.policy.published import JUDGES, MODELS
 
 GIB = 2**30
 NUM_BYTES = {"float32": 4, "bfloat16": 2}
 RANDOM_PATH = "random"  # FLUX.1-Kontext-dev's shape, for profiles
-RANDOM = Published(
-    transformer_class="FluxTransformer2DModel", transformer=FLUX_KONTEXT, text_encoders=4.885, autoencoder=0.084
-)
+RANDOM = MODELS["black-forest-labs/FLUX.1-Kontext-dev"]
 PIXELS_PER_TOKEN = 16  # per side: an autoencoder of 8 and patches of 2, in all families
 VISION_TOKEN = 28  # pixels per side of a vision token of Qwen2.5-VL
 NUM_TEMPLATE_TOKENS = 20  # about, of Qwen-Image-Edit's template around the instruction
@@ -89,8 +87,8 @@ def read_sizes(config: Config) -> Sizes:
         known = RANDOM if path == RANDOM_PATH else MODELS.get(path)
         if known is None:
             raise ValueError(
-                f"model.path is {path!r}: no folder, not in the hub's cache here, and none of {', '.join(MODELS)}; give a "
-                f"folder or download it"
+                f"model.path is {path!r}: no folder, not in the hub's cache here, and none of {', '.join(MODELS)}; "
+                f"give a folder or download it"
             )
         others = {"text_encoder": round(1e9 * known.text_encoders), "vae": round(1e9 * known.autoencoder)}
         return _sizes(config, known.transformer_class, known.transformer, others)
@@ -98,7 +96,9 @@ def read_sizes(config: Config) -> Sizes:
         transformer = json.loads((folder / "transformer" / "config.json").read_text())
     except OSError as error:
         missing = f"{Path(error.filename).parent.name}/config.json"
-        raise ValueError(f"model.path is {path!r}, without {missing}: must be the folder of a diffusers pipeline") from None
+        raise ValueError(
+            f"model.path is {path!r}, without {missing}: must be the folder of a diffusers pipeline"
+        ) from None
     name = transformer.get("_class_name")
     if name not in SAVED:
         raise ValueError(f"model.path is {path!r}, with a {name}: must be a pipeline with one of {', '.join(SAVED)}")
@@ -175,7 +175,7 @@ def num_image_tokens(model: ModelConfig) -> tuple[int, int]:
 
 
 def num_text_tokens(model: ModelConfig, sizes: Sizes) -> int:
-    """T; of Qwen-Image-Edit with the vision tokens of the image, at the -2509's size where the config leaves it open."""
+    """T; of Qwen-Image-Edit with the image's vision tokens, at -2509's size where the config leaves it open."""
     if sizes.transformer_class != "QwenImageTransformer2DModel":
         return model.max_text_tokens
     pixels = model.vision_pixels or 384**2

@@ -17,8 +17,8 @@ class ModelConfig:
     """The editor to train."""
 
     path: str = EMBEDDED
-    """Folder or hub name of a diffusers FluxKontextPipeline; 'embedded' is the miniature that ships with the
-    package."""
+    """Folder or hub name of a diffusers pipeline of a family in docs/models; 'embedded' is the miniature that ships
+    with the package."""
     height: int = 64
     """Height of source and edit, pixels; a multiple of 16."""
     width: int = 64
@@ -31,7 +31,7 @@ class ModelConfig:
     """Pixels, height x width, of the image that Qwen-Image-Edit's text encoder sees, in training and at evaluation; 0:
     the stock pipeline's own, 1024^2 for Qwen-Image-Edit and 384^2 for -2509 and -2511."""
     guidance_scale: float = 2.5
-    """Embedded guidance, of models that have it (FLUX.1-Kontext's default 2.5)."""
+    """Embedded guidance, of models that have it (defaults: FLUX.1-Kontext 2.5, FLUX.2-dev 4)."""
     cfg_scale: float = 1.0
     """True classifier-free guidance, of models that take it (FLUX.2-klein-base, Qwen-Image-Edit: 4); 1: none."""
     max_text_tokens: int = 12

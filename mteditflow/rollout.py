@@ -194,7 +194,7 @@ def sample_rollout(policy: Policy, tasks: list[EditTask], config: Config, iterat
     trained = window_steps(
         r.num_steps, r.window_size, r.window_placement, iteration, config.run.num_iterations, config.run.seed
     )
-    noisy = () if is_nft else noisy_steps(r.num_steps, r.window_size, trained)
+    noisy = () if is_nft else noisy_steps(r.num_steps, r.window_size, trained, r.last_step)
     with policy.adapters.use("old" if is_nft else "current"):
         return roll_out(
             policy, tasks, num_turns=config.data.num_turns, group_size=r.group_size, sigmas=sigmas,

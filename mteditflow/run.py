@@ -90,6 +90,11 @@ class Run:
         (self.folder / "config.yaml").write_text(to_yaml(config))
         going_on = f", going on after iteration {self.first_iteration}" if is_resumed else ""
         self.reporter.say(f"{self.policy.adapters.num_modules} modules adapted, run folder {self.folder}{going_on}")
+        if self.policy.is_distilled and config.objective.name == "nft":
+            self.reporter.say(
+                f"model.path {config.model.path!r} is distilled, and NFT blurs such a model: take its base model, or "
+                f"objective.name grpo"
+            )
         self.tasks = held_out_tasks(config)
         before = load_evaluation(self.folder, "before")
         if before is None or not before.is_of(config):

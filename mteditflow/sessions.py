@@ -10,7 +10,7 @@ name. Every reader of a format makes such a record; what is wrong with one is a 
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +31,7 @@ class UserSession:
     read: Callable[[], Path | bytes]
     instructions: tuple[str, ...]
     edit_types: tuple[str, ...]
+    objects: tuple[Region, ...]  # of the source, or () where unknown
     untouched: tuple[tuple[Region, ...], ...]  # K, or () where unknown
 
     @property
@@ -79,9 +80,10 @@ def from_record(
     edit_types = _texts(fields.get("edit_types", [UNSPECIFIED] * len(instructions)), "edit_types")
     if len(edit_types) != len(instructions):
         raise ValueError(f"edit_types has {len(edit_types)}: must have {len(instructions)}, one for each instruction")
+    objects = tuple(_region(it, "objects") for it in _list(fields.get("objects", []), "objects"))
     return UserSession(
         place=place, image=image, file=file, read=read, instructions=instructions, edit_types=edit_types,
-        untouched=_untouched(fields, len(instructions)),
+        objects=objects, untouched=_untouched(fields, objects, len(instructions)),
     )  # fmt: skip
 
 
@@ -100,8 +102,7 @@ def _texts(value: Any, name: str) -> tuple[str, ...]:
     return tuple(" ".join(it.split()) for it in value)
 
 
-def _untouched(fields: Mapping[str, Any], num_turns: int) -> tuple[tuple[Region, ...], ...]:
-    known = [_region(it, "objects") for it in _list(fields.get("objects", []), "objects")]
+def _untouched(fields: Mapping[str, Any], known: Sequence[Region], num_turns: int) -> tuple[tuple[Region, ...], ...]:
     if "untouched_objects" not in fields:
         return ()
     turns = _list(fields["untouched_objects"], "untouched_objects")
@@ -134,7 +135,7 @@ def _region(value: Any, name: str) -> Region:
     return Region(name=value["name"], box=(left, top, right, bottom))
 
 
-def _located(region: Region, known: list[Region]) -> Region:
+def _located(region: Region, known: Sequence[Region]) -> Region:
     """A region without a box takes that of the one known object of its name."""
     same = [it for it in known if it.name == region.name]
     return same[0] if region.box is None and len(same) == 1 else region

@@ -73,13 +73,13 @@ class Source:
             return None
         model = config.model
         seen = fitted(picture, height=model.height, width=model.width, fit=config.data.fit)
-        untouched = [
-            tuple(region for region in (in_frame(it, seen.frame) for it in turn) if region)
-            for turn in session.untouched[:num_turns]
+        objects, *untouched = [
+            tuple(region for region in (in_frame(it, seen.frame) for it in regions) if region)
+            for regions in (session.objects, *session.untouched[:num_turns])
         ]
         return EditTask(
             id=identity, source=seen.image, instructions=session.instructions[:num_turns],
-            edit_types=session.edit_types[:num_turns], untouched=tuple(untouched),
+            edit_types=session.edit_types[:num_turns], objects=objects, untouched=tuple(untouched),
         )  # fmt: skip
 
 

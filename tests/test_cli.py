@@ -1,5 +1,6 @@
 """What the command line and the files in configs/ promise."""
 
+import re
 import subprocess
 import sys
 from dataclasses import asdict, fields, replace
@@ -10,8 +11,8 @@ import pytest
 import yaml
 
 from mteditflow.cli import DEFAULT_TITLE, commented_yaml, from_yaml, parse, settings, to_yaml
-from mteditflow.config import Config, ModelConfig, ObjectiveConfig, OptimizerConfig, RolloutConfig
-from mteditflow.plan import RowSeconds, batch_plan, dry_run, duration_plan, memory_plan, read_pipeline
+from mteditflow.config import Config, ModelConfig, ObjectiveConfig, OptimizerConfig, RolloutConfig, RunConfig
+from mteditflow.plan import RowSeconds, batch_plan, dry_run, duration_plan
 
 ROOT = Path(__file__).parent.parent
 
@@ -188,19 +189,24 @@ def test_duration_is_extrapolated() -> None:
 def test_dry_run(tiny_pipeline_folder: Path) -> None:
     model = ModelConfig(path=str(tiny_pipeline_folder), max_text_tokens=8)
     config = replace(Config(), model=model, rollout=RolloutConfig(num_tasks=1, group_size=2, num_steps=4))
-    pipeline = read_pipeline(config)
-    assert (pipeline.pixels_per_token, pipeline.width, pipeline.num_double) == (16, 32, 1)
+    plan = dry_run(config)
+    assert plan.problem is None and "turn-images N K" in plan.table and "6 = 2 x 3" in plan.table
+    assert "run, without scoring and saving" in plan.table
+    away = dry_run(replace(config, model=replace(model, path="Qwen/Qwen-Image-Edit"), run=RunConfig(gpu_gib=1e3)))
+    assert away.problem is None and "the model is not on this machine" in away.table
 
-    from mteditflow.policy import build_policy
 
-    policy = build_policy(model, config.lora, 0, "nft")
-    assert pipeline.num_adapter_weights == sum(parameter.numel() for _, parameter in policy.adapters.trainable)
-    assert memory_plan(config, pipeline)["adapter, gradient, optimizer, averages"] == (
-        pipeline.num_adapter_weights * 4 * 6 / 2**30  # with the old adapter of NFT
+def test_a_run_that_does_not_fit_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    from mteditflow.train import main
+
+    with pytest.raises(SystemExit) as caught:
+        main(["--dry_run", "--run.gpu_gib=0.1", "--optimizer.microbatch_size=128"])
+    output = capsys.readouterr()
+    assert caught.value.code == 2 and "activations of a training microbatch" in output.out
+    assert re.search(
+        r"needs about \d+\.\d GiB of a GPU's 0\.1: lower optimizer\.microbatch_size or set model\.is_checkpointed",
+        output.err,
     )
-    text = dry_run(config)
-    assert "turn-images N K" in text and "6 = 2 x 3" in text
-    assert "run, without scoring and saving" in text
 
 
 def test_dry_run_of_no_pipeline(tmp_path: Path) -> None:
@@ -208,6 +214,8 @@ def test_dry_run_of_no_pipeline(tmp_path: Path) -> None:
         dry_run(replace(Config(), model=ModelConfig(path=str(tmp_path))))
     with pytest.raises(ValueError, match=r"model\.path is 'nowhere': no folder"):
         dry_run(replace(Config(), model=ModelConfig(path="nowhere")))
+    with pytest.raises(ValueError, match=r"model\.path is 'some/editor': .* none of black-forest-labs/FLUX\.1"):
+        dry_run(replace(Config(), model=ModelConfig(path="some/editor")))
 
 
 @pytest.mark.parametrize(

@@ -64,12 +64,14 @@ def test_a_task_is_the_picture_and_its_instructions(make: Callable[..., Config])
     box = [0.1, 0.0, 0.9, 1.0]
     name = sorted(set(PHOTOS) - HELD_OUT)[0]
     own = {**record(name, 0, 4), "untouched_objects": [["a", {"name": "b", "box": box}], [], [], []]}
+    own["objects"] = [{"name": "b", "box": box}, "c"]
     config = make([own], num_tasks=1)
     (task,) = training_tasks(config, 5, ranks())
     seen = fitted(read_picture(photo(name)), height=64, width=64, fit="crop")
     assert torch.equal(task.source, seen.image) and task.id == 5 and task.truth is None
     assert task.instructions == (f"session 0 of {name}", "b") and task.edit_types == ("unspecified",) * 2
     assert [it.name for it in task.untouched[0]] == ["a", "b"] and task.untouched[1] == () and len(task.untouched) == 2
+    assert [it.name for it in task.objects] == ["b", "c"] and task.objects[0] == task.untouched[0][1]
     region, (x0, _, x1, _) = task.untouched[0][1], seen.frame
     expected = (max(0, (0.1 - x0) / (x1 - x0)), 0, min(1, (0.9 - x0) / (x1 - x0)), 1)
     assert region.box is not None and region.box == pytest.approx(expected)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mteditflow.config import EMBEDDED, LoraConfig, ModelConfig
 from mteditflow.policy.adapters import AdapterName, Adapters
+from mteditflow.policy.flux2 import Flux2Policy
 from mteditflow.policy.flux_kontext import FluxKontextPolicy
 from mteditflow.policy.qwen_image_edit import QwenImageEditPolicy
 from mteditflow.types import Condition
@@ -21,7 +22,9 @@ class Policy(Protocol):
     """An editor with adapters, of one family."""
 
     has_cfg: bool
-    """Whether the family takes true classifier-free guidance."""
+    """Whether the model takes true classifier-free guidance."""
+    is_distilled: bool
+    """Whether the model is distilled to few steps, which NFT blurs."""
     is_text_of_image: bool
     """Whether the text encoder sees the image that is edited too, so that each trajectory has a text of its own."""
     adapters: Adapters
@@ -86,23 +89,25 @@ def build_policy(config: ModelConfig, lora: LoraConfig, seed: int, objective: st
     match _pipeline_class(path):
         case "FluxKontextPipeline":
             family = FluxKontextPolicy
+        case "Flux2Pipeline" | "Flux2KleinPipeline":
+            family = Flux2Policy
         case "QwenImageEditPipeline" | "QwenImageEditPlusPipeline":
             family = QwenImageEditPolicy
         case other:
             raise ValueError(
                 f"model.path {path!r} is a {other}, which cannot be trained here: supported are FluxKontextPipeline, "
-                f"QwenImageEditPipeline, QwenImageEditPlusPipeline"
+                f"Flux2Pipeline, Flux2KleinPipeline, QwenImageEditPipeline, QwenImageEditPlusPipeline"
             )
-    if config.cfg_scale != 1 and not family.has_cfg:
-        raise ValueError(
-            f"model.cfg_scale is {config.cfg_scale:g}: {path!r} has its guidance embedded, so it must be 1; "
-            f"set model.guidance_scale"
-        )
     if config.vision_pixels and not family.is_text_of_image:
         raise ValueError(
             f"model.vision_pixels is {config.vision_pixels}: the text encoder of {path!r} sees no image; it must be 0"
         )
-    return family(path, config, lora, seed=seed, has_old=objective == "nft", device=device)
+    policy = family(path, config, lora, seed=seed, has_old=objective == "nft", device=device)
+    if config.cfg_scale != 1 and not policy.has_cfg:
+        reason = "is distilled and takes no guidance" if policy.is_distilled else "has its guidance embedded"
+        remedy = "" if policy.is_distilled else "; set model.guidance_scale"
+        raise ValueError(f"model.cfg_scale is {config.cfg_scale:g}: {path!r} {reason}, so it must be 1{remedy}")
+    return policy
 
 
 def _pipeline_class(path: str) -> str:

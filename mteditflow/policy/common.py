@@ -1,12 +1,14 @@
 """What the families of editors share: loading, sizes, rows in chunks, prompts kept, encoders that come and go."""
 
+import importlib
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import logging
 from torch import Tensor, nn
 
@@ -18,14 +20,27 @@ MAX_CACHED_PROMPTS = 512  # 4 MiB each for FLUX.1-Kontext at 512 text tokens in 
 
 def load_pipeline(pipeline_class: Any, path: str, config: ModelConfig, device: torch.device) -> Any:
     """The pipeline of a folder or a hub name, frozen, on the device; its text encoders stay on the host where
-    `model.text_encoder` is 'offload'.
+    `model.text_encoder` is 'offload'. ValueError where a component's class needs a package that is not installed.
     """
+    _check_packages(path)
     with warnings.catch_warnings():
         # `dtype` is its new name; the old one is known to every diffusers that pyproject.toml allows.
         warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated")
         logging.disable_progress_bar()  # the run has its own, and none where output is piped
         pipeline = pipeline_class.from_pretrained(path, torch_dtype=DTYPES[config.dtype])
     return prepare(pipeline, config, device)
+
+
+def _check_packages(path: str) -> None:
+    """transformers has a placeholder for a class whose packages are missing, of which diffusers says nothing useful."""
+    library, index = importlib.import_module("transformers"), DiffusionPipeline.load_config(path)
+    assert isinstance(index, dict)
+    for value in index.values():
+        if isinstance(value, (list, tuple)) and value[0] == "transformers":
+            missing = getattr(getattr(library, value[1], None), "_backends", ())
+            if missing:
+                needed = ", ".join(missing)
+                raise ValueError(f"model.path {path!r} has a {value[1]}, which needs {needed}: install it with pip")
 
 
 def prepare(pipeline: Any, config: ModelConfig, device: torch.device) -> Any:
@@ -41,6 +56,14 @@ def prepare(pipeline: Any, config: ModelConfig, device: torch.device) -> Any:
     if config.vae_tiling:
         pipeline.vae.enable_tiling()
     return pipeline
+
+
+def check_scheduler(scheduler: Any, path: str, constants: Mapping[str, object]) -> None:
+    """ValueError where the scheduler would sample at other noise levels than those that are trained."""
+    for name, value in constants.items():
+        found = scheduler.config.get(name, value)
+        if found != value:
+            raise ValueError(f"scheduler of {path!r} has {name} {found!r}: the schedule of its family has {value!r}")
 
 
 @contextmanager

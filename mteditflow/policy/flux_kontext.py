@@ -20,6 +20,7 @@ from mteditflow.flow import sigma_schedule
 from mteditflow.policy.common import (
     DTYPES,
     Prompts,
+    check_scheduler,
     encoders_on,
     in_chunks,
     load_pipeline,
@@ -60,6 +61,7 @@ class FluxKontextPolicy:
     """See `mteditflow.policy.Policy`. The text of a condition: 'text' (N, T, E) and 'pooled' (N, E')."""
 
     has_cfg = False
+    is_distilled = False
     is_text_of_image = False
 
     def __init__(
@@ -79,7 +81,7 @@ class FluxKontextPolicy:
         pipeline: Any = (
             prepare(loaded, config, device) if loaded else load_pipeline(FluxKontextPipeline, path, config, device)
         )
-        _check_scheduler(pipeline.scheduler, path)
+        check_scheduler(pipeline.scheduler, path, SCHEDULER)
         self.pipeline = pipeline
         self._grid, self._condition_grid = token_grid(config, 2 * pipeline.vae_scale_factor, path)
         self.num_tokens = self._grid[0] * self._grid[1]
@@ -171,10 +173,3 @@ class FluxKontextPolicy:
     def sigmas(self, num_steps: int) -> Tensor:
         """FLUX's shifted schedule of noise levels (S+1,), float64 on the host."""
         return sigma_schedule(num_steps, self.num_tokens)
-
-
-def _check_scheduler(scheduler: Any, path: str) -> None:
-    for name, value in SCHEDULER.items():
-        found = scheduler.config.get(name, value)
-        if found != value:
-            raise ValueError(f"scheduler of {path!r} has {name} {found!r}: FLUX.1-Kontext's schedule has {value!r}")

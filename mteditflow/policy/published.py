@@ -58,18 +58,16 @@ class Published:
     autoencoder: float
 
 
-def _qwen() -> Published:
-    return Published(
-        transformer_class="QwenImageTransformer2DModel", transformer=QWEN_IMAGE_EDIT, text_encoders=8.29, autoencoder=0.13
-    )
-
-
 def _of_flux2(transformer: dict[str, Any], text_encoders: float) -> Published:
     return Published(
         transformer_class="Flux2Transformer2DModel", transformer=transformer, text_encoders=text_encoders,
         autoencoder=0.084,
     )  # fmt: skip
 
+
+QWEN = Published(
+    transformer_class="QwenImageTransformer2DModel", transformer=QWEN_IMAGE_EDIT, text_encoders=8.292, autoencoder=0.127
+)
 
 MODELS = {
     "black-forest-labs/FLUX.1-Kontext-dev": Published(
@@ -80,9 +78,9 @@ MODELS = {
     "black-forest-labs/FLUX.2-klein-base-9B": _of_flux2(KLEIN_9B, 8.19),  # Qwen3-8B
     "black-forest-labs/FLUX.2-klein-9B": _of_flux2(KLEIN_9B, 8.19),
     "black-forest-labs/FLUX.2-dev": _of_flux2(FLUX2_DEV, 24.01),  # Mistral-Small-3.2-24B
-    "Qwen/Qwen-Image-Edit": _qwen(),
-    "Qwen/Qwen-Image-Edit-2509": _qwen(),
-    "Qwen/Qwen-Image-Edit-2511": _qwen(),
+    "Qwen/Qwen-Image-Edit": QWEN,
+    "Qwen/Qwen-Image-Edit-2509": QWEN,
+    "Qwen/Qwen-Image-Edit-2511": QWEN,
 }
 
 JUDGES = {  # billions of parameters

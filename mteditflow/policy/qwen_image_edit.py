@@ -10,7 +10,7 @@ Texts have one fixed length, that of the longest instruction with its vision tok
 do not depend on its companions. Masked keys have probability 0 and stand behind the text's own, so that padding
 changes nothing but the order of sums (tests/test_qwen.py says by how much). The negative prompt has one length anyway.
 
-Precision: the frozen base runs in the config's dtype. LoRA weights, latents, guidance, velocities and images are
+Precision: the base runs in the config's dtype. Trained weights, latents, guidance, velocities and images are
 float32; text embeddings, which are only ever an input of the base, have its dtype.
 """
 
@@ -33,8 +33,8 @@ from torch import Tensor
 from transformers.utils.import_utils import is_torchvision_available
 
 from mteditflow.config import LoraConfig, ModelConfig
-from mteditflow.policy.adapters import Adapters
-from mteditflow.policy.common import DTYPES, encoders_on, in_chunks, load_pipeline, prepare, token_grid
+from mteditflow.policy.common import DTYPES, check_scheduler, encoders_on, in_chunks, load_pipeline, prepare, token_grid
+from mteditflow.policy.full_weights import build_adapters
 from mteditflow.types import Condition
 
 TARGETS = (
@@ -89,7 +89,7 @@ class QwenImageEditPolicy:
         pipeline: Any = (
             prepare(loaded, config, device) if loaded else load_pipeline(DiffusionPipeline, path, config, device)
         )
-        _check_scheduler(pipeline.scheduler, path)
+        check_scheduler(pipeline.scheduler, path, SCHEDULER)
         self.pipeline = pipeline
         self._is_plus = isinstance(pipeline, QwenImageEditPlusPipeline)
         grid, condition_grid = token_grid(config, 2 * pipeline.vae_scale_factor, path)
@@ -106,7 +106,7 @@ class QwenImageEditPolicy:
             for value in (vae.latents_mean, vae.latents_std)
         )
         self._latents_mean, self._latents_scale = mean, 1.0 / std
-        self.adapters = Adapters(pipeline.transformer, lora, TARGETS, seed=seed, has_old=has_old)
+        self.adapters = build_adapters(pipeline.transformer, lora, TARGETS, seed=seed, has_old=has_old)
 
     # Text and images
 
@@ -212,7 +212,7 @@ class QwenImageEditPolicy:
         hidden = torch.cat([latents.to(self.dtype), condition.image.to(self.dtype)], dim=1)
 
         def predict(text: Tensor, mask: Tensor | None) -> Tensor:
-            predicted = self.pipeline.transformer(
+            predicted = self.adapters.transformer(
                 hidden_states=hidden,
                 timestep=timestep,
                 encoder_hidden_states=text,
@@ -260,10 +260,3 @@ def _pictures(images: Tensor) -> list[Image.Image]:
     """Images (N, 3, H, W) in [-1, 1] as PIL has them, in 8 bits."""
     pixels = ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     return [Image.fromarray(np.ascontiguousarray(own)) for own in pixels.permute(0, 2, 3, 1).cpu().numpy()]
-
-
-def _check_scheduler(scheduler: Any, path: str) -> None:
-    for name, value in SCHEDULER.items():
-        found = scheduler.config.get(name, value)
-        if found != value:
-            raise ValueError(f"scheduler of {path!r} has {name} {found!r}: Qwen-Image-Edit's schedule has {value!r}")
