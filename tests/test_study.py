@@ -23,7 +23,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from mteditflow import run, study, train, update
 from mteditflow.checkpoint import lock
-from mteditflow.evaluate import METRICS
+from mteditflow.edival import METRICS
 from mteditflow.grid import read_study, runs_of, select
 from mteditflow.metrics import is_timed, read_lines
 from mteditflow.world.render import atlas
