@@ -7,6 +7,7 @@ without a known truth the reward judges, and sessions that it could not score ar
 """
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import safetensors
 import safetensors.torch
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from rich.table import Table
 from torch import Tensor
 
@@ -31,6 +33,7 @@ from mteditflow.types import EditTask, Rollout, Scores
 NOISE_SEED = 20_606  # of every evaluation; training seeds are other keys, since a step of evaluation is this one
 STEP = 2**31  # of every evaluation, in the keys of noise and of a judge's chance; training counts from 0
 NUM_BOOTSTRAP = 2000
+MAX_TILE = 256  # pixels: what is wider is made smaller in strips, of which a page has many
 METRICS = ("MT", "IF", "CC", "O")
 
 
@@ -105,9 +108,10 @@ def _by_truth(rollout: Rollout, _iteration: int) -> Scores:
 
 
 def _mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Mean over the sessions (..., n, K) of what is defined; 0 where nothing is."""
+    """Mean over the sessions (..., n, K) of what is defined; NaN where nothing is."""
     defined = ~np.isnan(values)
-    return np.where(defined, values, 0.0).sum(-2) / np.maximum(defined.sum(-2), 1)
+    count = defined.sum(-2)
+    return np.where(count > 0, np.where(defined, values, 0.0).sum(-2) / np.maximum(count, 1), np.nan)
 
 
 def _metrics(verdict: NDArray[np.float64], consistency: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -133,8 +137,14 @@ def resampled(evaluation: Evaluation) -> NDArray[np.float64]:
     return _metrics(verdict[index], kept[index])
 
 
-def _interval(samples: NDArray[np.float64]) -> list[float]:
-    return [round(float(q), 2) for q in np.quantile(samples, [0.025, 0.975])]
+def _interval(samples: NDArray[np.float64]) -> list[float] | None:
+    """Of the samples in which the metric is defined: consistency may be so in few sessions of many turns."""
+    defined = samples[~np.isnan(samples)]
+    return [round(float(q), 2) for q in np.quantile(defined, [0.025, 0.975])] if len(defined) else None
+
+
+def _rounded(value: float) -> float | None:
+    return None if np.isnan(value) else round(float(value), 2)
 
 
 def point_metrics(evaluation: Evaluation) -> NDArray[np.float64]:
@@ -143,11 +153,13 @@ def point_metrics(evaluation: Evaluation) -> NDArray[np.float64]:
 
 
 def summary(evaluation: Evaluation) -> dict:
-    """The metrics per turn with 95 % intervals, and the success per edit type, in the layout that the report reads."""
+    """The metrics per turn with 95 % intervals, and the success per edit type, in the layout that the report reads; None
+    where a metric is not defined.
+    """
     point, samples = point_metrics(evaluation), resampled(evaluation)
     turns = [
         {"turn": turn + 1}
-        | {name: round(float(point[m, turn]), 2) for m, name in enumerate(METRICS)}
+        | {name: _rounded(point[m, turn]) for m, name in enumerate(METRICS)}
         | {f"{name}_interval": _interval(samples[m, :, turn]) for m, name in enumerate(METRICS)}
         for turn in range(point.shape[1])
     ]
@@ -171,7 +183,7 @@ def compare(before: Evaluation, after: Evaluation) -> dict:
     samples = resampled(after) - resampled(before)
     turns = [
         {"turn": turn + 1}
-        | {f"{name}_gain": round(float(gain[m, turn]), 2) for m, name in enumerate(METRICS)}
+        | {f"{name}_gain": _rounded(gain[m, turn]) for m, name in enumerate(METRICS)}
         | {f"{name}_gain_interval": _interval(samples[m, :, turn]) for m, name in enumerate(METRICS)}
         for turn in range(gain.shape[1])
     ]
@@ -231,16 +243,30 @@ def _replace(path: Path, content: bytes) -> None:
     temporary.replace(path)
 
 
+def strips_of(tasks: list[EditTask], evaluations: dict[str, Evaluation], sessions: Iterable[int]) -> Image.Image:
+    """Source and turns of some of the first sessions, a row for each evaluation, by name."""
+    rows, captions = [], []
+    for n in sessions:
+        for label, evaluation in evaluations.items():
+            rows.append([_small(image) for image in (tasks[n].source, *evaluation.images[:, n])])
+            captions.append([label, *tasks[n].instructions[: len(evaluation.images)]])
+    return strip(rows, captions, scale=2 if rows[0][0].shape[2] <= MAX_TILE // 2 else 1)
+
+
+def _small(image: Tensor) -> Tensor:
+    """An image (3, H, W), made smaller where it is wider than a tile of a strip."""
+    if image.shape[2] <= MAX_TILE:
+        return image
+    size = (round(image.shape[1] * MAX_TILE / image.shape[2]), MAX_TILE)
+    return torch.nn.functional.interpolate(image[None].float(), size, mode="bilinear", antialias=True)[0]
+
+
 def save_strips(folder: Path, iteration: int, tasks: list[EditTask], before: Evaluation, after: Evaluation) -> Tensor:
     """`strips/iteration-NNNNNN.png`: source and turns of the first sessions, base above current. Returns (3, H, W) in
     [-1, 1].
     """
-    rows, captions = [], []
-    for n in range(before.images.shape[1]):
-        for label, evaluation in (("base", before), (f"iteration {iteration}", after)):
-            rows.append([tasks[n].source, *evaluation.images[:, n]])
-            captions.append([label, *tasks[n].instructions])
-    picture = strip(rows, captions, scale=2)
+    shown = {"base": before, f"iteration {iteration}": after}
+    picture = strips_of(tasks, shown, range(before.images.shape[1]))
     path = folder / "strips" / f"iteration-{iteration:06d}.png"
     path.parent.mkdir(exist_ok=True)
     picture.save(path)
@@ -249,7 +275,7 @@ def save_strips(folder: Path, iteration: int, tasks: list[EditTask], before: Eva
 
 def final_table(folder: Path) -> Table:
     """Before, after and paired gain per turn, from the run folder's files."""
-    before, after, gains = (
+    before, after, comparison = (
         json.loads((folder / f"{name}.json").read_text())["turns"]
         for name in ("evaluation_before", "evaluation_after", "comparison")
     )
@@ -257,7 +283,7 @@ def final_table(folder: Path) -> Table:
     table = Table(title=f"{sessions} held-out sessions, percent [95 % interval]")
     for column in ("turn", "", *METRICS):
         table.add_column(column, justify="left" if column == "" else "right")
-    for b, a, g in zip(before, after, gains, strict=True):
+    for b, a, g in zip(before, after, comparison, strict=True):
         table.add_row(str(b["turn"]), "before", *(format_figure(b[m], b[f"{m}_interval"]) for m in METRICS))
         table.add_row("", "after", *(format_figure(a[m], a[f"{m}_interval"]) for m in METRICS))
         table.add_row(
@@ -269,11 +295,8 @@ def final_table(folder: Path) -> Table:
     return table
 
 
-def gain_figures(turn: dict) -> list[str]:
-    """The gains of a turn of `compare`, as the tables on the terminal show them."""
-    return [format_figure(turn[f"{m}_gain"], turn[f"{m}_gain_interval"], "+") for m in METRICS]
-
-
-def format_figure(value: float, interval: list[float], sign: str = "") -> str:
+def format_figure(value: float | None, interval: list[float] | None, sign: str = "") -> str:
     """A figure with its interval, as the tables on the terminal show it."""
+    if value is None or interval is None:
+        return "not defined"
     return f"{value:{sign}.1f} [{interval[0]:{sign}.1f}, {interval[1]:{sign}.1f}]"

@@ -76,6 +76,17 @@ def test_undefined_consistency_is_left_out() -> None:
     assert samples.shape == (4, 5, 3) and samples[2] == pytest.approx(50)
 
 
+def test_consistency_that_few_sessions_have() -> None:
+    """Of 8 sessions one has a consistency at turn 1, none at turn 2: an interval of bootstrap samples that have it."""
+    kept = torch.full((8, 2), torch.nan)
+    kept[3, 0] = 0.5
+    first, second = summary(make(torch.ones(8, 2), kept))["turns"]
+    assert first["CC"] == 50 and first["CC_interval"] == [50, 50] and first["O"] == pytest.approx(70.71)
+    assert [second[name] for name in ("MT", "IF", "CC", "CC_interval", "O")] == [100, 100, None, None, None]
+    gain = compare(make(torch.ones(8, 2), kept), make(torch.ones(8, 2), kept))["turns"][1]
+    assert (gain["IF_gain"], gain["CC_gain"], gain["O_gain_interval"]) == (0, None, None)
+
+
 def test_identical_evaluations_gain_nothing() -> None:
     verdict = torch.rand(40, 3, generator=torch.Generator().manual_seed(0)) < 0.5
     for turn in compare(make(verdict), make(verdict))["turns"]:
