@@ -14,10 +14,10 @@ from mteditflow.edival import format_figure
 from mteditflow.page import METRICS, Curve, chart, data_uri, edit_type_bars, figure, gain_cell, value_cell, write_page
 
 CHARTS = {
-    "O": ("O by turn", "Percent: √(IF · CC), with 95 % intervals."),
-    "MT": ("Success by turn (MT)", "Percent of the turn's instructions that are carried out: the exposure-bias curve."),
-    "IF": ("All instructions so far (IF)", "Percent of sessions without a failed turn up to this one."),
-    "CC": ("Consistency (CC)", "Percent: what no instruction touched, against the source."),
+    "O": ("O by turn", "√(IF · CC)."),
+    "MT": ("Success by turn (MT)", "The turn's instruction is carried out: the exposure-bias curve."),
+    "IF": ("All instructions so far (IF)", "No turn up to this one has failed."),
+    "CC": ("Consistency (CC)", "What no instruction touched is as in the source image."),
 }
 NUM_COLORS = 6  # of page.html.jinja
 
@@ -57,8 +57,8 @@ def _contents(reports: Reports, gains: Reports, strips: list[Image.Image]) -> di
         "tiles": _tiles(reports, gains, colors),
         "charts": [_chart(metric, reports) for metric in CHARTS],
         "tables": [
-            {"metric": metric, "note": note, "rows": _rows(metric, reports, gains)}
-            for metric, (_, note) in CHARTS.items()
+            {"metric": metric, "note": _note(metric, reports), "rows": _rows(metric, reports, gains)}
+            for metric in CHARTS
         ],
         "edit_types": edit_type_bars(reports, colors),
         "colors": list(zip(names, colors, strict=True)),
@@ -95,7 +95,16 @@ def _chart(metric: str, reports: Reports) -> dict[str, Any]:
         )
         for name, report in reports.items()
     ]
-    return chart(*CHARTS[metric], curves, x_name="turn", x_first=1)
+    return chart(CHARTS[metric][0], _note(metric, reports), curves, x_name="turn", x_first=1)
+
+
+def _note(metric: str, reports: Reports) -> str:
+    """What the metric is, and of how few sessions, where some have no consistency at the last turn."""
+    note, report = CHARTS[metric][1], next(iter(reports.values()))
+    num, turn = report["num_sessions"], report["turns"][-1]
+    if metric in ("CC", "O") and turn["CC_sessions"] < num:
+        note += f" At turn {turn['turn']} something untouched is left in {turn['CC_sessions']} of {num} sessions."
+    return note
 
 
 def _rows(metric: str, reports: Reports, gains: Reports) -> list[dict[str, Any]]:

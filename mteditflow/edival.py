@@ -130,17 +130,23 @@ def _tables(evaluation: Evaluation) -> tuple[NDArray[np.float64], NDArray[np.flo
 
 
 def resampled(evaluation: Evaluation) -> NDArray[np.float64]:
-    """Metrics of bootstrap samples of the sessions, (4, NUM_BOOTSTRAP, K); paired: n alone fixes the samples."""
+    """Metrics of bootstrap samples of the sessions, (4, NUM_BOOTSTRAP, K); paired: n alone fixes the samples.
+
+    After many turns few sessions have anything left that no instruction touched. A sample with none of them takes the
+    consistency of all: to leave it out would keep, of O, the samples in which such sessions are.
+    """
     n = len(evaluation.verdict)
     index = np.random.default_rng(0).integers(n, size=(NUM_BOOTSTRAP, n))
     verdict, kept = _tables(evaluation)
-    return _metrics(verdict[index], kept[index])
+    marginal, joint, consistency, _ = _metrics(verdict[index], kept[index])
+    consistency = np.where(np.isnan(consistency), point_metrics(evaluation)[2], consistency)
+    return np.stack([marginal, joint, consistency, np.sqrt(joint * consistency)])
 
 
 def _interval(samples: NDArray[np.float64]) -> list[float] | None:
-    """Of the samples in which the metric is defined: consistency may be so in few sessions of many turns."""
-    defined = samples[~np.isnan(samples)]
-    return [round(float(q), 2) for q in np.quantile(defined, [0.025, 0.975])] if len(defined) else None
+    if np.isnan(samples).any():  # defined in no session
+        return None
+    return [round(float(q), 2) for q in np.quantile(samples, [0.025, 0.975])]
 
 
 def _rounded(value: float) -> float | None:
@@ -153,12 +159,13 @@ def point_metrics(evaluation: Evaluation) -> NDArray[np.float64]:
 
 
 def summary(evaluation: Evaluation) -> dict:
-    """The metrics per turn with 95 % intervals, and the success per edit type, in the layout that the report reads; None
-    where a metric is not defined.
+    """The metrics per turn with 95 % intervals, and the success per edit type, in the layout that the report reads.
+    None where a metric is not defined; CC_sessions says in how many sessions CC is.
     """
     point, samples = point_metrics(evaluation), resampled(evaluation)
+    num_kept = (~np.isnan(_tables(evaluation)[1])).sum(0)
     turns = [
-        {"turn": turn + 1}
+        {"turn": turn + 1, "CC_sessions": int(num_kept[turn])}
         | {name: _rounded(point[m, turn]) for m, name in enumerate(METRICS)}
         | {f"{name}_interval": _interval(samples[m, :, turn]) for m, name in enumerate(METRICS)}
         for turn in range(point.shape[1])

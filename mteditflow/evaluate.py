@@ -106,7 +106,7 @@ def evaluate_all(subjects: list["Subject"], out: Path, config: "Config") -> Path
     found = {subject.word: load_finished(out / subject.slug, subject, settings) for subject in subjects}
     pending = [subject for subject in subjects if found[subject.word] is None]
     console = Console()
-    console.print(f"{len(subjects)} subjects, {len(subjects) - len(pending)} evaluated already", highlight=False)
+    console.print(f"{len(subjects) - len(pending)} of {len(subjects)} evaluated already", highlight=False)
     if pending:
         shapes = linear_shapes(config.model)
         for subject in subjects:

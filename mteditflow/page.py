@@ -19,6 +19,7 @@ METRICS = ("MT", "IF", "CC", "O")
 HOVER_POINTS = 120  # points of a curve that answer the mouse; more only make the page heavy
 WIDTH, HEIGHT = 420, 236
 LEFT, RIGHT, TOP, BOTTOM = 54, 408, 10, 196
+MAX_TICKS = 12  # along a chart: fewer places than that each get one
 MINUS = "\N{MINUS SIGN}"
 
 
@@ -104,7 +105,8 @@ def chart(title: str, note: str, curves: list[Curve], *, x_name: str, x_first: i
     values = [y for curve in curves for _, y in curve.points if y is not None]
     values += [y for curve in curves for _, *ends in curve.band for y in ends]
     x_last = max(x for curve in curves for x, _ in curve.points)
-    x_ticks = ticks(x_first, x_last, is_integer=True)
+    is_short = x_last - x_first < MAX_TICKS
+    x_ticks = list(range(x_first, int(x_last) + 1)) if is_short else ticks(x_first, x_last, is_integer=True)
     begins_at_zero = min(values) >= 0 and max(values) > 2 * min(values)
     y_ticks = ticks(0.0 if begins_at_zero else min(values), max(values))
     x_high, y_low, y_high = max(x_ticks[-1], x_last), y_ticks[0], y_ticks[-1]
@@ -122,7 +124,7 @@ def chart(title: str, note: str, curves: list[Curve], *, x_name: str, x_first: i
         "left": LEFT,
         "right": RIGHT,
         "bottom": BOTTOM,
-        "x_ticks": [{"at": place(x, y_low)[0], "label": f"{x:g}"} for x in x_ticks if x >= x_first],
+        "x_ticks": [{"at": place(x, y_low)[0], "label": f"{x:g}"} for x in x_ticks],
         "y_ticks": [{"at": place(x_first, y)[1], "label": f"{y:.10g}".replace("-", MINUS)} for y in y_ticks],
         "curves": [_curve(curve, x_name, place) for curve in curves],
     }

@@ -77,13 +77,21 @@ def test_undefined_consistency_is_left_out() -> None:
 
 
 def test_consistency_that_few_sessions_have() -> None:
-    """Of 8 sessions one has a consistency at turn 1, none at turn 2: an interval of bootstrap samples that have it."""
+    """Of 8 sessions one has a consistency at turn 1, none at turn 2. In the third of the bootstrap samples without that
+    session, (7/8)^8, CC is that of all, so that O varies with IF alone: IF is 0 in (1/2)^8 of the samples at most.
+    """
     kept = torch.full((8, 2), torch.nan)
     kept[3, 0] = 0.5
-    first, second = summary(make(torch.ones(8, 2), kept))["turns"]
-    assert first["CC"] == 50 and first["CC_interval"] == [50, 50] and first["O"] == pytest.approx(70.71)
-    assert [second[name] for name in ("MT", "IF", "CC", "CC_interval", "O")] == [100, 100, None, None, None]
-    gain = compare(make(torch.ones(8, 2), kept), make(torch.ones(8, 2), kept))["turns"][1]
+    verdict = torch.ones(8, 2)
+    verdict[:4, 0] = 0
+    evaluation = make(verdict, kept)
+    first, second = summary(evaluation)["turns"]
+    assert (first["CC"], first["CC_interval"], first["CC_sessions"]) == (50, [50, 50], 1)
+    expected = [(value * 50) ** 0.5 for value in (first["IF"], *first["IF_interval"])]
+    assert [first["O"], *first["O_interval"]] == pytest.approx(expected, abs=0.0051)  # two decimals
+    assert [second[name] for name in ("MT", "IF", "CC", "CC_interval", "O")] == [100, 50, None, None, None]
+    assert second["CC_sessions"] == 0
+    gain = compare(evaluation, evaluation)["turns"][1]
     assert (gain["IF_gain"], gain["CC_gain"], gain["O_gain_interval"]) == (0, None, None)
 
 
