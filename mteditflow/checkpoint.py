@@ -102,8 +102,9 @@ def save(folder: Path, *, iteration: int, config: Config, state: State, scalars:
     return final
 
 
-def load_latest(folder: Path, config: Config, warn: Callable[[str], None] = print) -> Checkpoint | None:
-    """The newest checkpoint of `folder` that is whole, or None where there is none yet.
+def load_latest(folder: Path, config: Config | None, warn: Callable[[str], None] = print) -> Checkpoint | None:
+    """The newest checkpoint of `folder` that is whole, or None where there is none yet. config: of the run that goes on
+    from it; None where none does.
 
     A damaged one is passed over, and `warn` is told. Raises ValueError for a checkpoint of another version, for a
     config that changes the problem, and when every checkpoint is damaged: starting anew would bury them.
@@ -112,7 +113,8 @@ def load_latest(folder: Path, config: Config, warn: Callable[[str], None] = prin
     for path in finished:
         try:
             manifest = _read_manifest(path)
-            check_resume(manifest["config"], config, path)
+            if config is not None:
+                check_resume(manifest["config"], config, path)
             state = _read_state(path, manifest["files"])
         except _Damaged as error:
             warn(f"checkpoint {path} is damaged ({error}): falling back to the one before")

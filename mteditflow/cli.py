@@ -7,6 +7,7 @@ and the type of a field is at hand, so that messages can name field, value and r
 import difflib
 import json
 import math
+import subprocess
 import sys
 import textwrap
 from argparse import ArgumentError
@@ -24,6 +25,8 @@ from jsonargparse import ArgumentParser
 from mteditflow.config import Config
 
 HELP_WIDTH = 118
+BASE = "base"
+LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name of it
 DEFAULT_TITLE = "Every setting and its default: equal to no argument at all. Override any: --section.field value"
 
 
@@ -80,25 +83,59 @@ def fail(message: object) -> NoReturn:
     raise SystemExit(2)
 
 
+def commit() -> str:
+    """The commit of the program, with a mark where files differ from it; 'unknown' outside a git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
 def parse(argv: Sequence[str] | None, *, prog: str) -> tuple[Config, bool]:
     """The Config of a command line (None: sys.argv), and whether `--dry_run` was given.
 
     Exits with code 0 after --help and --print_config, with code 2 after one line on stderr when something is wrong.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        namespace, config = _read(arguments, prog)
+        namespace = _namespace(_words(argv), _parser(prog))
+        config = _config(namespace)
     except ValueError as error:
         fail(error)
     if namespace.print_config:
-        print(commented_yaml(config), end="")
-        raise SystemExit(0)
+        print_and_stop(config)
     return config, namespace.dry_run
+
+
+def print_and_stop(config: Config) -> NoReturn:
+    """What --print_config asks for."""
+    print(commented_yaml(config), end="")
+    raise SystemExit(0)
+
+
+def parse_evaluation(argv: Sequence[str] | None, *, prog: str) -> Any:
+    """The namespace of a command line of `evaluate`: `subjects`, `out`, `print_config`, and the settings as they stand.
+
+    Exits with code 0 after --help. ValueError: one line that names what is wrong.
+    """
+    return _namespace(_words(argv), _evaluation_parser(prog))
+
+
+def evaluation_config(argv: Sequence[str] | None, *, prog: str, run: Path | None) -> Config:
+    """The Config of a command line of `evaluate`; config.yaml of a run's folder sets what it leaves open.
+
+    ValueError: one line that names what is wrong.
+    """
+    first = [] if run is None else ["--config", str(run / "config.yaml")]
+    namespace = _namespace([*first, *_words(argv)], _evaluation_parser(prog))
+    # What only training has must not stand in the way of few sessions.
+    namespace.evaluation.num_sessions_short = namespace.evaluation.num_sessions
+    return _config(namespace)
 
 
 def from_yaml(path: str | Path) -> Config:
     """The Config of a YAML file. ValueError: one line that names file or field, value and remedy."""
-    return _read(["--config", str(path)], "mteditflow")[1]
+    return _config(_namespace(["--config", str(path)], _parser("mteditflow")))
 
 
 def as_arguments(overrides: dict[str, Any]) -> list[str]:
@@ -111,7 +148,7 @@ def from_overrides(overrides: dict[str, Any]) -> Config:
     for key in overrides:
         if key not in settings():
             raise ValueError(f"{key} is no field: {suggest(str(key), list(settings()))}")
-    return _read(as_arguments(overrides), "mteditflow")[1]
+    return _config(_namespace(as_arguments(overrides), _parser("mteditflow")))
 
 
 def to_yaml(config: Config) -> str:
@@ -135,11 +172,49 @@ def commented_yaml(config: Config, title: str = DEFAULT_TITLE) -> str:
 
 
 def _parser(prog: str) -> ArgumentParser:
-    """The parser of every command that takes a Config."""
+    """The parser of every command that trains by a Config."""
+    usage = "%(prog)s [--config FILE.yaml] [--section.field VALUE ...] [--print_config] [--dry_run]"
+    parser = _bare_parser(
+        prog, usage, "The file is read first, overrides come after it; what neither names keeps its default."
+    )
+    parser.add_argument("--dry_run", action="store_true", help="Print batch arithmetic, memory and duration, and stop.")
+    _add_settings(parser)
+    return parser
+
+
+def _evaluation_parser(prog: str) -> ArgumentParser:
+    """The parser of `evaluate`: what is evaluated, where to, and how by a Config."""
+    parser = _bare_parser(
+        prog,
+        "%(prog)s SUBJECT [SUBJECT ...] [--out FOLDER] [--config FILE.yaml] [--section.field VALUE ...]",
+        "EdiVal metrics of editors on the same held-out sessions and noise, by the ODE; every gain is over the first "
+        "subject. Settings come from config.yaml of the runs among the subjects, then from the file, then from "
+        "overrides, such as --evaluation.num_turns 10 --evaluation.num_steps 28; what none names keeps its default. "
+        "The same command again keeps what is finished.",
+    )
+    parser.add_argument(
+        "subjects",
+        nargs="+",
+        type=str,
+        metavar="SUBJECT",
+        help=f"A run's folder (its newest checkpoint), a folder with {LORA_FILE}, or '{BASE}', the editor without any.",
+    )
+    parser.add_argument(
+        "--out",
+        type=str,
+        default="runs/comparison",
+        metavar="FOLDER",
+        help="Where comparison.html and each subject's metrics.json and strips.png are written.",
+    )
+    _add_settings(parser)
+    return parser
+
+
+def _bare_parser(prog: str, usage: str, description: str) -> ArgumentParser:
     parser = ArgumentParser(
         prog=prog,
-        usage="%(prog)s [--config FILE.yaml] [--section.field VALUE ...] [--print_config] [--dry_run]",
-        description="The file is read first, overrides come after it; what neither names keeps its default.",
+        usage=usage,
+        description=description,
         exit_on_error=False,
         allow_abbrev=False,
         print_config=None,
@@ -148,7 +223,11 @@ def _parser(prog: str) -> ArgumentParser:
     parser.add_argument(
         "--print_config", action="store_true", help="Print the resolved configuration, commented, and stop."
     )
-    parser.add_argument("--dry_run", action="store_true", help="Print batch arithmetic, memory and duration, and stop.")
+    return parser
+
+
+def _add_settings(parser: ArgumentParser) -> None:
+    """An option for every field of a Config."""
     groups = {section: parser.add_argument_group(title.rstrip(".")) for section, title in section_titles().items()}
     for key, setting in settings().items():
         metavar = None if setting.choices else "VALUE"
@@ -159,18 +238,25 @@ def _parser(prog: str) -> ArgumentParser:
             metavar=metavar,
             help=setting.sentence.replace("%", "%%"),
         )
-    return parser
 
 
-def _read(arguments: list[str], prog: str) -> tuple[Any, Config]:
-    """The parser's namespace and the Config in it. ValueError for anything that a user can get wrong."""
+def _words(argv: Sequence[str] | None) -> list[str]:
+    return list(sys.argv[1:] if argv is None else argv)
+
+
+def _namespace(arguments: list[str], parser: ArgumentParser) -> Any:
+    """The parser's namespace, whose sections are not checked yet. ValueError for what the parser finds wrong."""
     paths = [value for flag, value in pairwise(arguments) if flag == "--config"]
     for path in paths + [word.removeprefix("--config=") for word in arguments if word.startswith("--config=")]:
         _check_file(path)
     try:
-        namespace = _parser(prog).parse_args(arguments)
+        return parser.parse_args(arguments)
     except ArgumentError as error:
         raise ValueError(_explain(str(error))) from None
+
+
+def _config(namespace: Any) -> Config:
+    """The Config in a namespace. ValueError for anything that a user can get wrong."""
     sections = {}
     for section, section_class in get_type_hints(Config).items():
         values = vars(namespace[section])
@@ -178,7 +264,7 @@ def _read(arguments: list[str], prog: str) -> tuple[Any, Config]:
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{section}.{name} is {value}: must be a finite number")
         sections[section] = section_class(**values)
-    return namespace, Config(**sections)
+    return Config(**sections)
 
 
 def _check_file(path: str) -> None:
@@ -222,6 +308,8 @@ def _explain(message: str) -> str:
     if key in settings() and "Got value: " in message:
         value = message.rsplit("Got value: ", 1)[1]
         return f"{key} is {value!r}: {settings()[key].remedy}"
+    if message.endswith("arguments are required: subjects"):
+        return f"there is nothing to evaluate: name run folders, folders with {LORA_FILE}, or '{BASE}'"
     if message.startswith("unrecognized arguments: "):
         word = message.removeprefix("unrecognized arguments: ").split()[0].split("=")[0]
         options = [f"--{key}" for key in settings()] + ["--config", "--print_config", "--dry_run", "--help"]

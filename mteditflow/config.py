@@ -248,7 +248,13 @@ class EvaluationConfig:
         _require(self.num_steps >= 1, "evaluation.num_steps", self.num_steps, "must be positive")
         _require(self.every >= 0, "evaluation.every", self.every, "must not be negative")
         _require(
-            1 <= self.num_strips <= self.num_sessions_short <= self.num_sessions,
+            1 <= self.num_strips <= self.num_sessions,
+            "evaluation.num_strips",
+            self.num_strips,
+            f"must lie in 1 to num_sessions = {self.num_sessions}",
+        )
+        _require(
+            self.num_strips <= self.num_sessions_short <= self.num_sessions,
             "evaluation.num_sessions_short",
             self.num_sessions_short,
             "must lie between num_strips and num_sessions",

@@ -1,203 +1,154 @@
-"""EdiVal's metrics on held-out sessions: MT, IF, CC and O per turn, with bootstrap intervals over sessions.
+"""EdiVal metrics of runs, LoRAs and the base on the same held-out sessions. `python -m mteditflow.evaluate`
 
-The verdict f of a turn is grade >= 4. MT_t = mean f_t, IF_t = mean of prod_{k<=t} f_k, CC_t = mean consistency where
-defined, O_t = sqrt(IF_t CC_t) on the aggregates. Evaluation runs the ODE from noise that every run shares, so two
-evaluations are paired.
+    python -m mteditflow.evaluate base runs/mini path/to/lora --evaluation.num_turns 10 --out runs/comparison
+
+writes, below --out, SUBJECT/metrics.json, SUBJECT/evaluation.safetensors (the verdicts) and SUBJECT/strips.png for each
+subject, and comparison.html and comparison.json of all: paired gains over the first. metrics.json is written last: a
+subject that has one by the same settings and of the same adapter is finished, and is kept when the command is repeated.
+
+A session of K = 10 turns of the embedded world is another session than that of the same number with K = 3, since what
+is drawn for later turns decides which sessions are passed over: their figures at turns 1 to 3 agree in distribution,
+not session by session. What is drawn for a turn, noise or edit, never depends on the turns after it.
 """
 
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import safetensors
-import safetensors.torch
-import torch
-from numpy.typing import NDArray
-from rich.table import Table
-from torch import Tensor
+from mteditflow import cli
+from mteditflow.grid import check_held_out, held_out
 
-from mteditflow.config import Config
-from mteditflow.flow import step_table
-from mteditflow.metrics import strip
-from mteditflow.policy import AdapterName, Policy
-from mteditflow.reward.exact import score_pictures
-from mteditflow.rollout import roll_out
-from mteditflow.types import EditTask
-from mteditflow.world.verify import MIN_SCORE_DONE
+if TYPE_CHECKING:
+    from mteditflow.config import Config
+    from mteditflow.edival import Evaluation
+    from mteditflow.subjects import Subject
+    from mteditflow.types import EditTask
 
-NOISE_SEED = 20_606  # of every evaluation; training seeds are other keys, since a step of evaluation is this one
-NUM_BOOTSTRAP = 2000
-METRICS = ("MT", "IF", "CC", "O")
+PROG = "python -m mteditflow.evaluate"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """Verdicts (n, K) bool, consistency (n, K) with NaN where undefined, edit types, and the edits of the first
-    sessions.
+def resolve(argv: Sequence[str] | None) -> tuple[list["Subject"], Path, "Config"]:
+    """Subjects, folder of results and Config of a command line.
+
+    ValueError where a subject is none, and where runs among them disagree on what they are evaluated on.
     """
+    namespace = cli.parse_evaluation(argv, prog=PROG)
+    from mteditflow.subjects import check_names, is_run, read_subject
 
-    verdict: Tensor
-    consistency: Tensor
-    edit_types: list[tuple[str, ...]]
-    images: Tensor  # (K, num_strips, 3, H, W)
-    num_steps: int  # denoising steps per turn
-
-    def is_of(self, config: Config) -> bool:
-        """Whether an evaluation by this config is comparable: the same sessions, turns, steps and pictures."""
-        own = (*self.verdict.shape, self.images.shape[1], self.num_steps)
-        wanted = config.evaluation
-        return own == (wanted.num_sessions, config.num_held_out_turns, wanted.num_strips, wanted.num_steps)
-
-
-def evaluate(policy: Policy, tasks: list[EditTask], config: Config, adapter: AdapterName) -> Evaluation:
-    """One trajectory of each task under an adapter, by the ODE, judged by the exact verifier."""
-    sigmas = policy.sigmas(config.evaluation.num_steps)
-    pictures = []
-    with policy.adapters.use(adapter):
-        for start in range(0, len(tasks), 64):
-            rollout = roll_out(
-                policy, tasks[start : start + 64], num_turns=config.num_held_out_turns, group_size=1, sigmas=sigmas,
-                table=step_table(sigmas, noise_level=0.0), trained_steps=(), hand_off=config.rollout.hand_off,
-                microbatch_size=config.rollout.microbatch_size, seed=NOISE_SEED, step=2**31,
-                cfg_scale=config.model.cfg_scale, cuda_graph=config.rollout.cuda_graph,
-            )  # fmt: skip
-            pictures.append(torch.stack([turn.image for turn in rollout.turns]).cpu())
-    images = torch.cat(pictures, dim=1)  # (K, n, 3, H, W)
-    grades, kept = score_pictures([task.truth for task in tasks], torch.stack([task.source for task in tasks]), images)
-    return Evaluation(
-        verdict=grades >= MIN_SCORE_DONE, consistency=kept, edit_types=[task.edit_types for task in tasks],
-        images=images[:, : config.evaluation.num_strips], num_steps=config.evaluation.num_steps,
-    )  # fmt: skip
+    check_names(namespace.subjects)
+    runs = [word for word in namespace.subjects if is_run(word)]
+    configs = {f"run {word!r}": cli.evaluation_config(argv, prog=PROG, run=Path(word)) for word in runs}
+    if configs:
+        check_held_out(configs, "set it by an override, for all")
+    config = next(iter(configs.values())) if configs else cli.evaluation_config(argv, prog=PROG, run=None)
+    if namespace.print_config:
+        cli.print_and_stop(config)
+    out = Path(namespace.out)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out is '{out}': no folder; choose another")
+    return [read_subject(word) for word in namespace.subjects], out, config
 
 
-def _metrics(verdict: NDArray[np.float64], consistency: NDArray[np.float64]) -> NDArray[np.float64]:
-    """MT, IF, CC, O in percent, (4, ..., K), of verdicts and consistency (..., n, K)."""
-    marginal, joint = verdict.mean(-2), verdict.cumprod(-1).mean(-2)
-    defined = ~np.isnan(consistency)
-    kept = np.where(defined, consistency, 0.0).sum(-2) / np.maximum(defined.sum(-2), 1)
-    return 100 * np.stack([marginal, joint, kept, np.sqrt(joint * kept)])
+def settings_of(config: "Config", *, is_by_truth: bool) -> dict[str, Any]:
+    """What an evaluation depends on besides the adapter, as JSON gives it back."""
+    reward = {} if is_by_truth else {f"reward.{key}": value for key, value in asdict(config.reward).items()}
+    return json.loads(json.dumps(held_out(config) | reward))
 
 
-def resampled(evaluation: Evaluation) -> NDArray[np.float64]:
-    """Metrics of bootstrap samples of the sessions, (4, NUM_BOOTSTRAP, K); paired: n alone fixes the samples."""
-    n = len(evaluation.verdict)
-    index = np.random.default_rng(0).integers(n, size=(NUM_BOOTSTRAP, n))
-    return _metrics(evaluation.verdict.double().numpy()[index], evaluation.consistency.double().numpy()[index])
+def load_finished(folder: Path, subject: "Subject", settings: dict[str, Any]) -> "Evaluation | None":
+    """The evaluation of that very adapter by these settings, where the folder has it."""
+    from mteditflow.edival import load_verdicts
+    from mteditflow.page import read_json
+
+    report = read_json(folder / "metrics.json")
+    is_same = report.get("settings") == settings and report.get("adapter") == subject.fingerprint
+    path = folder / "evaluation.safetensors"
+    return load_verdicts(path) if is_same and path.is_file() else None
 
 
-def _interval(samples: NDArray[np.float64]) -> list[float]:
-    return [round(float(q), 2) for q in np.quantile(samples, [0.025, 0.975])]
+def save_subject(
+    folder: Path, subject: "Subject", evaluation: "Evaluation", tasks: list["EditTask"], how: dict[str, Any]
+) -> None:
+    """The files of a finished subject, metrics.json last."""
+    from mteditflow.edival import save_json, save_verdicts, strips_of, summary
 
-
-def point_metrics(evaluation: Evaluation) -> NDArray[np.float64]:
-    """MT, IF, CC, O in percent, (4, K)."""
-    return _metrics(evaluation.verdict.double().numpy(), evaluation.consistency.double().numpy())
-
-
-def summary(evaluation: Evaluation) -> dict:
-    """The metrics per turn with 95 % intervals, and the success per edit type, in the layout that the report reads."""
-    point, samples = point_metrics(evaluation), resampled(evaluation)
-    turns = [
-        {"turn": turn + 1}
-        | {name: round(float(point[m, turn]), 2) for m, name in enumerate(METRICS)}
-        | {f"{name}_interval": _interval(samples[m, :, turn]) for m, name in enumerate(METRICS)}
-        for turn in range(point.shape[1])
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.json").unlink(missing_ok=True)  # of other settings: must not stand beside new verdicts
+    save_verdicts(folder / "evaluation.safetensors", evaluation)
+    strips_of(tasks, {subject.word: evaluation}, range(evaluation.images.shape[1])).save(folder / "strips.png")
+    figures = summary(evaluation)
+    exposure = [
+        {"turn": turn["turn"], "success": turn["MT"], "interval": turn["MT_interval"]} for turn in figures["turns"]
     ]
-    done: dict[str, list[bool]] = {}
-    for verdicts, types in zip(evaluation.verdict.tolist(), evaluation.edit_types, strict=True):
-        for verdict, edit_type in zip(verdicts, types, strict=True):
-            done.setdefault(edit_type, []).append(verdict)
-    by_type = {name: {"success": round(sum(d) / len(d), 4), "count": len(d)} for name, d in sorted(done.items())}
-    return {"num_sessions": len(evaluation.verdict), "turns": turns, "edit_types": by_type}
+    what = {"subject": subject.word, "what": subject.what, "adapter": subject.fingerprint, "commit": cli.commit()}
+    save_json(folder / "metrics.json", what | how | figures | {"exposure_bias": exposure})
 
 
-def compare(before: Evaluation, after: Evaluation) -> dict:
-    """Paired gains per turn with 95 % intervals: the same sessions are drawn for both."""
-    gain = point_metrics(after) - point_metrics(before)
-    samples = resampled(after) - resampled(before)
-    turns = [
-        {"turn": turn + 1}
-        | {f"{name}_gain": round(float(gain[m, turn]), 2) for m, name in enumerate(METRICS)}
-        | {f"{name}_gain_interval": _interval(samples[m, :, turn]) for m, name in enumerate(METRICS)}
-        for turn in range(gain.shape[1])
-    ]
-    return {"num_sessions": len(before.verdict), "turns": turns}
+def evaluate_all(subjects: list["Subject"], out: Path, config: "Config") -> Path:
+    """Evaluate what is not finished yet, show the table, and write the page. Returns the page's path."""
+    from mteditflow_kernels import use_backend
+    from rich.console import Console
+
+    from mteditflow.data import check_data, held_out_tasks
+    from mteditflow.edival import evaluate, has_truth
+    from mteditflow.policy import build_policy, linear_shapes
+    from mteditflow.reward import build_reward, check_judge
+    from mteditflow.subjects import check_fit, common_lora, state_of
+
+    check_judge(config)
+    check_data(config, is_speaking=True)
+    use_backend(config.run.backend)
+    tasks = held_out_tasks(config)
+    is_by_truth = has_truth(tasks)
+    settings = settings_of(config, is_by_truth=is_by_truth)
+    how = {"settings": settings, "judge": "the exact verifier" if is_by_truth else f"judge {config.reward.judge!r}"}
+    found = {subject.word: load_finished(out / subject.slug, subject, settings) for subject in subjects}
+    pending = [subject for subject in subjects if found[subject.word] is None]
+    console = Console()
+    console.print(f"{len(subjects) - len(pending)} of {len(subjects)} evaluated already", highlight=False)
+    if pending:
+        shapes = linear_shapes(config.model)
+        for subject in subjects:
+            check_fit(subject, shapes, config.model.path)
+        wide = common_lora(subjects, config)
+        policy = build_policy(config.model, wide, config.run.seed, "grpo")
+        reward = None if is_by_truth else build_reward(config.reward, config.run.seed)
+        for subject in pending:
+            console.print(f"evaluating {subject.word}: {subject.what}", highlight=False, markup=False)
+            if subject.lora:
+                policy.adapters.load("ema", state_of(subject.lora, wide, policy.adapters.state("ema")))
+            evaluation = evaluate(policy, tasks, config, "ema" if subject.lora else "off", reward)
+            save_subject(out / subject.slug, subject, evaluation, tasks, how)
+    return _present(subjects, out, tasks, console)
 
 
-def save_evaluation(folder: Path, name: str, evaluation: Evaluation) -> None:
-    """`evaluation_NAME.json` with the figures, `evaluation_NAME.safetensors` with the verdicts; both appear whole or
-    not at all.
-    """
-    tensors = {
-        "verdict": evaluation.verdict.contiguous(),
-        "consistency": evaluation.consistency.contiguous(),
-        "images": evaluation.images.contiguous(),
-    }
-    metadata = {"edit_types": json.dumps(evaluation.edit_types), "num_steps": str(evaluation.num_steps)}
-    _replace(folder / f"evaluation_{name}.safetensors", safetensors.torch.save(tensors, metadata))
-    _replace(folder / f"evaluation_{name}.json", json.dumps(summary(evaluation), indent=1).encode())
+def _present(subjects: list["Subject"], out: Path, tasks: list["EditTask"], console: Any) -> Path:
+    """Table, comparison.json and page of finished subjects."""
+    from mteditflow.comparison import terminal_table, write_comparison
+    from mteditflow.edival import compare, load_verdicts, save_json, strips_of
+    from mteditflow.page import read_json
+
+    reports = {subject.word: read_json(out / subject.slug / "metrics.json") for subject in subjects}
+    evaluations = {subject.word: load_verdicts(out / subject.slug / "evaluation.safetensors") for subject in subjects}
+    (first, before), *others = evaluations.items()
+    gains = {word: compare(before, after) for word, after in others}
+    save_json(out / "comparison.json", {"over": first, "gains": gains})
+    strips = [strips_of(tasks, evaluations, [session]) for session in range(before.images.shape[1])]
+    page = write_comparison(out, reports, gains, strips)
+    console.print(terminal_table(reports, gains))
+    console.print(f"page: {page}", soft_wrap=True, highlight=False)
+    return page
 
 
-def load_evaluation(folder: Path, name: str) -> Evaluation | None:
-    """What `save_evaluation` wrote, or None."""
-    path = folder / f"evaluation_{name}.safetensors"
-    if not path.exists() or not (folder / f"evaluation_{name}.json").exists():
-        return None
-    with safetensors.safe_open(path, "pt") as file:
-        metadata = file.metadata()
-        types = [tuple(row) for row in json.loads(metadata["edit_types"])]
-        return Evaluation(
-            verdict=file.get_tensor("verdict"), consistency=file.get_tensor("consistency"), edit_types=types,
-            images=file.get_tensor("images"), num_steps=int(metadata.get("num_steps", 0)),
-        )  # fmt: skip
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line; exit code 2 and one line on stderr for a wrong argument, subject or file."""
+    try:
+        evaluate_all(*resolve(argv))
+    except ValueError as error:
+        cli.fail(error)
 
 
-def save_comparison(folder: Path, before: Evaluation, after: Evaluation) -> None:
-    """`comparison.json`: the paired gains."""
-    _replace(folder / "comparison.json", json.dumps(compare(before, after), indent=1).encode())
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_bytes(content)
-    temporary.replace(path)
-
-
-def save_strips(folder: Path, iteration: int, tasks: list[EditTask], before: Evaluation, after: Evaluation) -> Tensor:
-    """`strips/iteration-NNNNNN.png`: source and turns of the first sessions, base above current. Returns (3, H, W) in
-    [-1, 1].
-    """
-    rows, captions = [], []
-    for n in range(before.images.shape[1]):
-        for label, evaluation in (("base", before), (f"iteration {iteration}", after)):
-            rows.append([tasks[n].source, *evaluation.images[:, n]])
-            captions.append([label, *tasks[n].instructions])
-    picture = strip(rows, captions, scale=2)
-    path = folder / "strips" / f"iteration-{iteration:06d}.png"
-    path.parent.mkdir(exist_ok=True)
-    picture.save(path)
-    return torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1) / 127.5 - 1
-
-
-def final_table(folder: Path) -> Table:
-    """Before, after and paired gain per turn, from the run folder's files."""
-    before, after, gains = (
-        json.loads((folder / f"{name}.json").read_text())["turns"]
-        for name in ("evaluation_before", "evaluation_after", "comparison")
-    )
-    sessions = json.loads((folder / "evaluation_after.json").read_text())["num_sessions"]
-    table = Table(title=f"{sessions} held-out sessions, percent [95 % interval]")
-    for column in ("turn", "", *METRICS):
-        table.add_column(column, justify="left" if column == "" else "right")
-    for b, a, g in zip(before, after, gains, strict=True):
-        table.add_row(str(b["turn"]), "before", *(_cell(b[m], b[f"{m}_interval"]) for m in METRICS))
-        table.add_row("", "after", *(_cell(a[m], a[f"{m}_interval"]) for m in METRICS))
-        table.add_row(
-            "", "gain", *(_cell(g[f"{m}_gain"], g[f"{m}_gain_interval"], "+") for m in METRICS), end_section=True
-        )
-    return table
-
-
-def _cell(value: float, interval: list[float], sign: str = "") -> str:
-    return f"{value:{sign}.1f} [{interval[0]:{sign}.1f}, {interval[1]:{sign}.1f}]"
+if __name__ == "__main__":
+    main()

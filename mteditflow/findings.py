@@ -30,7 +30,7 @@ import jinja2
 import numpy as np
 from numpy.typing import NDArray
 
-from mteditflow.evaluate import METRICS, Evaluation, load_evaluation, point_metrics, resampled
+from mteditflow.edival import METRICS, Evaluation, load_evaluation, point_metrics, resampled
 from mteditflow.grid import CellRun, Comparison
 from mteditflow.metrics import FILE, read_lines
 

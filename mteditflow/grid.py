@@ -18,7 +18,6 @@ Cells that resolve to the same config are one cell, run once per seed, whatever 
 import hashlib
 import json
 import re
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from pathlib import Path
@@ -31,8 +30,8 @@ from mteditflow.config import Config
 
 OWNED = ("run.folder", "run.seed", "data.seed")
 """Fields that the study sets itself."""
-MAY_DIFFER = ("evaluation.every", "evaluation.num_sessions_short")
-"""Fields of `evaluation` that do not touch the evaluations before and after training."""
+MAY_DIFFER = ("evaluation.every", "evaluation.num_sessions_short", "data.num_turns", "data.seed")
+"""Fields of `data` and `evaluation` that do not touch the evaluations before and after training."""
 OPTIONAL = {"paper": [], "note": "", "seeds": []}
 
 
@@ -104,7 +103,7 @@ def read_study(path: Path) -> list[Comparison]:
     found = [_comparison(name, value, tree["base"], seeds, cells) for name, value in tree["comparisons"].items()]
     if not found:
         raise ValueError(f"study {path} has no comparisons: write at least one")
-    _check_held_out(cells.values())
+    check_held_out({f"cell {cell.name!r}": cell.config for cell in cells.values()}, "set it in base, for all")
     return found
 
 
@@ -175,27 +174,26 @@ def _cell(name: str, overrides: Any, base: dict[str, Any], cells: dict[str, Cell
     return cells.setdefault(key, Cell(key=key, name=name, overrides=everything, config=config))
 
 
-def _check_held_out(cells: Iterable[Cell]) -> None:
-    """ValueError unless every cell is evaluated on the same sessions by the same editor in the same way.
+def check_held_out(configs: dict[str, Config], remedy: str) -> None:
+    """ValueError unless all, by name, are evaluated on the same sessions by the same editor in the same way.
 
-    These fields fix the base's evaluation to the bit, which the cells therefore share.
+    These fields fix the base's evaluation to the bit, which all therefore share.
     """
-    first, *others = cells
-    expected = _held_out(first.config)
-    for cell in others:
-        own = _held_out(cell.config)
-        for key, value in own.items():
+    (first, config), *others = configs.items()
+    expected = held_out(config)
+    for name, other in others:
+        for key, value in held_out(other).items():
             if value != expected[key]:
                 raise ValueError(
-                    f"cells {first.name!r} and {cell.name!r} disagree on held-out data: {key} is {expected[key]!r} and "
-                    f"{value!r}; set it in base, for all"
+                    f"{first} and {name} disagree on held-out data: {key} is {expected[key]!r} and {value!r}; {remedy}"
                 )
 
 
-def _held_out(config: Config) -> dict[str, Any]:
-    model = {f"model.{name}": value for name, value in asdict(config.model).items()}
-    evaluation = {f"evaluation.{name}": value for name, value in asdict(config.evaluation).items()}
-    return {key: value for key, value in (model | evaluation).items() if key not in MAY_DIFFER} | {
+def held_out(config: Config) -> dict[str, Any]:
+    """The fields that an evaluation depends on, dotted; those of the reward aside, which the embedded world ignores."""
+    sections = ("model", "data", "evaluation")
+    fields = {f"{name}.{key}": value for name in sections for key, value in asdict(getattr(config, name)).items()}
+    return {key: value for key, value in fields.items() if key not in MAY_DIFFER} | {
         "evaluation.num_turns": config.num_held_out_turns,
         "rollout.hand_off": config.rollout.hand_off,
         "rollout.microbatch_size": config.rollout.microbatch_size,

@@ -2,33 +2,34 @@
 
     python -m mteditflow.report runs/mini
 
-Everything is in the file: curves are inline SVG whose geometry is worked out here, images are data URIs, there is no
-script and nothing is fetched. What the run has not written yet is named on the page as not there yet.
+What the run has not written yet is named on the page as not there yet; page.py has what a page is made of.
 """
 
 import argparse
-import base64
-import json
-import math
-import os
 import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import yaml
 
 from mteditflow.alarms import ALARMS
 from mteditflow.config import EMBEDDED
 from mteditflow.metrics import FILE, read_lines
-
-METRICS = ("MT", "IF", "CC", "O")
-HOVER_POINTS = 120  # points of a curve that answer the mouse; more only make the page heavy
-WIDTH, HEIGHT = 420, 236
-LEFT, RIGHT, TOP, BOTTOM = 54, 408, 10, 196
-MINUS = "\N{MINUS SIGN}"
+from mteditflow.page import (
+    METRICS,
+    Curve,
+    chart,
+    data_uri,
+    edit_type_bars,
+    figure,
+    gain_cell,
+    number,
+    read_json,
+    value_cell,
+    write_page,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,21 +90,14 @@ def write_report(folder: Path) -> Path:
     """Write `folder/report.html` from what the run has written so far. ValueError where there are no metrics."""
     if not (folder / FILE).is_file():
         raise ValueError(f"{folder} is not the folder of a run: it has no {FILE}")
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    template = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
-    page = template.get_template("report.html.jinja").render(_contents(folder))
-    path = folder / "report.html"
-    temporary = folder / ".report.html.new"
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, path)
-    return path
+    return write_page("report.html.jinja", _contents(folder), folder / "report.html")
 
 
 def _contents(folder: Path) -> dict[str, Any]:
     """The template's variables."""
     lines = read_lines(folder / FILE)
-    before, after = _json(folder / "evaluation_before.json"), _json(folder / "evaluation_after.json")
-    comparison = _json(folder / "comparison.json")
+    before, after = read_json(folder / "evaluation_before.json"), read_json(folder / "evaluation_after.json")
+    comparison = read_json(folder / "comparison.json")
     config_path = folder / "config.yaml"
     config_text = config_path.read_text() if config_path.is_file() else ""
     config = _config(config_path, config_text)
@@ -123,23 +117,10 @@ def _contents(folder: Path) -> dict[str, Any]:
         "no_charts": [spec.title for spec, chart in charts.items() if not chart and not (is_nft and spec.is_of_grpo)],
         "alarms": _alarms(lines, config),
         "strips": _strips(folder),
-        "edit_types": _edit_types(before, after),
+        "edit_types": edit_type_bars({"before": before, "after": after}, [5, 0]),
         "lora": _lora_line(folder, config),
         "config_text": config_text,
     }
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """The object in a file; empty where there is no file."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): delete it, or evaluate again") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} is not a JSON object: delete it, or evaluate again")
-    return value
 
 
 def _config(path: Path, text: str) -> dict[str, Any]:
@@ -170,7 +151,7 @@ def _what(config: dict[str, Any]) -> str:
 def _progress(lines: list[dict[str, Any]], config: dict[str, Any]) -> str:
     total = config.get("run", {}).get("num_iterations")
     names = {name for line in lines for name in line if name.startswith("time/") and name.endswith("_s")}
-    seconds = sum(_number(line.get(name)) or 0.0 for line in lines for name in names)
+    seconds = sum(number(line.get(name)) or 0.0 for line in lines for name in names)
     done = len(lines)
     text = f"{done} of {total} iterations" if total else f"{done} iterations"
     text += f" in {seconds / 60:.1f} minutes, evaluations aside." if names else "."
@@ -181,8 +162,8 @@ def _alarms(lines: list[dict[str, Any]], config: dict[str, Any]) -> list[dict[st
     """A row for each alarm that has been watched: newest and highest value, threshold, when it first rang."""
     rows = []
     for name, alarm in ALARMS.items():
-        seen = [(line["iteration"] + 1, value) for line in lines if (value := _number(line.get(name))) is not None]
-        limit = _number(config.get("alarms", {}).get(alarm.threshold))
+        seen = [(line["iteration"] + 1, value) for line in lines if (value := number(line.get(name))) is not None]
+        limit = number(config.get("alarms", {}).get(alarm.threshold))
         if seen and limit is not None:
             first = next((iteration for iteration, value in seen if value > limit), None)
             rows.append(
@@ -201,10 +182,10 @@ def _tiles(before: dict[str, Any], after: dict[str, Any], comparison: dict[str, 
     for name, report in (("before", before), ("after", after)):
         turn = _last_turn(report)
         if turn:
-            tiles.append({"value": f"{_figure(turn.get('O'))} %", "label": f"O at turn {turn.get('turn')}, {name}"})
+            tiles.append({"value": f"{figure(turn.get('O'))} %", "label": f"O at turn {turn.get('turn')}, {name}"})
     turn = _last_turn(comparison)
     if turn:
-        cell = _gain_cell(turn, "O")
+        cell = gain_cell(turn, "O")
         label = f"gain in O at turn {turn.get('turn')}" + (f", {cell['interval']}" if cell["interval"] else "")
         tiles.append({"value": cell["value"], "label": label, "css": cell["css"]})
     return [{"css": "", **tile} for tile in tiles]
@@ -221,109 +202,23 @@ def _table(before: dict[str, Any], after: dict[str, Any], comparison: dict[str, 
     for metric in METRICS:
         for place, turn in enumerate(turns):
             old, new, gain = (report.get(turn, {}) for report in by_turn)
-            cells = [_value_cell(old, metric), _value_cell(new, metric), _gain_cell(gain, metric)]
+            cells = [value_cell(old, metric), value_cell(new, metric), gain_cell(gain, metric)]
             rows.append({"metric": metric, "turn": turn, "is_first": place == 0, "cells": cells})
     return rows
-
-
-def _value_cell(turn: dict[str, Any], metric: str) -> dict[str, str]:
-    interval = _interval(turn.get(f"{metric}_interval"))
-    return {"value": _figure(turn.get(metric)), "interval": interval, "css": ""}
-
-
-def _gain_cell(turn: dict[str, Any], metric: str) -> dict[str, str]:
-    """Coloured only where the interval is clear of 0."""
-    interval = turn.get(f"{metric}_gain_interval")
-    css = ""
-    if interval and (interval[0] > 0 or interval[1] < 0):
-        css = "good" if interval[0] > 0 else "bad"
-    return {
-        "value": _figure(turn.get(f"{metric}_gain"), sign=True),
-        "interval": _interval(interval, sign=True),
-        "css": css,
-    }
-
-
-def _interval(interval: Any, sign: bool = False) -> str:
-    return f"{_figure(interval[0], sign)} to {_figure(interval[1], sign)}" if interval else ""
-
-
-def _figure(value: Any, sign: bool = False) -> str:
-    number = _number(value)
-    if number is None:
-        return "\N{EN DASH}"
-    return (f"{number:+.1f}" if sign else f"{number:.1f}").replace("-", MINUS)
-
-
-def _number(value: Any) -> float | None:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if is_number else None
 
 
 def _chart(spec: ChartSpec, lines: list[dict[str, Any]]) -> dict[str, Any] | None:
     """Geometry of a chart, or None where no key has a value yet."""
     names = {name: match[1] for line in lines for name in line if (match := re.fullmatch(spec.keys, name))}
-    curves = {
-        label.replace("_", " "): [(int(line["iteration"]), _number(line[name])) for line in lines if name in line]
+    curves = [
+        Curve(
+            name=label.replace("_", " "),
+            points=[(int(line["iteration"]), number(line[name])) for line in lines if name in line],
+        )
         for name, label in names.items()
-    }
-    curves = {label: points for label, points in curves.items() if any(y is not None for _, y in points)}
-    if not curves:
-        return None
-    values = [y for points in curves.values() for _, y in points if y is not None]
-    x_ticks = _ticks(0, max(x for points in curves.values() for x, _ in points), is_integer=True)
-    begins_at_zero = min(values) >= 0 and max(values) > 2 * min(values)
-    y_ticks = _ticks(0.0 if begins_at_zero else min(values), max(values))
-    x_low, x_high = 0, max(x_ticks[-1], *(x for points in curves.values() for x, _ in points))
-    y_low, y_high = y_ticks[0], y_ticks[-1]
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        across = LEFT + (RIGHT - LEFT) * (x - x_low) / max(x_high - x_low, 1)
-        return round(across, 1), round(BOTTOM - (BOTTOM - TOP) * (y - y_low) / (y_high - y_low), 1)
-
-    return {
-        "title": spec.title,
-        "note": spec.note,
-        "width": WIDTH,
-        "height": HEIGHT,
-        "left": LEFT,
-        "right": RIGHT,
-        "bottom": BOTTOM,
-        "x_ticks": [{"at": place(x, y_low)[0], "label": f"{x:g}"} for x in x_ticks],
-        "y_ticks": [{"at": place(0, y)[1], "label": f"{y:.10g}".replace("-", MINUS)} for y in y_ticks],
-        "curves": [_curve(label, points, place) for label, points in curves.items()],
-    }
-
-
-def _curve(label: str, points: list[tuple[int, float | None]], place: Any) -> dict[str, Any]:
-    """A path with gaps where a value is missing, and the points that say their value."""
-    path, is_drawing = [], False
-    for x, y in points:
-        if y is not None:
-            path.append("{}{} {}".format("L" if is_drawing else "M", *place(x, y)))
-        is_drawing = y is not None
-    known = [(x, y) for x, y in points if y is not None]
-    shown = known[:: max(1, math.ceil(len(known) / HOVER_POINTS))]
-    dots = [(*place(x, y), f"{label}, iteration {x}: {y:.4g}") for x, y in shown]
-    return {
-        "name": label,
-        "path": " ".join(path),
-        "has_dots": len(known) <= 12,
-        "points": [{"x": x, "y": y, "title": title} for x, y, title in dots],
-    }
-
-
-def _ticks(low: float, high: float, is_integer: bool = False) -> list[float]:
-    """A few round numbers that enclose [low, high]; integers stay inside."""
-    if high <= low:
-        low, high = (low, low + 1) if is_integer else (low - (abs(low) or 1) * 0.1, low + (abs(low) or 1) * 0.1)
-    rough = (high - low) / 5
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
-    step = max(step, 1.0) if is_integer else step
-    first = math.floor(low / step + 1e-9)
-    last = math.floor(high / step + 1e-9) if is_integer else max(math.ceil(high / step - 1e-9), first + 1)
-    return [float(f"{index * step:.12g}") for index in range(first, last + 1)]
+    ]
+    curves = [curve for curve in curves if any(y is not None for _, y in curve.points)]
+    return chart(spec.title, spec.note, curves, x_name="iteration") if curves else None
 
 
 def _strips(folder: Path) -> list[dict[str, str]]:
@@ -333,25 +228,8 @@ def _strips(folder: Path) -> list[dict[str, str]]:
     for path in dict.fromkeys([*paths[:1], *paths[-1:]]):
         number = int(path.stem.removeprefix("iteration-"))
         title = "Before training" if number == 0 else f"After iteration {number}"
-        strips.append({"title": title, "uri": f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"})
+        strips.append({"title": title, "uri": data_uri(path.read_bytes())})
     return strips
-
-
-def _edit_types(before: dict[str, Any], after: dict[str, Any]) -> list[dict[str, Any]]:
-    reports = {"before": before.get("edit_types", {}), "after": after.get("edit_types", {})}
-    kinds = []
-    for kind in sorted({name for report in reports.values() for name in report}):
-        bars = []
-        for name, report in reports.items():
-            success = _number(report.get(kind, {}).get("success"))
-            if success is not None:
-                percent = 100 * success
-                title = f"{kind}, {name}: {percent:.1f} % of {report[kind].get('count', '?')}"
-                color = 5 if name == "before" else 0
-                bars.append({"percent": f"{percent:.1f}", "label": f"{percent:.1f} %", "title": title, "color": color})
-        count = next((report[kind].get("count", "?") for report in reports.values() if kind in report), "?")
-        kinds.append({"name": kind.replace("_", " "), "count": count, "bars": bars})
-    return kinds
 
 
 def _lora_line(folder: Path, config: dict[str, Any]) -> str:

@@ -20,7 +20,7 @@ from mteditflow.cli import to_yaml
 from mteditflow.config import Config
 from mteditflow.data import check_data, held_out_tasks
 from mteditflow.distributed import Ranks
-from mteditflow.evaluate import (
+from mteditflow.edival import (
     METRICS,
     Evaluation,
     evaluate,
@@ -36,11 +36,11 @@ from mteditflow.metrics import Reporter, Timer, memory_gib, reduce_mean
 from mteditflow.objective.nft import old_decay
 from mteditflow.policy import build_policy
 from mteditflow.report import write_report
-from mteditflow.reward import check_judge
+from mteditflow.reward import build_reward, check_judge
 
 
 class Run:
-    """Policy, optimizer and folder of a run, from its newest checkpoint where there is one.
+    """Policy, optimizer, reward and folder of a run, from its newest checkpoint where there is one.
 
     Only the main rank writes. On SIGTERM to any rank the iteration at work is finished and saved, and `is_stopping` is
     set.
@@ -63,6 +63,7 @@ class Run:
         config = self.config
         check_judge(config)
         check_data(config, is_speaking=self.ranks.is_main)
+        self.reward = build_reward(config.reward, config.run.seed)  # first: a judge that is not there is found at once
         if self.ranks.is_main:
             stack.enter_context(checkpoint.lock(self.folder))
         stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, self._on_sigterm))
@@ -99,7 +100,7 @@ class Run:
         before = load_evaluation(self.folder, "before")
         if before is None or not before.is_of(config):
             self.reporter.say(f"evaluating the base on {len(self.tasks)} held-out sessions")
-            before = evaluate(self.policy, self.tasks, config, "off")
+            before = evaluate(self.policy, self.tasks, config, "off", self.reward)
             save_evaluation(self.folder, "before", before)
         self.before: Evaluation = before
         if not is_resumed:
@@ -172,7 +173,7 @@ class Run:
     def _short_evaluation(self, done: int) -> dict[str, float]:
         with self.timer("time/evaluate"):
             tasks = self.tasks[: self.config.evaluation.num_sessions_short]
-            now = evaluate(self.policy, tasks, self.config, "ema")
+            now = evaluate(self.policy, tasks, self.config, "ema", self.reward)
             picture = save_strips(self.folder, done, self.tasks, self.before, now)
             self.reporter.images("strips", done, picture)
             point = point_metrics(now)
@@ -185,7 +186,7 @@ class Run:
     def finish(self) -> None:
         """Evaluation of the averaged adapter, export, report, and the table that the user came for."""
         if self.ranks.is_main:
-            after = evaluate(self.policy, self.tasks, self.config, "ema")
+            after = evaluate(self.policy, self.tasks, self.config, "ema", self.reward)
             save_evaluation(self.folder, "after", after)
             save_comparison(self.folder, self.before, after)
             save_strips(self.folder, self.config.run.num_iterations, self.tasks, self.before, after)

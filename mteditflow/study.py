@@ -27,6 +27,7 @@ from rich.table import Table
 
 from mteditflow import cli
 from mteditflow.grid import CellRun, Comparison, read_study, runs_of, select
+from mteditflow.page import figure
 
 POLL_S = 0.5
 BASE_FILES = ("evaluation_before.safetensors", "evaluation_before.json")  # as evaluate.py writes them, json last
@@ -149,7 +150,7 @@ class Runner:
 
     def _launch(self, run: CellRun, slot: int) -> Job:
         run.folder.mkdir(parents=True, exist_ok=True)
-        (run.folder / "commit").write_text(_commit() + "\n")
+        (run.folder / "commit").write_text(cli.commit() + "\n")
         with (run.folder / "log.txt").open("ab") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "mteditflow.train", *run.arguments],
@@ -205,20 +206,11 @@ def _is_held(folder: Path) -> bool:
         return True
 
 
-def _commit() -> str:
-    """The commit of the program, with a mark where files differ from it; 'unknown' outside a git checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
 def _result(run: CellRun) -> str:
     before, after = (
         json.loads((run.folder / f"evaluation_{name}.json").read_text())["turns"][-1] for name in ("before", "after")
     )
-    return f"O at turn {after['turn']} {before['O']:.1f} to {after['O']:.1f}"
+    return f"O at turn {after['turn']} {figure(before['O'])} to {figure(after['O'])}"
 
 
 def _last_line(path: Path, code: int) -> str:

@@ -29,16 +29,15 @@ def train(config: "Config", ranks: "Ranks") -> None:
     from mteditflow.alarms import of_rollout
     from mteditflow.data import training_tasks
     from mteditflow.metrics import Timer, of_scores
-    from mteditflow.reward import build_reward, of_all_ranks
+    from mteditflow.reward import of_all_ranks
     from mteditflow.rollout import sample_rollout
     from mteditflow.run import Run
     from mteditflow.update import check_adapter, check_scores, update
 
     use_backend(config.run.backend)
     timer, is_adapter_checked = Timer(), False
-    reward = build_reward(config.reward, config.run.seed)  # first: a judge that is not there is found at once
     with Run(config, ranks, timer) as run:
-        policy, optimizer = run.policy, run.optimizer
+        policy, optimizer, reward = run.policy, run.optimizer, run.reward
         for iteration in range(run.first_iteration, config.run.num_iterations):
             tasks = training_tasks(config, iteration, ranks)
             with timer("time/rollout"):

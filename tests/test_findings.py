@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mteditflow.evaluate import Evaluation
+from mteditflow.edival import Evaluation
 from mteditflow.findings import Estimate, Findings, Outcome, estimate, spreads, verdict
 
 T_975 = {2: 4.3027, 4: 2.7764, 1e9: 1.9600}  # Student's t, from tables
@@ -64,7 +64,8 @@ def outcome(overall: float, samples: list[float]) -> Outcome:
 def make_findings() -> Findings:
     """Base O is sqrt(1 * 1/4) = 50 %, in every sample."""
     base = Evaluation(
-        verdict=torch.ones(4, 1, dtype=torch.bool), consistency=torch.full((4, 1), 0.25), edit_types=[("a",)] * 4,
+        verdict=torch.ones(4, 1, dtype=torch.bool), consistency=torch.full((4, 1), 0.25),
+        valid=torch.ones(4, dtype=torch.bool), edit_types=[("a",)] * 4,
         images=torch.zeros(1, 1, 3, 2, 2), num_steps=1,
     )  # fmt: skip
     a = {0: outcome(60, [58, 62] * 1000), 1: outcome(64, [62, 66] * 1000)}

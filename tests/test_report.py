@@ -14,7 +14,8 @@ import yaml
 
 from mteditflow.config import Config, ObjectiveConfig, RolloutConfig, RunConfig
 from mteditflow.metrics import strip
-from mteditflow.report import _ticks, main, write_report
+from mteditflow.page import ticks
+from mteditflow.report import main, write_report
 
 VOID = {"meta", "img", "br", "link", "input"}
 EDIT_TYPES = {"color_alter": {"success": 0.5, "count": 70}, "text_change": {"success": 0.0, "count": 9}}
@@ -191,9 +192,9 @@ def test_a_long_run_stays_light(tmp_path: Path) -> None:
     [(0.0, 1.0, [0, 0.2, 0.4, 0.6, 0.8, 1.0]), (0.91, 0.93, [0.91, 0.915, 0.92, 0.925, 0.93]), (2.0, 2.0, [1.8, 2.2])],
 )
 def test_ticks(low: float, high: float, expected: list[float]) -> None:
-    ticks = _ticks(low, high)
-    assert ticks[0] <= low and ticks[-1] >= high and len(ticks) <= 8
-    assert ticks[0] == expected[0] and ticks[-1] == expected[-1]
+    found = ticks(low, high)
+    assert found[0] <= low and found[-1] >= high and len(found) <= 8
+    assert found[0] == expected[0] and found[-1] == expected[-1]
 
 
 def test_what_is_no_run_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,7 +23,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from mteditflow import run, study, train, update
 from mteditflow.checkpoint import lock
-from mteditflow.evaluate import METRICS
+from mteditflow.edival import METRICS
 from mteditflow.grid import read_study, runs_of, select
 from mteditflow.metrics import is_timed, read_lines
 from mteditflow.world.render import atlas
@@ -275,7 +275,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "value": ({"cells": CELLS | {"c": {"rollout.group_size": 1}}}, "cell 'turns: c': rollout.group_size is 1: must be"),
     "own": ({"cells": CELLS | {"c": {"run.seed": 1}}}, "cell 'turns: c' sets run.seed: leave it out"),
     "sessions": ({"cells": CELLS | {"c": {"evaluation.num_sessions": 5}}},
-                 "cells 'turns: a' and 'turns: c' disagree on held-out data: evaluation.num_sessions is 4 and 5"),
+                 "cell 'turns: a' and cell 'turns: c' disagree on held-out data: evaluation.num_sessions is 4 and 5"),
     "hand-off": ({"cells": {"a": {}, "b": {"rollout.hand_off": "latents"}}},
                  "disagree on held-out data: rollout.hand_off is 'pixels' and 'latents'"),
     "same": ({"cells": {"a": {}, "b": {"data.num_turns": 2}}}, "comparison turns has cells that are the same config"),

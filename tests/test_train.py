@@ -208,7 +208,7 @@ def test_sigterm_saves_and_the_rest_goes_on(
 
     before = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
-        patch.setattr("mteditflow.reward.build_reward", lambda *_: reward)
+        patch.setattr("mteditflow.run.build_reward", lambda *_: reward)
         main(arguments(tmp_path, run__save_every=100))  # returns: exit code 0
     assert signal.getsignal(signal.SIGTERM) is before
     assert "stopped after iteration 2; the same command goes on from there" in capfd.readouterr().err
@@ -247,7 +247,7 @@ def test_all_groups_without_spread_say_so(
         half = torch.full((4, 2), 0.5)
         return Scores(instruction=half, consistency=half, valid=torch.ones(4, dtype=torch.bool))
 
-    monkeypatch.setattr("mteditflow.reward.build_reward", lambda *_: constant)
+    monkeypatch.setattr("mteditflow.run.build_reward", lambda *_: constant)
     main(arguments(tmp_path, run__num_iterations=2, evaluation__every=0))
     said = capsys.readouterr().err
     for n in (1, 2):
@@ -275,7 +275,7 @@ def test_too_many_failures_of_the_reward_stop_the_run(
         return Scores(instruction=instruction, consistency=scores.consistency, valid=valid)
 
     with monkeypatch.context() as patch:
-        patch.setattr("mteditflow.reward.build_reward", lambda *_: failing)
+        patch.setattr("mteditflow.run.build_reward", lambda *_: failing)
         line = refused(capsys, arguments(tmp_path))
     assert "75% of the trajectories could not be scored" in line
     assert [line["reward/valid_share"] for line in metrics(tmp_path)] == [0.75]
@@ -309,7 +309,7 @@ def test_a_full_disk_is_one_line(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     short = arguments(tmp_path, run__num_iterations=1, evaluation__every=0)
-    for place in ("mteditflow.evaluate._replace", "mteditflow.checkpoint._write_file"):
+    for place in ("mteditflow.edival._replace", "mteditflow.checkpoint._write_file"):
         with monkeypatch.context() as patch:
             patch.setattr(place, full)
             assert "no room on the disk" in refused(capsys, short)

@@ -249,12 +249,8 @@ def test_a_run_on_users_data(
     make: Callable[..., Config], tmp_path: Path, tiny_pipeline_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make(RECORDS)
-    monkeypatch.setattr("mteditflow.reward.build_reward", lambda config, seed: redness)
+    monkeypatch.setattr("mteditflow.run.build_reward", lambda config, seed: redness)
     monkeypatch.setattr("mteditflow.run.check_judge", lambda config: None)
-    monkeypatch.setattr(  # the verdict of evaluation, which the world's verifier cannot give
-        "mteditflow.evaluate.score_pictures",
-        lambda truths, sources, pictures: (torch.full((len(truths), 2), 5), torch.ones(len(truths), 2)),
-    )
     main(arguments_of(tmp_path / "run", tiny_pipeline_folder, tmp_path / "a.jsonl"))
     (line,) = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert 0 < line["reward/instruction"] < 1 and line["update/grad_norm"] > 0

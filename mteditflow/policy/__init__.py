@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import diffusers
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from torch import Tensor
+from torch import Tensor, nn
 
 from mteditflow.config import EMBEDDED, LoraConfig, ModelConfig
 from mteditflow.policy.adapters import AdapterName, Adapters
@@ -15,7 +16,7 @@ from mteditflow.policy.flux_kontext import FluxKontextPolicy
 from mteditflow.policy.qwen_image_edit import QwenImageEditPolicy
 from mteditflow.types import Condition
 
-__all__ = ["AdapterName", "Policy", "build_policy"]
+__all__ = ["AdapterName", "Policy", "build_policy", "linear_shapes"]
 
 
 class Policy(Protocol):
@@ -84,7 +85,7 @@ def build_policy(config: ModelConfig, lora: LoraConfig, seed: int, objective: st
 
     seed: of the adapter's initial weights. objective: 'nft' has an adapter `old` besides `current` and `ema`.
     """
-    path = str(Path(__file__).parent.parent / "world" / "editor") if config.path == EMBEDDED else config.path
+    path = _location(config)
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     match _pipeline_class(path):
         case "FluxKontextPipeline":
@@ -108,6 +109,26 @@ def build_policy(config: ModelConfig, lora: LoraConfig, seed: int, objective: st
         remedy = "" if policy.is_distilled else "; set model.guidance_scale"
         raise ValueError(f"model.cfg_scale is {config.cfg_scale:g}: {path!r} {reason}, so it must be 1{remedy}")
     return policy
+
+
+def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Outputs and inputs of every linear of the editor's transformer, by full name; no weight is read."""
+    path = _location(config)
+    _pipeline_class(path)  # says what is wrong with the path
+    index: Any = DiffusionPipeline.load_config(path)
+    transformer_class: Any = getattr(diffusers, index["transformer"][1])
+    with torch.device("meta"):
+        transformer = transformer_class.from_config(transformer_class.load_config(path, subfolder="transformer"))
+    return {
+        name: (module.out_features, module.in_features)
+        for name, module in transformer.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+
+
+def _location(config: ModelConfig) -> str:
+    """Folder or hub name of the editor."""
+    return str(Path(__file__).parent.parent / "world" / "editor") if config.path == EMBEDDED else config.path
 
 
 def _pipeline_class(path: str) -> str:

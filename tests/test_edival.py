@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from conftest import TINY_MAX_TEXT_TOKENS
 from torch import Tensor
 
 from mteditflow.config import Config, DataConfig, EvaluationConfig, LoraConfig, ModelConfig, RolloutConfig
 from mteditflow.data import held_out_tasks
-from mteditflow.evaluate import (
+from mteditflow.edival import (
     METRICS,
     Evaluation,
     _metrics,
@@ -21,12 +22,15 @@ from mteditflow.evaluate import (
     evaluate,
     final_table,
     load_evaluation,
+    load_verdicts,
     point_metrics,
     save_comparison,
     save_evaluation,
+    save_verdicts,
     summary,
 )
 from mteditflow.policy import build_policy
+from mteditflow.types import Rollout, Scores
 
 PUBLISHED_IF, PUBLISHED_CC = (59.97, 32.69, 16.61), (95.32, 92.24, 90.22)  # FLUX.1-Kontext-dev, algorithms.md section 5
 PUBLISHED_O = (75.61, 54.91, 38.71)
@@ -37,6 +41,7 @@ def make(verdict: Tensor, consistency: Tensor | None = None) -> Evaluation:
     return Evaluation(
         verdict=verdict.bool(),
         consistency=torch.full((n, num_turns), 0.8) if consistency is None else consistency,
+        valid=torch.ones(n, dtype=torch.bool),
         edit_types=[("subject_add", "color_alter", "text_change")[:num_turns]] * n,
         images=torch.zeros(num_turns, 1, 3, 4, 4),
         num_steps=3,
@@ -69,6 +74,25 @@ def test_undefined_consistency_is_left_out() -> None:
     assert point[2] == pytest.approx([62.5, 25.0])
     samples = _metrics(np.ones((5, 2, 3)), np.full((5, 2, 3), 0.5))
     assert samples.shape == (4, 5, 3) and samples[2] == pytest.approx(50)
+
+
+def test_consistency_that_few_sessions_have() -> None:
+    """Of 8 sessions one has a consistency at turn 1, none at turn 2. In the third of the bootstrap samples without that
+    session, (7/8)^8, CC is that of all, so that O varies with IF alone: IF is 0 in (1/2)^8 of the samples at most.
+    """
+    kept = torch.full((8, 2), torch.nan)
+    kept[3, 0] = 0.5
+    verdict = torch.ones(8, 2)
+    verdict[:4, 0] = 0
+    evaluation = make(verdict, kept)
+    first, second = summary(evaluation)["turns"]
+    assert (first["CC"], first["CC_interval"], first["CC_sessions"]) == (50, [50, 50], 1)
+    expected = [(value * 50) ** 0.5 for value in (first["IF"], *first["IF_interval"])]
+    assert [first["O"], *first["O_interval"]] == pytest.approx(expected, abs=0.0051)  # two decimals
+    assert [second[name] for name in ("MT", "IF", "CC", "CC_interval", "O")] == [100, 50, None, None, None]
+    assert second["CC_sessions"] == 0
+    gain = compare(evaluation, evaluation)["turns"][1]
+    assert (gain["IF_gain"], gain["CC_gain"], gain["O_gain_interval"]) == (0, None, None)
 
 
 def test_identical_evaluations_gain_nothing() -> None:
@@ -155,3 +179,63 @@ def test_evaluation_is_deterministic_and_sees_the_adapter(tiny_pipeline_folder: 
     assert torch.equal(evaluate(policy, tasks, config, "off").images, base.images)
     fewer = replace(config, evaluation=replace(config.evaluation, num_sessions=2, num_sessions_short=2))
     assert held_out_tasks(fewer)[1].instructions == tasks[1].instructions  # the first sessions of every number
+
+
+def test_sessions_without_scores_have_no_part() -> None:
+    """Metrics, intervals and edit types are those of the valid sessions; gains those of the sessions valid in both."""
+    verdict = torch.rand(60, 3, generator=torch.Generator().manual_seed(0)) < 0.6
+    kept = torch.rand(60, 3, generator=torch.Generator().manual_seed(1))
+    valid = torch.arange(60) % 3 > 0
+    whole, some = make(verdict, kept), make(verdict[valid], kept[valid])
+    masked = replace(whole, valid=valid, consistency=kept.masked_fill(~valid[:, None], torch.nan))
+    assert point_metrics(masked) == pytest.approx(point_metrics(some), abs=1e-12)
+    found = summary(masked)
+    assert found["num_sessions"] == 40 and found["num_invalid"] == 20
+    assert found["edit_types"] == summary(some)["edit_types"] and summary(some)["num_invalid"] == 0
+    other = replace(make(~verdict, kept), valid=torch.arange(60) % 5 > 0)
+    both = masked.valid & other.valid
+    gains = compare(masked, other)
+    expected = point_metrics(make(~verdict[both], kept[both])) - point_metrics(make(verdict[both], kept[both]))
+    assert gains["num_sessions"] == int(both.sum()) == 32
+    assert [turn["O_gain"] for turn in gains["turns"]] == pytest.approx(expected[3], abs=0.0051)  # two decimals
+
+
+def test_an_evaluation_written_before_there_were_invalid_sessions_is_read(tmp_path: Path) -> None:
+    evaluation = make(torch.ones(3, 2))
+    save_verdicts(tmp_path / "old.safetensors", evaluation)
+    tensors = safetensors.torch.load_file(tmp_path / "old.safetensors")
+    del tensors["valid"]
+    metadata = {"edit_types": json.dumps(evaluation.edit_types), "num_steps": "3"}
+    safetensors.torch.save_file(tensors, tmp_path / "old.safetensors", metadata)
+    assert load_verdicts(tmp_path / "old.safetensors").valid.tolist() == [True] * 3
+
+
+class Judge:
+    """Scores that depend on a task alone; every third task gets none."""
+
+    def __call__(self, rollout: Rollout, iteration: int) -> Scores:
+        ids, num_turns = torch.tensor([task.id for task in rollout.tasks]), len(rollout.turns)
+        instruction = torch.stack([(ids + turn) % 5 / 4 for turn in range(num_turns)], dim=1)
+        valid = ids % 3 > 0
+        return Scores(
+            instruction=instruction.masked_fill(~valid[:, None], torch.nan),
+            consistency=torch.full_like(instruction, 0.5),
+            valid=valid,
+        )
+
+
+def test_tasks_without_truth_are_judged_by_the_reward(tiny_pipeline_folder: Path) -> None:
+    """Ids 1, 2, 4 and 5 of 0..5 count: at turn 1 they score 1, 2, 4, 0 of 4, at turn 2 2, 3, 0, 1; 3 is success."""
+    config = Config(
+        model=ModelConfig(path=str(tiny_pipeline_folder), max_text_tokens=TINY_MAX_TEXT_TOKENS),
+        lora=LoraConfig(rank=2, alpha=4),
+        evaluation=EvaluationConfig(num_sessions=6, num_turns=2, num_sessions_short=2, num_strips=2, num_steps=1),
+    )
+    policy = build_policy(config.model, config.lora, 0, "grpo")
+    tasks = [replace(task, truth=None) for task in held_out_tasks(config)]
+    evaluation = evaluate(policy, tasks, config, "off", Judge())
+    assert evaluation.valid.tolist() == [False, True, True, False, True, True] and evaluation.is_of(config)
+    assert point_metrics(evaluation)[:3].tolist() == [[25, 25], [25, 0], [50, 50]]
+    strict = replace(config, run=replace(config.run, max_invalid_share=0.3))
+    with pytest.raises(ValueError, match=r"^2 of 6 held-out sessions could not be scored, .* 0.3: look at the reward"):
+        evaluate(policy, tasks, strict, "off", Judge())
