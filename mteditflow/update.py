@@ -263,5 +263,6 @@ def check_adapter(policy: Policy, rollout: Rollout) -> None:
         base = policy.velocity(turn.latents[0, rows], sigma, condition)
     if torch.equal(own, base):
         raise GuardError(
-            "the adapter does not change the velocity after an update: check lora.targets, and whether optimizer.learning_rate is too small"
+            "the adapter does not change the velocity after an update: check lora.targets, and whether "
+            "optimizer.learning_rate is too small"
         )

@@ -9,6 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import TINY_MAX_TEXT_TOKENS
+from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 from torch import Tensor
 
 from mteditflow.config import Config, LoraConfig, ModelConfig
@@ -209,5 +210,9 @@ def test_a_run_trains_and_resumes(
         safetensors.torch.load_file(tmp_path / "whole/checkpoints" / name / "current.safetensors")
         for name in ("iteration-000001", "iteration-000002")
     )
+    average = safetensors.torch.load_file(tmp_path / "whole/checkpoints/iteration-000002/ema.safetensors")
+    exported = FluxTransformer2DModel.from_pretrained(tmp_path / "whole" / "weights", subfolder="transformer")
+    kind = torch.bfloat16 if dtype == "bfloat16" else torch.float32
+    assert all(torch.equal(w, average[key].to(kind).float()) for key, w in exported.named_parameters())
     moved = [key for key in first if not torch.equal(first[key], second[key])]
     assert len(moved) > 0.9 * len(first) and all(weight.dtype == torch.float32 for weight in second.values())

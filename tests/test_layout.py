@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LIST = """
     types model_config config cli distributed flow flops graph world data policy rollout reward advantage alarms
-    objective update checkpoint export metrics evaluate report plan profile run train grid findings study
+    objective update checkpoint card comfyui export metrics evaluate report plan profile run train grid findings study
 """
 ORDER: list[str] = [*LIST.split()]
 FILES = sorted([*(ROOT / "mteditflow").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import diffusers
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
@@ -13,7 +14,7 @@ from mteditflow.policy.adapters import AdapterName, Adapters
 from mteditflow.policy.flux_kontext import FluxKontextPolicy
 from mteditflow.types import Condition
 
-__all__ = ["AdapterName", "Policy", "build_policy"]
+__all__ = ["AdapterName", "Adapters", "Policy", "build_policy", "model_path", "stock_class"]
 
 
 class Policy(Protocol):
@@ -80,7 +81,7 @@ def build_policy(config: ModelConfig, lora: LoraConfig, seed: int, objective: st
 
     seed: of the adapter's initial weights. objective: 'nft' has an adapter `old` besides `current` and `ema`.
     """
-    path = str(Path(__file__).parent.parent / "world" / "editor") if config.path == EMBEDDED else config.path
+    path = model_path(config)
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     match _pipeline_class(path):
         case "FluxKontextPipeline":
@@ -95,6 +96,16 @@ def build_policy(config: ModelConfig, lora: LoraConfig, seed: int, objective: st
             f"set model.guidance_scale"
         )
     return family(path, config, lora, seed=seed, has_old=objective == "nft", device=device)
+
+
+def model_path(config: ModelConfig) -> str:
+    """The folder or hub name of the configured pipeline."""
+    return str(Path(__file__).parent.parent / "world" / "editor") if config.path == EMBEDDED else config.path
+
+
+def stock_class(config: ModelConfig) -> Any:
+    """The diffusers class of the configured pipeline. ValueError where there is no such pipeline."""
+    return getattr(diffusers, _pipeline_class(model_path(config)))
 
 
 def _pipeline_class(path: str) -> str:
