@@ -14,7 +14,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -102,9 +102,14 @@ def save(folder: Path, *, iteration: int, config: Config, state: State, scalars:
     return final
 
 
-def load_latest(folder: Path, config: Config | None, warn: Callable[[str], None] = print) -> Checkpoint | None:
+def load_latest(
+    folder: Path,
+    config: Config | None,
+    warn: Callable[[str], None] = print,
+    groups: Collection[str] | None = None,
+) -> Checkpoint | None:
     """The newest checkpoint of `folder` that is whole, or None where there is none yet. config: of the run that goes on
-    from it; None where none does.
+    from it; None where none does. With `groups`, no others are read.
 
     A damaged one is passed over, and `warn` is told. Raises ValueError for a checkpoint of another version, for a
     config that changes the problem, and when every checkpoint is damaged: starting anew would bury them.
@@ -115,7 +120,7 @@ def load_latest(folder: Path, config: Config | None, warn: Callable[[str], None]
             manifest = _read_manifest(path)
             if config is not None:
                 check_resume(manifest["config"], config, path)
-            state = _read_state(path, manifest["files"])
+            state = _read_state(path, manifest["files"], groups)
         except _Damaged as error:
             warn(f"checkpoint {path} is damaged ({error}): falling back to the one before")
             continue
@@ -238,9 +243,11 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _read_state(path: Path, files: dict[str, str]) -> State:
+def _read_state(path: Path, files: dict[str, str], groups: Collection[str] | None) -> State:
     state: State = {}
     for name, expected in files.items():
+        if groups is not None and name.removesuffix(".safetensors") not in groups:
+            continue
         try:
             content = (path / name).read_bytes()
         except FileNotFoundError:

@@ -1,7 +1,7 @@
 """A run is a folder: what is written there, and how a killed run goes on as if it had not been.
 
-config.yaml  metrics.jsonl  tensorboard/  strips/  checkpoints/  evaluation_before|after.json  comparison.json  lora/
-report.html
+config.yaml  metrics.jsonl  tensorboard/  strips/  checkpoints/  evaluation_before|after.json  comparison.json
+lora/ (or weights/, of full fine-tuning)  report.html
 """
 
 import signal
@@ -31,7 +31,7 @@ from mteditflow.edival import (
     save_evaluation,
     save_strips,
 )
-from mteditflow.export import save_lora
+from mteditflow.export import save_result
 from mteditflow.metrics import Reporter, Timer, memory_gib, reduce_mean
 from mteditflow.objective.nft import old_decay
 from mteditflow.policy import build_policy
@@ -190,18 +190,13 @@ class Run:
             save_evaluation(self.folder, "after", after)
             save_comparison(self.folder, self.before, after)
             save_strips(self.folder, self.config.run.num_iterations, self.tasks, self.before, after)
-            save_lora(self.policy, self.folder / "lora")
+            use = save_result(self.policy, self.config, self.folder)
             report = write_report(self.folder)
             self.reporter.close()
             console = Console()
             console.print(final_table(self.folder))
             console.print(f"report: {report}", soft_wrap=True, highlight=False)
-            console.print(
-                f"use it: pipe.load_lora_weights('{self.folder / 'lora'}')",
-                soft_wrap=True,
-                highlight=False,
-                markup=False,
-            )
+            console.print(f"use it: {use}", soft_wrap=True, highlight=False, markup=False)
         self.ranks.barrier()
 
     def _save(self, done: int) -> None:

@@ -344,6 +344,8 @@ def test_the_adapter_loads_in_the_stock_pipeline(whole: Path, tiny_pipeline_fold
     pipeline.load_lora_weights(whole / "lora")
     loaded = next(iter(pipeline.transformer.peft_config.values()))
     assert (loaded.r, loaded.lora_alpha) == (2, 4)
+    assert "held-out sessions, percent" in (whole / "lora" / "README.md").read_text()
+    assert (whole / "lora" / "strips.png").stat().st_size > 0
     (adapter,) = pipeline.transformer.peft_config
     saved = safetensors.torch.load_file(whole / "checkpoints/iteration-000004/ema.safetensors")
     weights = dict(pipeline.transformer.named_parameters())

@@ -16,7 +16,7 @@ from mteditflow.policy.flux_kontext import FluxKontextPolicy
 from mteditflow.policy.qwen_image_edit import QwenImageEditPolicy
 from mteditflow.types import Condition
 
-__all__ = ["AdapterName", "Policy", "build_policy", "linear_shapes"]
+__all__ = ["AdapterName", "Adapters", "Policy", "build_policy", "linear_shapes", "model_path", "stock_class"]
 
 
 class Policy(Protocol):
@@ -85,7 +85,7 @@ def build_policy(config: ModelConfig, lora: LoraConfig, seed: int, objective: st
 
     seed: of the adapter's initial weights. objective: 'nft' has an adapter `old` besides `current` and `ema`.
     """
-    path = _location(config)
+    path = model_path(config)
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     match _pipeline_class(path):
         case "FluxKontextPipeline":
@@ -113,7 +113,7 @@ def build_policy(config: ModelConfig, lora: LoraConfig, seed: int, objective: st
 
 def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     """Outputs and inputs of every linear of the editor's transformer, by full name; no weight is read."""
-    path = _location(config)
+    path = model_path(config)
     _pipeline_class(path)  # says what is wrong with the path
     index: Any = DiffusionPipeline.load_config(path)
     transformer_class: Any = getattr(diffusers, index["transformer"][1])
@@ -126,9 +126,14 @@ def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     }
 
 
-def _location(config: ModelConfig) -> str:
-    """Folder or hub name of the editor."""
+def model_path(config: ModelConfig) -> str:
+    """The folder or hub name of the configured pipeline."""
     return str(Path(__file__).parent.parent / "world" / "editor") if config.path == EMBEDDED else config.path
+
+
+def stock_class(config: ModelConfig) -> Any:
+    """The diffusers class of the configured pipeline. ValueError where there is no such pipeline."""
+    return getattr(diffusers, _pipeline_class(model_path(config)))
 
 
 def _pipeline_class(path: str) -> str:

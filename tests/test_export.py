@@ -1,0 +1,566 @@
+"""Exports of runs: what stock diffusers, and ComfyUI's published mapping, make of the files that we write."""
+
+import json
+import os
+import re
+import shutil
+from dataclasses import replace
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import yaml
+from conftest import TINY_MAX_TEXT_TOKENS
+from diffusers.models.transformers.transformer_flux2 import Flux2Transformer2DModel
+from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformer2DModel
+from diffusers.pipelines.flux.pipeline_flux_kontext import FluxKontextPipeline, calculate_shift
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from PIL import Image
+from torch import Tensor, nn
+
+from mteditflow import card, checkpoint, cli, export
+from mteditflow.comfyui import comfyui_keys, unknown_modules
+from mteditflow.config import Config, DataConfig, EvaluationConfig, LoraConfig, ModelConfig, RunConfig
+from mteditflow.policy import build_policy
+from mteditflow.types import Condition
+
+ROOT = Path(__file__).parent.parent
+SIZE, NUM_STEPS, PROMPT = 64, 3, "make the red square blue"
+LORA, FULL = LoraConfig(rank=2, alpha=6, targets=()), LoraConfig(rank=0, targets=())
+# As tests/test_policy.py: 1e3 operations in sequence, each of relative error 2^-24, at values of at most about 4.
+ORDER_TOLERANCE = 3e-4
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def config_of(model: Path, lora: LoraConfig = LORA, **overrides: Any) -> Config:
+    return Config(
+        model=ModelConfig(path=str(model), max_text_tokens=TINY_MAX_TEXT_TOKENS, **overrides),
+        lora=lora,
+        data=DataConfig(num_turns=2),
+        evaluation=EvaluationConfig(num_steps=NUM_STEPS),
+        run=RunConfig(num_iterations=7),
+    )
+
+
+def write_run(folder: Path, config: Config, iteration: int = 3) -> dict[str, dict[str, Tensor]]:
+    """A run folder with a checkpoint, whose adapters are far from their start; returns them."""
+    policy = build_policy(config.model, config.lora, seed=0, objective="grpo")
+    first = policy.adapters.state("ema")
+    scale = 0.2 if config.lora.rank else 0.05
+    state = {
+        name: {key: w + scale * draw(*w.shape, seed=seed + i) for i, (key, w) in enumerate(start.items())}
+        for name, start, seed in (("ema", first, 0), ("current", first, 99))
+    }
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(cli.to_yaml(config))
+    optimizer = {"0.step": torch.zeros(1)}
+    scalars: checkpoint.Scalars = {"num_updates": iteration}
+    checkpoint.save(
+        folder, iteration=iteration, config=config, state=state | {"optimizer": optimizer}, scalars=scalars, keep=2
+    )
+    return state
+
+
+def ours(config: Config, state: dict[str, Tensor]) -> Tensor:
+    """The trainer's edit with these weights: images (1, 3, H, W) in [0, 1]."""
+    policy = build_policy(config.model, config.lora, seed=0, objective="grpo")
+    policy.adapters.load("current", state)
+    source = (picture() * 0.5 + 0.5) * 2 - 1  # the trip to [0, 1] and back that a pipeline's input makes
+    text = policy.encode_text([PROMPT], source, has_cfg=False)
+    condition = Condition(text=text, image=policy.encode_image(source, microbatch_size=1))
+    scheduler = policy.pipeline.scheduler
+    sigmas = np.linspace(1.0, 1 / NUM_STEPS, NUM_STEPS)  # as the pipeline does, in float64
+    scheduler.set_timesteps(sigmas=sigmas, mu=calculate_shift(policy.num_tokens))
+    latents = draw(1, policy.num_tokens, policy.num_channels)
+    with torch.no_grad():
+        for sigma, sigma_next in zip(scheduler.sigmas[:-1], scheduler.sigmas[1:], strict=True):
+            latents = latents + policy.velocity(latents, sigma.expand(1), condition) * (sigma_next - sigma)
+        return policy.decode(latents, microbatch_size=1) * 0.5 + 0.5
+
+
+def picture() -> Tensor:
+    return draw(1, 3, SIZE, SIZE, seed=5).clamp(-1, 1)
+
+
+def stock(pipeline: Any) -> Tensor:
+    """The stock pipeline's edit, images (1, 3, H, W) in [0, 1]."""
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline(
+        image=picture() * 0.5 + 0.5, prompt=PROMPT, height=SIZE, width=SIZE, max_area=SIZE * SIZE, _auto_resize=False,
+        latents=draw(1, SIZE * SIZE // 256, 16), num_inference_steps=NUM_STEPS, guidance_scale=2.5,
+        max_sequence_length=TINY_MAX_TEXT_TOKENS, output_type="pt",
+    ).images  # fmt: skip
+
+
+def loaded(folder: Path) -> Any:
+    return FluxKontextPipeline.from_pretrained(folder)
+
+
+def refused(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
+    """The one line of a command that has to exit with code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        export.main([str(word) for word in argv])
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("mteditflow: ")]
+    assert caught.value.code == 2 and len(lines) == 1
+    return lines[0]
+
+
+# The LoRA for diffusers
+
+
+@pytest.mark.parametrize("adapter", ["ema", "current"])
+def test_diffusers_float32_is_the_trainer_bit_for_bit(
+    tiny_pipeline_folder: Path, tmp_path: Path, adapter: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = config_of(tiny_pipeline_folder)
+    state = write_run(tmp_path / "run", config)[adapter]
+    export.main([str(tmp_path / "run"), "--adapter", adapter])
+    out = tmp_path / "run" / "export" / f"diffusers-float32-{adapter}"
+    assert f"exported {adapter} of iteration 3: {out}" in capsys.readouterr().out
+    pipeline = loaded(tiny_pipeline_folder)
+    base = stock(pipeline)
+    pipeline.load_lora_weights(out)
+    assert torch.equal(stock(pipeline), ours(config, state))
+    assert (stock(pipeline) - base).abs().max() > 1e-2
+
+
+def test_diffusers_bfloat16_is_the_rounded_adapter(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
+    """Each weight within bfloat16's half unit, 2^-8 of it, and the edit that of the rounded weights, to the bit."""
+    config = config_of(tiny_pipeline_folder)
+    state = write_run(tmp_path / "run", config)["ema"]
+    export.main([str(tmp_path / "run"), "--dtype", "bfloat16", "--out", str(tmp_path / "out")])
+    file = safetensors.torch.load_file(tmp_path / "out" / export.LORA_FILE)
+    assert file.keys() == {f"transformer.{key}" for key in state}
+    for key, weight in state.items():
+        own = file[f"transformer.{key}"]
+        assert own.dtype == torch.bfloat16
+        torch.testing.assert_close(own.float(), weight, rtol=2**-8, atol=0)
+    pipeline = loaded(tiny_pipeline_folder)
+    pipeline.load_lora_weights(tmp_path / "out")
+    pipeline.transformer.to(torch.float32)  # an adapter that is loaded in bfloat16 computes in it
+    rounded = {key: weight.bfloat16().float() for key, weight in state.items()}
+    assert torch.equal(stock(pipeline), ours(config, rounded))
+
+
+def test_the_final_lora_is_a_source_too(
+    tiny_pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, run = config_of(tiny_pipeline_folder), tmp_path / "run"
+    write_run(run, config)
+    export.main([str(run), "--out", str(run / "lora")])
+    shutil.rmtree(run / "checkpoints")
+    export.main([str(run), "--out", str(tmp_path / "out")])
+    own, expected = (safetensors.torch.load_file(out / export.LORA_FILE) for out in (tmp_path / "out", run / "lora"))
+    assert own.keys() == expected.keys() and all(torch.equal(own[key], expected[key]) for key in own)
+    assert "take --adapter ema" in refused(capsys, run, "--adapter", "current")
+
+
+# ComfyUI
+
+
+def flux_map(num_double: int, num_single: int, d: int) -> dict[str, tuple[str, int, int]]:
+    """Module -> ComfyUI's weight, first row, number of rows (0: all).
+
+    Facts from ComfyUI's comfy/utils.py `flux_to_diffusers` and, for the `transformer.` before each key, comfy/lora.py
+    `model_lora_keys_unet` (github.com/Comfy-Org/ComfyUI); its class Flux2 is a Flux, so the map is FLUX.2's too.
+    """
+    found: dict[str, tuple[str, int, int]] = {}
+    whole = {
+        "attn.to_out.0": "img_attn.proj", "attn.to_add_out": "txt_attn.proj", "norm1.linear": "img_mod.lin",
+        "norm1_context.linear": "txt_mod.lin", "ff.net.0.proj": "img_mlp.0", "ff.net.2": "img_mlp.2",
+        "ff_context.net.0.proj": "txt_mlp.0", "ff_context.net.2": "txt_mlp.2", "ff.linear_in": "img_mlp.0",
+        "ff.linear_out": "img_mlp.2", "ff_context.linear_in": "txt_mlp.0", "ff_context.linear_out": "txt_mlp.2",
+    }  # fmt: skip
+    for n in range(num_double):
+        for place, letter in enumerate("qkv"):
+            found[f"transformer_blocks.{n}.attn.to_{letter}"] = (f"double_blocks.{n}.img_attn.qkv", place * d, d)
+            added = f"transformer_blocks.{n}.attn.add_{letter}_proj"
+            found[added] = (f"double_blocks.{n}.txt_attn.qkv", place * d, d)
+        found |= {f"transformer_blocks.{n}.{a}": (f"double_blocks.{n}.{b}", 0, 0) for a, b in whole.items()}
+    for n in range(num_single):
+        name, to = f"single_transformer_blocks.{n}", f"single_blocks.{n}"
+        found |= {f"{name}.attn.to_{letter}": (f"{to}.linear1", place * d, d) for place, letter in enumerate("qkv")}
+        found |= {f"{name}.proj_mlp": (f"{to}.linear1", 3 * d, 4 * d), f"{name}.proj_out": (f"{to}.linear2", 0, 0)}
+        found |= {f"{name}.norm.linear": (f"{to}.modulation.lin", 0, 0)}
+        found |= {
+            f"{name}.attn.to_qkv_mlp_proj": (f"{to}.linear1", 0, 0),
+            f"{name}.attn.to_out": (f"{to}.linear2", 0, 0),
+        }
+    found |= {"proj_out": ("final_layer.linear", 0, 0), "norm_out.linear": ("final_layer.adaLN_modulation.1", 0, 0)}
+    found |= {"x_embedder": ("img_in", 0, 0), "context_embedder": ("txt_in", 0, 0)}
+    for a, b in (("timestep", "time_in"), ("text", "vector_in"), ("guidance", "guidance_in")):
+        for place, layer in ((1, "in_layer"), (2, "out_layer")):
+            found[f"time_text_embed.{a}_embedder.linear_{place}"] = (f"{b}.{layer}", 0, 0)
+    return found
+
+
+def qwen_map(num_blocks: int) -> set[str]:
+    """Modules of ComfyUI's own Qwen-Image model (comfy/ldm/qwen_image/model.py), whose names are the keys."""
+    attention = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+    tails = [f"attn.{name}" for name in attention]
+    tails += [f"{stream}_{tail}" for stream in ("img", "txt") for tail in ("mod.1", "mlp.net.0.proj", "mlp.net.2")]
+    found = {f"transformer_blocks.{n}.{tail}" for n in range(num_blocks) for tail in tails}
+    found |= {f"time_text_embed.timestep_embedder.linear_{n}" for n in (1, 2)}
+    return found | {"img_in", "txt_in", "norm_out.linear", "proj_out"}
+
+
+def linears(transformer: nn.Module) -> dict[str, tuple[int, int]]:
+    return {
+        name: (module.out_features, module.in_features)
+        for name, module in transformer.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+
+
+def comfyui_change(file: dict[str, Tensor], prefix: str) -> Tensor:
+    """What ComfyUI adds to a weight at strength 1 (comfy/weight_adapter/lora.py): alpha / r B A, alpha beside them."""
+    up, down = file[f"{prefix}.lora_B.weight"], file[f"{prefix}.lora_A.weight"]
+    return file[f"{prefix}.alpha"].item() / down.shape[0] * (up.float() @ down.float())
+
+
+def test_comfyui_round_trip(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
+    config = config_of(tiny_pipeline_folder)
+    state = write_run(tmp_path / "my-run", config)["ema"]
+    export.main([str(tmp_path / "my-run"), "--format", "comfyui", "--out", str(tmp_path / "out")])
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["README.md", "my-run.safetensors"]
+    file = safetensors.torch.load_file(tmp_path / "out" / "my-run.safetensors")
+    modules = {key.rsplit(".lora_", 1)[0] for key in state}
+    known = {f"transformer.{module}": place for module, place in flux_map(1, 1, 32).items()}
+    endings = r"\.(lora_A\.weight|lora_B\.weight|alpha)$"
+    prefixes = {re.sub(endings, "", key) for key in file}
+    assert prefixes == {f"transformer.{module}" for module in modules} and prefixes <= known.keys()
+    assert len(file) == 3 * len(modules) == 3 * 16
+    shapes = linears(loaded(tiny_pipeline_folder).transformer)
+    for module in modules:
+        _, _, num_rows = known[f"transformer.{module}"]
+        change = comfyui_change(file, f"transformer.{module}")
+        assert tuple(change.shape) == shapes[module] and num_rows in (0, change.shape[0])
+        expected = 3.0 * (state[f"{module}.lora_B.weight"] @ state[f"{module}.lora_A.weight"])  # 6 / 2
+        assert torch.equal(change, expected)
+    assert "my-run.safetensors" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_comfyui_knows_each_family(tiny_pipeline_folder: Path) -> None:
+    """Our list of what ComfyUI has keys for is its map, over all linears of each family's transformer."""
+    kontext = linears(loaded(tiny_pipeline_folder).transformer)
+    assert unknown_modules("FluxKontextPipeline", kontext) == []
+    assert kontext.keys() <= flux_map(1, 1, 32).keys()
+    with torch.device("meta"):
+        flux2 = linears(Flux2Transformer2DModel(num_layers=2, num_single_layers=2))
+        qwen = linears(QwenImageTransformer2DModel(num_layers=2))
+    without = unknown_modules("Flux2KleinPipeline", flux2)
+    assert set(without) == flux2.keys() - flux_map(2, 2, 6144).keys()
+    assert {name.split(".")[0] for name in without} == {
+        *("time_guidance_embed", "double_stream_modulation_img", "double_stream_modulation_txt"),
+        "single_stream_modulation",
+    }
+    assert unknown_modules("QwenImageEditPlusPipeline", qwen) == [] and qwen.keys() == qwen_map(2)
+    state = {f"single_stream_modulation.linear.lora_{n}.weight": torch.zeros(1) for n in "AB"}
+    with pytest.raises(ValueError, match=r"no keys for 1 of the adapted modules.*single_stream_modulation\.linear"):
+        comfyui_keys("Flux2Pipeline", state, alpha=1)
+    with pytest.raises(ValueError, match="a SanaPipeline are not known"):
+        comfyui_keys("SanaPipeline", state, alpha=1)
+
+
+# Merged and full weights
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_merged_is_a_whole_pipeline(tiny_pipeline_folder: Path, tmp_path: Path, dtype: Any) -> None:
+    config, out = config_of(tiny_pipeline_folder), tmp_path / "out"
+    state = write_run(tmp_path / "run", config)["ema"]
+    export.main([str(tmp_path / "run"), "--format", "merged", "--dtype", dtype, "--out", str(out)])
+    own = FluxKontextPipeline.from_pretrained(out)  # float32, whatever the file is in
+    base = dict(loaded(tiny_pipeline_folder).transformer.named_parameters())
+    num_changed = 0
+    for key, weight in own.transformer.named_parameters():
+        exact, module = base[key].double(), key.removesuffix(".weight")
+        slack = torch.zeros_like(exact)
+        if f"{module}.lora_A.weight" in state:
+            down, up = (state[f"{module}.lora_{n}.weight"].double() for n in "AB")
+            exact, num_changed = exact + 3 * up @ down, num_changed + 1
+            # r products and sums, a scaling, a sum: each a float32 rounding of at most the sum of magnitudes
+            slack = 5 * 2**-24 * (base[key].double().abs() + 3 * up.abs() @ down.abs())
+        slack = slack + (2**-8 * exact.abs() if dtype == "bfloat16" else 0)
+        assert ((weight.double() - exact).abs() <= slack).all()
+    assert num_changed == 16
+    for part in ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler"):
+        for path in (tiny_pipeline_folder / part).iterdir():
+            assert (out / part / path.name).read_bytes() == path.read_bytes()
+    if dtype == "float32":
+        torch.testing.assert_close(stock(own), ours(config, state), rtol=0, atol=ORDER_TOLERANCE)
+        assert (stock(own) - stock(loaded(tiny_pipeline_folder))).abs().max() > 1e-2
+    else:
+        stored = safetensors.torch.load_file(out / "transformer" / "diffusion_pytorch_model.safetensors")
+        assert {weight.dtype for weight in stored.values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("form", ["diffusers", "merged"])
+def test_full_weights_are_the_trainer_bit_for_bit(tiny_pipeline_folder: Path, tmp_path: Path, form: str) -> None:
+    config, out = config_of(tiny_pipeline_folder, FULL), tmp_path / "out"
+    state = write_run(tmp_path / "run", config)["ema"]
+    export.main([str(tmp_path / "run"), "--format", form, "--out", str(out)])
+    pipeline = loaded(out if form == "merged" else tiny_pipeline_folder)
+    if form == "diffusers":
+        assert sorted(path.name for path in out.iterdir()) == ["README.md", "transformer"]
+        pipeline.transformer = type(pipeline.transformer).from_pretrained(out, subfolder="transformer")
+    expected = ours(config, state)
+    torch.testing.assert_close(stock(pipeline), expected, rtol=0, atol=ORDER_TOLERANCE)
+    for weight in pipeline.transformer.parameters():
+        # weights mapped from a file lie where a CPU's matrix product takes another path than for the trainer's own
+        weight.data = weight.data.clone()
+    assert torch.equal(stock(pipeline), expected)
+
+
+def test_another_base_is_refused(
+    tiny_pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = config_of(tiny_pipeline_folder)
+    state = {
+        key.replace("transformer_blocks.0", "transformer_blocks.1"): weight
+        for key, weight in write_run(tmp_path / "run", config)["ema"].items()
+    }
+    scalars: checkpoint.Scalars = {"num_updates": 1}
+    checkpoint.save(tmp_path / "run", iteration=4, config=config, state={"ema": state}, scalars=scalars, keep=1)
+    line = refused(capsys, tmp_path / "run", "--format", "merged")
+    assert "does not fit the base" in line and "transformer_blocks.1" in line
+
+
+# The card
+
+
+def front_matter(text: str) -> dict[str, Any]:
+    return yaml.safe_load(text.split("---\n")[1])
+
+
+def with_results(run: Path) -> None:
+    def figures(suffix: str, shift: float) -> dict[str, Any]:
+        turns = [
+            {"turn": turn} | {f"{name}{suffix}": 10.0 * turn + shift for name in card.METRICS}
+            | {f"{name}{suffix}_interval": [10.0 * turn + shift - 1, 10.0 * turn + shift + 1] for name in card.METRICS}
+            for turn in (1, 2)
+        ]  # fmt: skip
+        return {"num_sessions": 32, "turns": turns}
+
+    for name, suffix, shift in (("evaluation_before", "", 0), ("evaluation_after", "", 5), ("comparison", "_gain", -5)):
+        (run / f"{name}.json").write_text(json.dumps(figures(suffix, shift)))
+    (run / "strips").mkdir()
+    for n in (0, 20, 3):
+        Image.new("RGB", (n + 1, 4)).save(run / "strips" / f"iteration-{n:06d}.png")
+
+
+def test_card(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
+    config, run, out = config_of(tiny_pipeline_folder), tmp_path / "run", tmp_path / "out"
+    write_run(run, config, iteration=7)
+    with_results(run)
+    export.main([str(run), "--out", str(out)])
+    text = (out / "README.md").read_text()
+    matter = front_matter(text)
+    assert matter["library_name"] == "diffusers" and matter["pipeline_tag"] == "image-to-image"
+    assert {"lora", "image-to-image"} <= set(matter["tags"])
+    assert "base_model" not in matter  # a folder has no name on the hub
+    assert "| IF | 2 | 20.0 [19.0, 21.0] | 25.0 [24.0, 26.0] | +15.0 [+14.0, +16.0] |" in text
+    assert "32 held-out sessions" in text and "iteration 7 of 7" in text and "not finished" not in text
+    assert Image.open(out / "strips.png").size == (21, 4) and "](strips.png)" in text
+    recipe = text.split("```yaml\n")[1].split("```")[0]
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    again = cli.from_yaml(tmp_path / "recipe.yaml")
+    assert replace(again, run=config.run) == config and again.run.folder == "runs/run"
+    write_run(tmp_path / "young", config)
+    export.main([str(tmp_path / "young"), "--out", str(out), "--adapter", "current"])  # an earlier export is replaced
+    text = (out / "README.md").read_text()
+    assert not (out / "strips.png").exists() and "strips.png" not in text
+    assert "has not been evaluated" in text and "not averaged" in text and "iteration 3 of 7" in text
+
+
+@pytest.mark.parametrize("form", ["diffusers", "merged"])
+@pytest.mark.parametrize("lora", [LORA, FULL], ids=["lora", "full"])
+def test_the_code_of_the_card_runs(
+    tiny_pipeline_folder: Path, tmp_path: Path, lora: LoraConfig, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It edits a picture with the exported weights, at the trained size."""
+    config = config_of(tiny_pipeline_folder, lora, condition_height=32, condition_width=48)
+    write_run(tmp_path / "run", config)
+    export.main([str(tmp_path / "run"), "--format", form, "--out", str(tmp_path / "out")])
+    code = (tmp_path / "out" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (100, 80), "red").save("photo.png")
+    seen: dict[str, Any] = {}
+    exec(code, seen)
+    assert Image.open("edit.png").size == (SIZE, SIZE)
+    assert seen["image"].size == (48, 32) and "_auto_resize=False" in code
+    transformer = seen["pipe"].transformer
+    if form == "diffusers" and lora.rank:
+        assert len(transformer.peft_config) == 1
+    else:
+        base = dict(loaded(tiny_pipeline_folder).transformer.named_parameters())
+        own = dict(transformer.named_parameters())
+        assert any(not torch.equal(own[key], base[key]) for key in base)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "FluxKontextPipeline",
+        "Flux2Pipeline",
+        "Flux2KleinPipeline",
+        "QwenImageEditPipeline",
+        "QwenImageEditPlusPipeline",
+    ],
+)
+def test_the_card_s_arguments_are_the_pipeline_s(name: str) -> None:
+    config = Config(model=ModelConfig(cfg_scale=4.0, guidance_scale=3.0))
+    given = card.arguments(name, config)
+    assert given.keys() <= signature(getattr(diffusers, name).__call__).parameters.keys()
+    assert {"image", "prompt", "height", "width", "num_inference_steps"} <= given.keys()
+    expected = {"Flux2KleinPipeline": "4.0", "FluxKontextPipeline": "3.0", "Flux2Pipeline": "3.0"}
+    assert given.get("guidance_scale") == expected.get(name)
+    assert given.get("true_cfg_scale") == (None if name in expected else "4.0")
+
+
+def test_base_model_is_a_hub_name() -> None:
+    config = Config(model=ModelConfig(path="black-forest-labs/FLUX.1-Kontext-dev"))
+    own = card.Card(
+        config=config, iteration=1, adapter="ema", form="merged", dtype="float32", pipeline="FluxKontextPipeline",
+        file="", source="out",
+    )  # fmt: skip
+    matter = card.front_matter(own)
+    assert matter["base_model"] == config.model.path and matter["base_model_relation"] == "merge"
+    assert card.front_matter(replace(own, form="diffusers"))["base_model_relation"] == "adapter"
+    full = replace(own, config=replace(config, lora=FULL))
+    assert (
+        card.front_matter(full)["base_model_relation"] == "finetune" and "lora" not in card.front_matter(full)["tags"]
+    )
+
+
+# The hub
+
+
+class FakeHub:
+    """Stands in for HfApi; raises `error` at the upload."""
+
+    calls: list[tuple[Any, ...]]
+    error: Exception | None
+
+    def create_repo(self, repo_id: str, *, private: bool, exist_ok: bool) -> None:
+        FakeHub.calls.append(("create", repo_id, private, exist_ok))
+
+    def upload_folder(self, *, repo_id: str, folder_path: Path) -> None:
+        if FakeHub.error:
+            raise FakeHub.error
+        FakeHub.calls.append(("upload", repo_id, sorted(path.name for path in Path(folder_path).iterdir())))
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> type[FakeHub]:
+    FakeHub.calls, FakeHub.error = [], None
+    monkeypatch.setattr(export, "HfApi", FakeHub)
+    monkeypatch.setattr(export, "get_token", lambda: "a token")
+    return FakeHub
+
+
+def test_push(tiny_pipeline_folder: Path, tmp_path: Path, hub: type[FakeHub]) -> None:
+    write_run(tmp_path / "run", config_of(tiny_pipeline_folder))
+    export.main([str(tmp_path / "run")])
+    assert hub.calls == []  # only when asked for
+    export.main([str(tmp_path / "run"), "--push_to", "somebody/an-editor"])
+    files = ["README.md", "pytorch_lora_weights.safetensors"]
+    assert hub.calls == [("create", "somebody/an-editor", True, True), ("upload", "somebody/an-editor", files)]
+    card_text = (tmp_path / "run/export/diffusers-float32-ema/README.md").read_text()
+    assert 'load_lora_weights("somebody/an-editor")' in card_text
+
+
+def http_error(text: str) -> HfHubHTTPError:
+    error = HfHubHTTPError.__new__(HfHubHTTPError)
+    Exception.__init__(error, text)
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OfflineModeIsEnabled("offline"), "HF_HUB_OFFLINE is set; unset it"),
+        (http_error("\n403 Forbidden: you cannot.\nMore"), r"refused (403 Forbidden: you cannot); the token must be"),
+        (ConnectionError("no route"), "cannot be reached (no route); try again"),
+    ],
+)
+def test_a_failed_push_is_one_line(
+    tiny_pipeline_folder: Path,
+    tmp_path: Path,
+    hub: type[FakeHub],
+    error: Exception,
+    words: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write_run(tmp_path / "run", config_of(tiny_pipeline_folder))
+    hub.error = error
+    line = refused(capsys, tmp_path / "run", "--push_to", "somebody/an-editor")
+    assert words in line and "is ready" in line
+    assert (tmp_path / "run/export/diffusers-float32-ema" / export.LORA_FILE).is_file()
+
+
+def test_bad_input_is_one_line(
+    tiny_pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert "is no run folder" in refused(capsys, run)
+    write_run(run, config_of(tiny_pipeline_folder))
+    for name in ("nobody", "a/b/c", "a b/c", "somebody/an--editor"):
+        assert "--push_to must be a name on the hub" in refused(capsys, run, "--push_to", name)
+    monkeypatch.setattr(export, "get_token", lambda: None)
+    assert "there is no token; run `hf auth login`" in refused(capsys, run, "--push_to", "somebody/an-editor")
+    assert not (run / "export").exists()
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "one.png").touch()
+    assert "holds something else than an export" in refused(capsys, run, "--out", tmp_path / "photos")
+    assert "is a file" in refused(capsys, run, "--out", tmp_path / "photos" / "one.png")
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(text.replace("  height:", "  hoehe:"))
+    line = refused(capsys, run)
+    assert "is of another version" in line and "model.hoehe is no field" in line
+    (run / "config.yaml").write_text(text)
+    manifest = run / "checkpoints" / "iteration-000003" / checkpoint.MANIFEST
+    manifest.write_text(manifest.read_text().replace('"version": 1', '"version": 0'))
+    assert "has version 0, this program reads 1" in refused(capsys, run)
+    shutil.rmtree(run / "checkpoints")
+    assert "has no checkpoint to export yet" in refused(capsys, run)
+    write_run(tmp_path / "full", config_of(tiny_pipeline_folder, FULL))
+    assert "take --format merged" in refused(capsys, tmp_path / "full", "--format", "comfyui")
+
+
+def test_a_base_that_cannot_be_had(
+    tiny_pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = config_of(tiny_pipeline_folder)
+    write_run(tmp_path / "run", config)
+    text = (tmp_path / "run" / "config.yaml").read_text().replace(str(tiny_pipeline_folder), "nobody/no-such-editor")
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    (moved / "config.yaml").write_text(text)
+    gone = replace(config, model=replace(config.model, path="nobody/no-such-editor"))
+    checkpoint.save(moved, iteration=1, config=gone, state={"ema": {}}, scalars={"num_updates": 1}, keep=1)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert "no hub name that can be reached" in refused(capsys, moved)
+    with pytest.raises(ValueError, match="the base 'nobody/no-such-editor' cannot be had"):
+        export.base_folder(gone)
+
+
+def test_docs(tiny_pipeline_folder: Path, tmp_path: Path, hub: type[FakeHub], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every command of docs/export.md runs as it stands there."""
+    text = (ROOT / "docs" / "export.md").read_text()
+    commands = re.findall(r"^python -m mteditflow\.export (.+)$", text, flags=re.MULTILINE)
+    assert len(commands) >= 5
+    monkeypatch.chdir(tmp_path)
+    write_run(Path("runs/mini"), config_of(tiny_pipeline_folder))
+    for command in commands:
+        export.main(command.split())
+    assert hub.calls and os.listdir("runs/mini/export")
