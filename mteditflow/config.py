@@ -71,8 +71,8 @@ class RolloutConfig:
     """What the next turn edits: the decoded 8-bit image (what a user gets), or the latents as they are. Ours."""
     microbatch_size: int = 32
     """Trajectories per forward pass of the rollout; changes memory and, to rounding, results."""
-    cfg: Literal["on", "off"] = "on"
-    """Whether training rolls out, and learns, with model.cfg_scale; off: without guidance, at half the forward
+    is_guided: bool = True
+    """Whether training rolls out, and learns, with model.cfg_scale; false: without guidance, at half the forward
     passes. Evaluation has it in any case."""
     cuda_graph: Literal["auto", "on", "off"] = "auto"
     """Replay a turn's denoising steps as one CUDA graph, with the same bits; auto: on a GPU, where launching a forward

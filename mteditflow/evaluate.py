@@ -116,7 +116,8 @@ def evaluate_all(subjects: list["Subject"], out: Path, config: "Config") -> Path
         policy = build_policy(config.model, wide, config.run.seed, "grpo")
         reward = None if is_by_truth else build_reward(config.reward, config.run.seed)
         for subject in pending:
-            console.print(f"evaluating {subject.word}: {subject.what}", highlight=False, markup=False)
+            line = f"evaluating {subject.word}: {subject.what}"
+            console.print(line, soft_wrap=True, highlight=False, markup=False)
             if subject.lora:
                 policy.adapters.load("ema", state_of(subject.lora, wide, policy.adapters.state("ema")))
             evaluation = evaluate(policy, tasks, config, "ema" if subject.lora else "off", reward)

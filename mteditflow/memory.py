@@ -145,7 +145,7 @@ def memory_plan(config: Config, sizes: Sizes) -> dict[str, float]:
     model, rollout, num_bytes = config.model, config.rollout, NUM_BYTES[config.model.dtype]
     copies = 5 + (config.objective.name == "nft")
     tokens, text_tokens = num_image_tokens(model), num_text_tokens(model, sizes)
-    passes = 2 if model.cfg_scale != 1 and rollout.cfg == "on" else 1
+    passes = 2 if model.cfg_scale != 1 and rollout.is_guided else 1
     rows_of_rank = math.ceil(rollout.num_tasks * rollout.group_size / config.run.num_gpus)
     numbers = (rollout.num_steps + 1) * tokens[0] + tokens[1]
     per_turn = 4 * (numbers * sizes.num_channels + 3 * model.height * model.width)

@@ -200,5 +200,5 @@ def sample_rollout(policy: Policy, tasks: list[EditTask], config: Config, iterat
             policy, tasks, num_turns=config.data.num_turns, group_size=r.group_size, sigmas=sigmas,
             table=step_table(sigmas, noise_level=r.noise_level, rule=r.rule, noisy_steps=noisy), trained_steps=trained,
             hand_off=r.hand_off, microbatch_size=r.microbatch_size, seed=config.run.seed, step=iteration,
-            solver=r.solver, cfg_scale=config.model.cfg_scale if r.cfg == "on" else 1.0, cuda_graph=r.cuda_graph,
+            solver=r.solver, cfg_scale=config.model.cfg_scale if r.is_guided else 1.0, cuda_graph=r.cuda_graph,
         )  # fmt: skip

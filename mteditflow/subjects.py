@@ -106,6 +106,11 @@ def read_subject(word: str) -> Subject:
     saved = checkpoint.load_latest(folder, None, lambda line: print(line, file=sys.stderr))
     if saved:
         config = from_yaml(folder / "config.yaml")
+        if config.lora.rank == 0:
+            raise ValueError(
+                f"{word!r} trained whole weights, not a LoRA: export it (python -m mteditflow.export {word} --format "
+                f"merged) and evaluate base with model.path set to the exported folder"
+            )
         scale = config.lora.alpha / config.lora.rank
         halves = {f"{PREFIX}{key}": weight for key, weight in saved.state["ema"].items()}
         what = f"run, averaged adapter after iteration {saved.iteration} of {config.run.num_iterations}"

@@ -1,6 +1,7 @@
 """`python -m mteditflow.evaluate`: its numbers are the library's, what is finished is kept, errors are one line."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -249,6 +250,10 @@ def test_wrong_subjects_are_one_line(
     (another / "config.yaml").write_text(to_yaml(replace(config, evaluation=replace(SESSIONS, num_sessions=4))))
     line = refused(capsys, lambda: main([str(run), str(another), "--out", str(tmp_path / "out")]))
     assert "disagree on held-out data: evaluation.num_sessions is 3 and 4; set it by an override" in line
+    whole = tmp_path / "whole"
+    shutil.copytree(run, whole)
+    (whole / "config.yaml").write_text(to_yaml(replace(config, lora=replace(config.lora, rank=0))))
+    assert "trained whole weights, not a LoRA: export it" in refused(capsys, lambda: command(whole))
     assert "--out is" in refused(capsys, lambda: main([str(run), "--out", str(file)]))
 
 

@@ -149,11 +149,11 @@ def iteration_config(folder: Path, name: Any, **model: Any) -> Config:
 
 
 @pytest.mark.parametrize("name", ["grpo", "nft"])
-@pytest.mark.parametrize(("variant", "cfg"), [("edit", "on"), ("2511", "on"), ("2511", "off")])
-def test_an_iteration_of_training(folders: dict[str, Path], variant: str, cfg: Any, name: Any) -> None:
+@pytest.mark.parametrize(("variant", "is_guided"), [("edit", True), ("2511", True), ("2511", False)])
+def test_an_iteration_of_training(folders: dict[str, Path], variant: str, is_guided: bool, name: Any) -> None:
     """The ratio is 1 exactly before the first update, and the update moves the policy."""
     config = iteration_config(folders[variant], name)
-    config = replace(config, rollout=replace(config.rollout, cfg=cfg))
+    config = replace(config, rollout=replace(config.rollout, is_guided=is_guided))
     policy = build_policy(config.model, config.lora, seed=0, objective=name)
     tasks = [
         EditTask(id=n, source=images(2, (32, 48))[n], instructions=PROMPTS[:2], edit_types=("", "")) for n in (0, 1)
