@@ -35,8 +35,8 @@ class ModelConfig:
     cfg_scale: float = 1.0
     """True classifier-free guidance, of models that take it (FLUX.2-klein-base, Qwen-Image-Edit: 4); 1: none."""
     max_text_tokens: int = 12
-    """Tokens of an instruction, longer ones are cut: T5's of FLUX.1-Kontext (trained with 512; the miniature with 12), of
-    FLUX.2 with the chat template around it (512), of Qwen-Image-Edit without."""
+    """Tokens of an instruction, longer ones are cut: T5's of FLUX.1-Kontext (trained with 512, the miniature with
+    12), of FLUX.2 with the chat template around it (512), of Qwen-Image-Edit without."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the base and of its forward passes; trained weights and the equations are float32."""
     is_checkpointed: bool = False

@@ -161,7 +161,7 @@ def test_an_iteration_of_training(folders: dict[str, Path], variant: str, is_gui
     perturb(policy, "current")  # pyright: ignore[reportArgumentType]
     policy.adapters.copy("current", "old" if name == "nft" else "ema")
     rollout = sample_rollout(policy, tasks, config, iteration=0)
-    assert ("negative" in rollout.turns[0].condition.text) == (cfg == "on")
+    assert ("negative" in rollout.turns[0].condition.text) == is_guided
     texts = rollout.turns[0].condition.text["text"], rollout.turns[1].condition.text["text"]
     assert torch.equal(texts[0][0], texts[0][1]) and not torch.equal(texts[1][0], texts[1][1])
     before = policy.adapters.state("current")
