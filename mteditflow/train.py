@@ -6,8 +6,9 @@
         fuse the rewards at the advantage level and broadcast the one advantage to every turn and denoising step
         update the adapter by GRPO (or NFT)
 
-Departures from the paper, each a config field: SDE windows train 2 of the S steps (Flow-GRPO-Fast), the embedded
-world's exact verifier takes the VLM judge's place, and the adapter is averaged (EMA) for evaluation and export.
+Departures from the paper, each a config field: SDE windows train 2 of the S steps (Flow-GRPO-Fast), by default the
+embedded world's exact verifier takes the VLM judge's place, and the adapter is averaged (EMA) for evaluation and
+export.
 """
 
 from collections.abc import Sequence

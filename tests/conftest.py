@@ -1,5 +1,9 @@
 """Fixtures shared by the tests."""
 
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before a library reads it: a hub asked in vain is asked again for a minute
+
 from pathlib import Path
 
 import pytest
@@ -24,6 +28,12 @@ TINY_WORDS = ("make", "the", "red", "blue", "square", "circle", "remove", "add",
 def one_thread() -> None:
     """Tests compare bits and run beside other work: one thread."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def one_thread_in_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that sees torchrun's OMP_NUM_THREADS takes all cores: bits are compared here."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
 
 
 @pytest.fixture(scope="session")

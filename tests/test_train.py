@@ -39,12 +39,6 @@ HELD_OUT_KEYS = {f"heldout/{name}_{turn}" for name in ("MT", "IF", "CC", "O") fo
 HELD_OUT_KEYS |= {"alarm/held_out_gap"}
 
 
-@pytest.fixture(autouse=True)
-def one_thread_in_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run that sees torchrun's OMP_NUM_THREADS takes all cores: bits are compared here."""
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-
-
 @pytest.fixture(scope="session")
 def arguments(tiny_pipeline_folder: Path) -> Callable[..., list[str]]:
     def make(folder: Path, **overrides: Any) -> list[str]:
