@@ -13,31 +13,22 @@ from flux2_parts import qwen_tokenizer
 from mteditflow.config import LoraConfig, ModelConfig
 from mteditflow.flow import step_table
 from mteditflow.policy.flux2 import Flux2Policy
+from mteditflow.policy.published import FLUX2_DEV, KLEIN_4B, KLEIN_9B
 from mteditflow.world.parts import flux_scheduler
 
-# The published transformer/config.json of each size, and the numbers of weights: those of the 4B fill its published
+# The published sizes, and the numbers of weights: those of the 4B fill its published
 # bfloat16 file, flux-2-klein-base-4b.safetensors of 7,751,105,712 bytes, up to the header.
-FULL: dict[str, tuple[dict[str, Any], int, int]] = {
-    "klein-4B": (
-        {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680},
-        3_875_544_576, 5 * 12 + 20 * 2,
-    ),
-    "klein-9B": (
-        {"num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32, "joint_attention_dim": 12288},
-        9_078_581_248, 8 * 12 + 24 * 2,
-    ),
-    "dev": (
-        {"num_layers": 8, "num_single_layers": 48, "num_attention_heads": 48, "joint_attention_dim": 15360},
-        32_223_281_152, 8 * 12 + 48 * 2,
-    ),
-}  # fmt: skip
+FULL = {
+    "klein-4B": (KLEIN_4B, 3_875_544_576, 5 * 12 + 20 * 2),
+    "klein-9B": (KLEIN_9B, 9_078_581_248, 8 * 12 + 24 * 2),
+    "dev": (FLUX2_DEV, 32_223_281_152, 8 * 12 + 48 * 2),
+}
 
 
 def full_policy(name: str, pixels: int) -> Flux2Policy:
     """The true shapes, without weights; the text encoder plays no part in them."""
-    transformer: dict[str, Any] = FULL[name][0] | {"guidance_embeds": name == "dev"}
     with torch.device("meta"):
-        parts: dict[str, Any] = {"vae": AutoencoderKLFlux2(), "transformer": Flux2Transformer2DModel(**transformer)}
+        parts: dict[str, Any] = {"vae": AutoencoderKLFlux2(), "transformer": Flux2Transformer2DModel(**FULL[name][0])}
     parts |= {"scheduler": flux_scheduler(), "tokenizer": qwen_tokenizer(), "text_encoder": None}
     pipeline: Any = Flux2KleinPipeline(**parts)
     config = ModelConfig(path=name, height=pixels, width=pixels, max_text_tokens=512, dtype="bfloat16")

@@ -21,6 +21,7 @@ from mteditflow.config import Config, DataConfig, LoraConfig, ObjectiveConfig, O
 from mteditflow.distributed import Ranks
 from mteditflow.policy import build_policy, qwen_image_edit
 from mteditflow.policy.adapters import bound_modules
+from mteditflow.policy.published import QWEN_IMAGE_EDIT
 from mteditflow.policy.qwen_image_edit import TARGETS, calculate_dimensions
 from mteditflow.rollout import is_captured, sample_rollout
 from mteditflow.types import Condition, EditTask
@@ -233,28 +234,15 @@ def test_errors(
     expect_error("install the torchvision", folders["2511"])
 
 
-# At the true shapes, nothing allocated. The published values of transformer/config.json; -2511 adds zero_cond_t.
-TRANSFORMER: dict[str, Any] = {
-    "patch_size": 2,
-    "in_channels": 64,
-    "out_channels": 16,
-    "num_layers": 60,
-    "attention_head_dim": 128,
-    "num_attention_heads": 24,
-    "joint_attention_dim": 3584,
-    "guidance_embeds": False,
-    "axes_dims_rope": (16, 56, 56),
-}
-
-
 def num_weights(module: nn.Module) -> int:
     return sum(weight.numel() for weight in module.parameters())
 
 
 @pytest.mark.parametrize("zero_cond_t", [False, True])
 def test_the_true_transformer(zero_cond_t: bool) -> None:
+    """At the published shape, nothing allocated; -2511 adds zero_cond_t."""
     with torch.device("meta"):
-        transformer = QwenImageTransformer2DModel(**TRANSFORMER, zero_cond_t=zero_cond_t)
+        transformer = QwenImageTransformer2DModel(**QWEN_IMAGE_EDIT, zero_cond_t=zero_cond_t)
     # Two bytes each in bfloat16: the 40,860,802,176 bytes of its safetensors index.
     assert num_weights(transformer) == 20_430_401_088
     bound = bound_modules(transformer, TARGETS, is_default=True)
