@@ -7,11 +7,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from conftest import TINY_MAX_TEXT_TOKENS
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 from diffusers.pipelines.flux.pipeline_flux_kontext import FluxKontextPipeline, calculate_shift
+from huggingface_hub.errors import GatedRepoError
 from torch import Tensor
 
 from mteditflow.config import Config, LoraConfig, ModelConfig, RolloutConfig
@@ -336,6 +338,18 @@ def test_errors_of_the_path(config: ModelConfig, tmp_path: Path, monkeypatch: py
     expect_error(config, tmp_path / "model_index.json", "is a file")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     expect_error(config, "nobody/no-such-editor", "no hub name that can be reached")
+
+
+def test_a_gated_model_names_the_remedy(config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As diffusers says it: an OSError of its own, raised while the hub's is at hand."""
+    request = httpx.Request("GET", "https://huggingface.co/owner/gated")
+    refusal = GatedRepoError("gated", response=httpx.Response(403, request=request))
+
+    def download(*_: object, **__: object) -> None:
+        raise refusal
+
+    monkeypatch.setattr("diffusers.configuration_utils.hf_hub_download", download)
+    expect_error(config, "owner/gated", r"is gated: accept its licence on huggingface\.co/owner/gated, then log in")
 
 
 def test_errors_of_the_targets(config: ModelConfig) -> None:

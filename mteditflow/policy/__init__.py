@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import diffusers
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from huggingface_hub.errors import GatedRepoError
 from torch import Tensor, nn
 
 from mteditflow.config import EMBEDDED, LoraConfig, ModelConfig
@@ -153,6 +154,11 @@ def _pipeline_class(path: str) -> str:
     try:
         index: Any = DiffusionPipeline.load_config(path)
     except OSError as error:
+        if any(isinstance(cause, GatedRepoError) for cause in (error, error.__cause__, error.__context__)):
+            raise ValueError(
+                f"model.path {path!r} is gated: accept its licence on huggingface.co/{path}, then log in with hf auth "
+                f"login"
+            ) from error
         reason = str(error).splitlines()[0]
         raise ValueError(f"model.path {path!r} is no folder, and no hub name that can be reached: {reason}") from error
     return str(index["_class_name"])
