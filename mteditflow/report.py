@@ -40,6 +40,7 @@ class ChartSpec:
     note: str
     keys: str
     is_of_grpo: bool = False  # NFT has no ratio
+    is_of_evaluation: bool = False  # of those on the way, evaluation.every
 
 
 CHARTS = (
@@ -63,7 +64,12 @@ CHARTS = (
         note="Share of turns that return their input; share with low consistency.",
         keys=r"alarm/(no_edit|over_edit)_share",
     ),
-    ChartSpec(title="Held-out O at turn 3", note="Percent, short evaluations of the average.", keys=r"heldout/(O_3)"),
+    ChartSpec(
+        title="Held-out O at turn 3",
+        note="Percent, short evaluations of the average.",
+        keys=r"heldout/(O_3)",
+        is_of_evaluation=True,
+    ),
     ChartSpec(
         title="Groups without spread",
         note="Share of groups that teach nothing: their scores are all alike.",
@@ -103,6 +109,8 @@ def _contents(folder: Path) -> dict[str, Any]:
     config = _config(config_path, config_text)
     charts = {spec: _chart(spec, lines) for spec in CHARTS}
     is_nft = config.get("objective", {}).get("name") == "nft"
+    is_short = bool(config.get("evaluation", {}).get("every", 1))
+    never = {spec for spec in CHARTS if (is_nft and spec.is_of_grpo) or (not is_short and spec.is_of_evaluation)}
     reports = {"before training": before, "after training": after, "paired gain": comparison}
     missing = [name for name, value in reports.items() if not value]
     return {
@@ -114,7 +122,7 @@ def _contents(folder: Path) -> dict[str, Any]:
         "num_sessions": (after or before).get("num_sessions"),
         "waiting": [f"{', '.join(missing)} (held-out sessions)."] if missing and (before or after) else [],
         "charts": [chart for chart in charts.values() if chart],
-        "no_charts": [spec.title for spec, chart in charts.items() if not chart and not (is_nft and spec.is_of_grpo)],
+        "no_charts": [spec.title for spec, chart in charts.items() if not chart and spec not in never],
         "alarms": _alarms(lines, config),
         "strips": _strips(folder),
         "edit_types": edit_type_bars({"before": before, "after": after}, [5, 0]),

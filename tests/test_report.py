@@ -211,6 +211,21 @@ def test_what_is_no_run_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert capsys.readouterr().out == f"{tmp_path / 'report.html'}\n"
 
 
+def test_what_never_comes_is_not_missed(tmp_path: Path) -> None:
+    """NFT has no ratio, and a run without evaluations on the way no curve of them."""
+    folder = write_run(tmp_path / "run", is_finished=False)
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    lines = [{"iteration": 0, "reward/mean": 0.5}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    missed = "Held-out O at turn 3", "Ratio error", "Clip fraction"
+    text = " ".join(Page(write_report(folder).read_text()).text.split())
+    assert all(title in text for title in missed)
+    config["objective"]["name"], config["evaluation"]["every"] = "nft", 0
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    text = " ".join(Page(write_report(folder).read_text()).text.split())
+    assert not any(title in text for title in missed) and "Gradient norm" in text
+
+
 def test_alarms_have_a_table(tmp_path: Path) -> None:
     """Drift passes its threshold, 0.2, at iteration 22: 0.1 + 0.005 * 21 is the first above it."""
     folder = write_run(tmp_path / "run", is_finished=True)
