@@ -12,8 +12,8 @@ from photos import PHOTOS, copy_photos
 
 from mteditflow.cli import from_yaml, settings
 from mteditflow.data import check_data, held_out_tasks
-from mteditflow.formats import read_sessions
-from mteditflow.sessions import FIELDS
+from mteditflow.data.formats import read_sessions
+from mteditflow.data.sessions import FIELDS
 from mteditflow.world.edits import EDIT_TYPES
 
 ROOT = Path(__file__).parent.parent

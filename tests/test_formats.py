@@ -12,9 +12,9 @@ import pytest
 from photos import PHOTOS, copy_photos, photo
 
 from mteditflow.data import main
-from mteditflow.formats import EDIVAL_COLUMNS, read_sessions
-from mteditflow.images import read_picture
-from mteditflow.sessions import Sessions
+from mteditflow.data.formats import EDIVAL_COLUMNS, read_sessions
+from mteditflow.data.images import read_picture
+from mteditflow.data.sessions import Sessions
 from mteditflow.types import Region
 
 CAT = {"name": "cat", "box": [0.25, 0.0, 1.0, 1.0]}
@@ -251,7 +251,9 @@ def test_check_counts_and_names(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "0 of 5 sessions usable" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments", [["nowhere.jsonl"], ["mteditflow/data.py"], ["a.jsonl", "--num_turns", "0"]])
+@pytest.mark.parametrize(
+    "arguments", [["nowhere.jsonl"], ["mteditflow/cli.py"], ["mteditflow/gone.py"], ["a.jsonl", "--num_turns", "0"]]
+)
 def test_check_of_bad_input_is_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["check", *arguments])

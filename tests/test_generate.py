@@ -11,8 +11,8 @@ from photos import copy_photos
 from PIL import Image
 
 from mteditflow.data import main
-from mteditflow.formats import read_sessions
-from mteditflow.generate import (
+from mteditflow.data.formats import read_sessions
+from mteditflow.data.generate import (
     COLORS,
     EDIT_TYPES,
     MATERIALS,

@@ -9,7 +9,7 @@ import torch
 from photos import photo
 from PIL import Image
 
-from mteditflow.images import Fit, fitted, frame_of, in_frame, read_picture, read_size, to_rgb
+from mteditflow.data.images import Fit, fitted, frame_of, in_frame, read_picture, read_size, to_rgb
 from mteditflow.types import Region
 
 

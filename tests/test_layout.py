@@ -13,10 +13,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LIST = """
-    types model_config reward_config config cli distributed flow flops graph world images sessions formats
-    userdata generate coco check data policy rollout reward advantage alarms objective update checkpoint card
-    comfyui export metrics edival page report comparison memory plan profile run train grid subjects evaluate
-    findings study
+    types model_config reward_config config cli distributed flow flops graph world data policy rollout reward
+    advantage alarms objective update checkpoint card comfyui export metrics edival page report comparison memory
+    plan profile run train grid subjects evaluate findings study
 """
 ORDER: list[str] = [*LIST.split()]
 FILES = sorted([*(ROOT / "mteditflow").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])

@@ -342,8 +342,8 @@ def test_errors_of_the_path(config: ModelConfig, tmp_path: Path, monkeypatch: py
 
 def test_a_gated_model_names_the_remedy(config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """As diffusers says it: an OSError of its own, raised while the hub's is at hand."""
-    request = httpx.Request("GET", "https://huggingface.co/owner/gated")
-    refusal = GatedRepoError("gated", response=httpx.Response(403, request=request))
+    response: Any = httpx.Response(403, request=httpx.Request("GET", "https://huggingface.co/owner/gated"))
+    refusal = GatedRepoError("gated", response=response)
 
     def download(*_: object, **__: object) -> None:
         raise refusal

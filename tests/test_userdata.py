@@ -16,13 +16,13 @@ from PIL import Image
 from mteditflow import cli
 from mteditflow.config import Config, DataConfig, EvaluationConfig, ModelConfig, RewardConfig, RolloutConfig
 from mteditflow.data import check_data, held_out_tasks, training_tasks
+from mteditflow.data.images import fitted, read_picture
+from mteditflow.data.userdata import is_held_out
 from mteditflow.distributed import Ranks
-from mteditflow.images import fitted, read_picture
 from mteditflow.metrics import read_lines
 from mteditflow.reward import ExactReward
 from mteditflow.train import main
 from mteditflow.types import EditTask, Rollout, Scores
-from mteditflow.userdata import is_held_out
 
 SHARE = 0.6
 
@@ -143,7 +143,7 @@ def test_held_out_of_its_own(make: Callable[..., Config], tmp_path: Path) -> Non
 
 def cached_anew(config: Config) -> None:
     """As in another process: files are read once."""
-    from mteditflow import userdata
+    from mteditflow.data import userdata
 
     for own in (userdata.read_named, userdata.training_source, userdata.held_out_source):
         own.cache_clear()

@@ -13,8 +13,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from mteditflow.generate import Thing, generate, untouched
-from mteditflow.images import read_size
+from mteditflow.data.generate import Thing, generate, untouched
+from mteditflow.data.images import read_size
 
 MIN_AREA = 0.005  # of the image: a box of 36 x 36 pixels at 512 x 512
 MAX_TURNS = 10

@@ -14,8 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mteditflow.images import SUFFIXES
-from mteditflow.sessions import FIELDS, Fault, Sessions, from_record, image_name
+from mteditflow.data.images import SUFFIXES
+from mteditflow.data.sessions import FIELDS, Fault, Sessions, from_record, image_name
 
 METADATA = "metadata.jsonl"
 EDIVAL_COLUMNS = (
@@ -235,6 +235,8 @@ def _read_hub(name: str) -> Sessions:
     except OSError as error:  # no network, no such data set, no access
         reason = " ".join(str(error).split())
         raise ValueError(f"no such file or folder, and the hub has no such data set ({reason}): give {KNOWN}") from None
+    except (RuntimeError, ValueError) as error:  # a set made by a script, a split or a configuration that is not there
+        raise ValueError(f"the hub's data set cannot be read ({' '.join(str(error).split())}): give {KNOWN}") from None
     return _read_table(table, name, Path())
 
 

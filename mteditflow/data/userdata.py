@@ -11,9 +11,9 @@ import sys
 from functools import cache
 
 from mteditflow.config import Config, DataConfig
-from mteditflow.formats import read_sessions
-from mteditflow.images import fitted, in_frame, read_picture
-from mteditflow.sessions import Fault, Sessions, UserSession, digest
+from mteditflow.data.formats import read_sessions
+from mteditflow.data.images import fitted, in_frame, read_picture
+from mteditflow.data.sessions import Fault, Sessions, UserSession, digest
 from mteditflow.types import EditTask
 
 MAX_NAMED = 10  # faults that are printed; `python -m mteditflow.data check` prints them all

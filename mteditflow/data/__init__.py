@@ -8,7 +8,6 @@ alone, so a resume sees what would have come, on any number of ranks.
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -30,7 +29,7 @@ def check_data(config: Config, *, is_speaking: bool) -> None:
     if config.data.path == EMBEDDED:
         check_size(config)
         return
-    from mteditflow.userdata import check_sessions
+    from mteditflow.data.userdata import check_sessions
 
     check_sessions(config, is_speaking)
 
@@ -49,7 +48,7 @@ def training_tasks(config: Config, iteration: int, ranks: "Ranks") -> "list[Edit
         raise ValueError(f"rollout.num_tasks is {num_tasks}: must be a multiple of the {ranks.world_size} ranks")
     ids = range(iteration * num_tasks, (iteration + 1) * num_tasks)[ranks.rank :: ranks.world_size]
     if config.data.path != EMBEDDED:
-        from mteditflow.userdata import user_task
+        from mteditflow.data.userdata import user_task
 
         return [user_task(config, i) for i in ids]
     from mteditflow.world.edits import make_session
@@ -61,7 +60,7 @@ def training_tasks(config: Config, iteration: int, ranks: "Ranks") -> "list[Edit
 def held_out_tasks(config: Config) -> "list[EditTask]":
     """The first evaluation.num_sessions held-out sessions: the same for every run on the same data."""
     if config.data.path != EMBEDDED:
-        from mteditflow.userdata import held_out_user_tasks
+        from mteditflow.data.userdata import held_out_user_tasks
 
         return held_out_user_tasks(config)
     from mteditflow.world.edits import make_session
@@ -92,10 +91,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         if arguments.command == "check":
-            from mteditflow.check import check
+            from mteditflow.data.check import check
 
             return check(arguments.path, num_turns=arguments.num_turns, max_bad_share=arguments.max_bad_share)
-        from mteditflow.coco import write_sessions
+        from mteditflow.data.coco import write_sessions
 
         print(
             write_sessions(
@@ -130,7 +129,3 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--per_image", type=int, default=1, help="sessions per image (%(default)s)")
     generate.add_argument("--seed", type=int, default=0, help="of everything that is drawn (%(default)s)")
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

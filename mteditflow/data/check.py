@@ -8,9 +8,9 @@ from collections import Counter
 from rich.console import Console
 from rich.table import Table
 
-from mteditflow.formats import read_sessions
-from mteditflow.images import read_picture
-from mteditflow.sessions import Fault, Sessions
+from mteditflow.data.formats import read_sessions
+from mteditflow.data.images import read_picture
+from mteditflow.data.sessions import Fault, Sessions
 
 MAX_PLACES = 20  # faults of a kind that are listed
 ASPECTS = {"1:1": 1, "5:4": 5 / 4, "4:3": 4 / 3, "3:2": 3 / 2, "16:9": 16 / 9, "2:1": 2.0}  # and on end
