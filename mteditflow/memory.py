@@ -145,7 +145,6 @@ def memory_plan(config: Config, sizes: Sizes) -> dict[str, float]:
     model, rollout, num_bytes = config.model, config.rollout, NUM_BYTES[config.model.dtype]
     copies = 5 + (config.objective.name == "nft")
     tokens, text_tokens = num_image_tokens(model), num_text_tokens(model, sizes)
-    passes = 2 if model.cfg_scale != 1 and rollout.is_guided else 1
     rows_of_rank = math.ceil(rollout.num_tasks * rollout.group_size / config.run.num_gpus)
     numbers = (rollout.num_steps + 1) * tokens[0] + tokens[1]
     per_turn = 4 * (numbers * sizes.num_channels + 3 * model.height * model.width)
@@ -153,7 +152,7 @@ def memory_plan(config: Config, sizes: Sizes) -> dict[str, float]:
     rows = min(config.optimizer.microbatch_size, rows_of_rank)
     is_full = config.lora.rank == 0
     rounded = sizes.num_trained * num_bytes if is_full and model.dtype != "float32" else 0
-    kept = rows * (sum(tokens) + text_tokens) * _saved_per_token(config, sizes) * num_bytes * passes
+    kept = rows * (sum(tokens) + text_tokens) * _saved_per_token(config, sizes) * num_bytes * num_passes(config)
     resident = sizes.num_text_encoders if model.text_encoder == "resident" else 0
     return {
         "base: transformer": sizes.num_transformer * num_bytes / GIB,
@@ -165,6 +164,11 @@ def memory_plan(config: Config, sizes: Sizes) -> dict[str, float]:
         "activations of a training microbatch": (kept + rounded) / GIB,
         "judge": _judge(config) / GIB,
     }
+
+
+def num_passes(config: Config) -> int:
+    """Forward passes for a velocity in training: two with guidance."""
+    return 2 if config.model.cfg_scale != 1 and config.rollout.is_guided else 1
 
 
 def num_image_tokens(model: ModelConfig) -> tuple[int, int]:

@@ -25,6 +25,7 @@ from mteditflow.config import EMBEDDED, Config
 from mteditflow.data import SIZE, training_tasks
 from mteditflow.distributed import Ranks
 from mteditflow.flops import forward_flops
+from mteditflow.memory import num_passes, num_text_tokens, read_sizes
 from mteditflow.metrics import Timer, memory_gib
 from mteditflow.plan import batch_plan, dry_run
 from mteditflow.policy import Policy, build_policy
@@ -162,13 +163,16 @@ def measure(config: Config, folder: Path) -> dict[str, Any]:
     figures: dict[str, Any] = timed(policy, tasks, config, ranks) | {"memory_gib": memory_gib()}
     ceiling = matmul_ceiling(policy.device, {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.model.dtype])
     batches = batch_plan(config)
+    transformer = policy.pipeline.transformer
     row = forward_flops(
-        policy.pipeline.transformer.config, text_tokens=config.model.max_text_tokens, image_tokens=2 * policy.num_tokens
-    )
+        transformer.config, text_tokens=num_text_tokens(config.model, read_sizes(config)),
+        image_tokens=policy.num_tokens + policy.num_condition_tokens, family=type(transformer).__name__,
+    )  # fmt: skip
     backward = row.backward if config.lora.rank else row.backward_full
+    passes = num_passes(config)
     work = {
-        "denoise": batches.rollout_rows * row.total / 1e12,
-        "forward, backward": (batches.train_forward_rows * row.total + batches.transitions * backward) / 1e12,
+        "denoise": passes * batches.rollout_rows * row.total / 1e12,
+        "forward, backward": passes * (batches.train_forward_rows * row.total + batches.transitions * backward) / 1e12,
     }
     seconds, num_threads = figures["seconds"], torch.get_num_threads()
     rollout_s = sum(seconds[phase] for phase in ("encode text", "encode images", "denoise", "decode"))

@@ -3,10 +3,11 @@
 import gzip
 import json
 from pathlib import Path
+from typing import Any
 
+import diffusers
 import pytest
 import torch
-from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mteditflow.config import Config
@@ -28,29 +29,41 @@ def test_published_figures(image_tokens: int, tflop: float) -> None:
     assert round(forward_flops(FLUX_KONTEXT, text_tokens=512, image_tokens=image_tokens).blocks / 1e12, 1) == tflop
 
 
+TEXT, IMAGE = 5, 18  # tokens
+SMALL = {"num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 4, "joint_attention_dim": 24}
+SINGLE = {"num_single_layers": 3}
+POOLED = {"pooled_projection_dim": 20}
+
+
 @pytest.mark.parametrize("has_guidance", [True, False])
-def test_all_that_torch_counts(has_guidance: bool) -> None:
-    """Every matrix product of a forward pass, and those of the backward pass to the inputs, exactly."""
-    config = {
-        **FLUX_KONTEXT, "num_layers": 2, "num_single_layers": 3, "attention_head_dim": 16, "num_attention_heads": 4,
-        "joint_attention_dim": 24, "pooled_projection_dim": 20, "axes_dims_rope": (4, 6, 6),
-        "guidance_embeds": has_guidance,
-    }  # fmt: skip
-    text, image = 5, 18
+@pytest.mark.parametrize("family", ["FluxTransformer2DModel", "Flux2Transformer2DModel", "QwenImageTransformer2DModel"])
+def test_all_that_torch_counts(family: str, has_guidance: bool) -> None:
+    """Every matrix product of a forward pass, exactly."""
+    guidance = torch.empty(1, device="meta") if has_guidance else None
+    ids = {"txt_ids": torch.empty(TEXT, 3, device="meta"), "img_ids": torch.empty(IMAGE, 3, device="meta")}
+    config: dict[str, Any] = {**SMALL, "axes_dims_rope": (4, 6, 6), "in_channels": 64}
+    match family:
+        case "FluxTransformer2DModel":
+            config |= {**SINGLE, **POOLED, "patch_size": 1, "guidance_embeds": has_guidance}
+            own: dict[str, Any] = {**ids, "guidance": guidance, "pooled_projections": torch.empty(1, 20, device="meta")}
+        case "Flux2Transformer2DModel":
+            config |= {**SINGLE, "patch_size": 1, "guidance_embeds": has_guidance, "axes_dims_rope": (4, 4, 4, 4)}
+            own = {name: torch.empty(len(value), 4, device="meta") for name, value in ids.items()} | {
+                "guidance": guidance
+            }
+        case _:
+            config |= {"patch_size": 2, "out_channels": 16}
+            own = {"img_shapes": [[(1, 3, 3), (1, 3, 3)]]}
     with torch.device("meta"):
-        transformer = FluxTransformer2DModel(**config).requires_grad_(False)
+        transformer = getattr(diffusers, family)(**config).requires_grad_(False)
         inputs = {
-            "hidden_states": torch.empty(1, image, 64),
+            "hidden_states": torch.empty(1, IMAGE, 64),
             "timestep": torch.empty(1),
-            "guidance": torch.empty(1) if has_guidance else None,
-            "pooled_projections": torch.empty(1, 20),
-            "encoder_hidden_states": torch.empty(1, text, 24),
-            "txt_ids": torch.empty(text, 3),
-            "img_ids": torch.empty(image, 3),
+            "encoder_hidden_states": torch.empty(1, TEXT, 24),
         }
         with FlopCounterMode(display=False) as counter:
-            transformer(**inputs)
-    expected = forward_flops(transformer.config, text_tokens=text, image_tokens=image)
+            transformer(**inputs, **own)
+    expected = forward_flops(transformer.config, text_tokens=TEXT, image_tokens=IMAGE, family=family)
     assert counter.get_total_flops() == expected.total
 
 
