@@ -44,6 +44,8 @@ class ModelConfig:
     memory, a third more time."""
     text_encoder: Literal["resident", "offload"] = "resident"
     """Where the text encoders stay: on the GPU, or on the host but for the moments in which they encode."""
+    vae_slicing: bool = False
+    """Encode and decode one image at a time, not 16: less memory for real editors, the same work."""
     vae_tiling: bool = False
     """Encode and decode images in the autoencoder's tiles (of FLUX.1: 1024 px): less memory above that size."""
 

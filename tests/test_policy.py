@@ -185,6 +185,18 @@ def test_encoders_on_the_host_and_tiles(config: ModelConfig, policy: Policy, tin
     assert not torch.equal(tiled, whole)
 
 
+def test_one_image_at_a_time(config: ModelConfig, policy: Policy) -> None:
+    """A slice is a batch of one, in whose place the others of a batch change its bits by the order of sums at most."""
+    sliced, rows = build_policy(replace(config, vae_slicing=True), LORA, seed=3, objective="nft"), []
+    hook = sliced.pipeline.vae.decoder.register_forward_pre_hook(lambda _, given: rows.append(len(given[0])))
+    latents = sliced.encode_image(images(3))
+    torch.testing.assert_close(latents, policy.encode_image(images(3)), rtol=0, atol=GEOMETRY_TOLERANCE)
+    decoded = sliced.decode(latents, microbatch_size=4)
+    hook.remove()
+    torch.testing.assert_close(decoded, policy.decode(latents, microbatch_size=4), rtol=0, atol=GEOMETRY_TOLERANCE)
+    assert rows == [1] * 4
+
+
 def test_sizes_and_guidance_that_cannot_be(config: ModelConfig) -> None:
     expect_error(replace(config, cfg_scale=4.0), config.path, r"cfg_scale is 4: .* guidance embedded, so it must be 1")
     with pytest.raises(ValueError, match=r"model\.condition_width is 40: must be 0 or a multiple of 16"):

@@ -53,6 +53,8 @@ def prepare(pipeline: Any, config: ModelConfig, device: torch.device) -> Any:
                 module.to(device)
     if config.is_checkpointed:
         pipeline.transformer.enable_gradient_checkpointing()
+    if config.vae_slicing:
+        pipeline.vae.enable_slicing()
     if config.vae_tiling:
         pipeline.vae.enable_tiling()
     return pipeline
