@@ -271,8 +271,9 @@ class AlarmConfig:
     """Share of turns whose picture is their input."""
     max_over_edit_share: float = 0.3
     """Share of turns with a consistency below 0.7."""
-    max_held_out_gap: float = 0.25
-    """Success in training, by the judge, less success on held-out sessions, by the truth."""
+    max_held_out_gap: float = 0.18
+    """Success in training, by the judge, less success on held-out sessions, by the truth (docs/results/study.md: at
+    most 0.14 by a kind judge, at least 0.21 by one that is hacked)."""
 
     def __post_init__(self) -> None:
         for name in ("max_drift", "max_no_edit_share", "max_over_edit_share", "max_held_out_gap"):
