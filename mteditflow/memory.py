@@ -203,7 +203,7 @@ def _judge(config: Config) -> float:
     reward = config.reward
     if reward.judge != "vlm" or reward.url:
         return 0.0
-    folder = folder_of(reward.vlm)
+    folder = folder_of(reward.vlm, "reward.vlm")
     if folder is None:
         if reward.vlm not in JUDGES:
             raise ValueError(f"reward.vlm is {reward.vlm!r}: no folder, and its size is not known; give a folder")
@@ -211,15 +211,15 @@ def _judge(config: Config) -> float:
     return 2.0 * sum(_num_weights(path) for path in folder.glob("*.safetensors"))
 
 
-def folder_of(path: str) -> Path | None:
-    """Where a model's files are on this machine."""
+def folder_of(path: str, name: str = "model.path") -> Path | None:
+    """Where a model's files are on this machine; None: a hub name that is not in the cache. `name` is the field's."""
     if path == EMBEDDED:
         return Path(__file__).parent / "world" / "editor"
     if Path(path).is_dir():
         return Path(path)
     if path.count("/") != 1:
         if path != RANDOM_PATH:
-            raise ValueError(f"model.path is {path!r}: no folder, and no hub name, which is owner/name")
+            raise ValueError(f"{name} is {path!r}: no folder, and no hub name, which is owner/name")
         return None
     found = try_to_load_from_cache(path, "model_index.json")
     return Path(found).parent if isinstance(found, str) else None

@@ -1,117 +1,26 @@
 """Exports of runs: what stock diffusers, and ComfyUI's published mapping, make of the files that we write."""
 
-import json
 import os
 import re
 import shutil
 from dataclasses import replace
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
-import diffusers
-import numpy as np
 import pytest
 import safetensors.torch
 import torch
-import yaml
-from conftest import TINY_MAX_TEXT_TOKENS
 from diffusers.models.transformers.transformer_flux2 import Flux2Transformer2DModel
 from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformer2DModel
-from diffusers.pipelines.flux.pipeline_flux_kontext import FluxKontextPipeline, calculate_shift
+from diffusers.pipelines.flux.pipeline_flux_kontext import FluxKontextPipeline
+from export_parts import FULL, ORDER_TOLERANCE, config_of, loaded, ours, refused, stock, write_run
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-from PIL import Image
 from torch import Tensor, nn
 
-from mteditflow import card, checkpoint, cli, export
+from mteditflow import checkpoint, export
 from mteditflow.comfyui import comfyui_keys, unknown_modules
-from mteditflow.config import Config, DataConfig, EvaluationConfig, LoraConfig, ModelConfig, RunConfig
-from mteditflow.policy import build_policy
-from mteditflow.types import Condition
 
 ROOT = Path(__file__).parent.parent
-SIZE, NUM_STEPS, PROMPT = 64, 3, "make the red square blue"
-LORA, FULL = LoraConfig(rank=2, alpha=6, targets=()), LoraConfig(rank=0, targets=())
-# As tests/test_policy.py: 1e3 operations in sequence, each of relative error 2^-24, at values of at most about 4.
-ORDER_TOLERANCE = 3e-4
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def config_of(model: Path, lora: LoraConfig = LORA, **overrides: Any) -> Config:
-    return Config(
-        model=ModelConfig(path=str(model), max_text_tokens=TINY_MAX_TEXT_TOKENS, **overrides),
-        lora=lora,
-        data=DataConfig(num_turns=2),
-        evaluation=EvaluationConfig(num_steps=NUM_STEPS),
-        run=RunConfig(num_iterations=7),
-    )
-
-
-def write_run(folder: Path, config: Config, iteration: int = 3) -> dict[str, dict[str, Tensor]]:
-    """A run folder with a checkpoint, whose adapters are far from their start; returns them."""
-    policy = build_policy(config.model, config.lora, seed=0, objective="grpo")
-    first = policy.adapters.state("ema")
-    scale = 0.2 if config.lora.rank else 0.05
-    state = {
-        name: {key: w + scale * draw(*w.shape, seed=seed + i) for i, (key, w) in enumerate(start.items())}
-        for name, start, seed in (("ema", first, 0), ("current", first, 99))
-    }
-    folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(cli.to_yaml(config))
-    optimizer = {"0.step": torch.zeros(1)}
-    scalars: checkpoint.Scalars = {"num_updates": iteration}
-    checkpoint.save(
-        folder, iteration=iteration, config=config, state=state | {"optimizer": optimizer}, scalars=scalars, keep=2
-    )
-    return state
-
-
-def ours(config: Config, state: dict[str, Tensor]) -> Tensor:
-    """The trainer's edit with these weights: images (1, 3, H, W) in [0, 1]."""
-    policy = build_policy(config.model, config.lora, seed=0, objective="grpo")
-    policy.adapters.load("current", state)
-    source = (picture() * 0.5 + 0.5) * 2 - 1  # the trip to [0, 1] and back that a pipeline's input makes
-    text = policy.encode_text([PROMPT], source, has_cfg=False)
-    condition = Condition(text=text, image=policy.encode_image(source, microbatch_size=1))
-    scheduler = policy.pipeline.scheduler
-    sigmas = np.linspace(1.0, 1 / NUM_STEPS, NUM_STEPS)  # as the pipeline does, in float64
-    scheduler.set_timesteps(sigmas=sigmas, mu=calculate_shift(policy.num_tokens))
-    latents = draw(1, policy.num_tokens, policy.num_channels)
-    with torch.no_grad():
-        for sigma, sigma_next in zip(scheduler.sigmas[:-1], scheduler.sigmas[1:], strict=True):
-            latents = latents + policy.velocity(latents, sigma.expand(1), condition) * (sigma_next - sigma)
-        return policy.decode(latents, microbatch_size=1) * 0.5 + 0.5
-
-
-def picture() -> Tensor:
-    return draw(1, 3, SIZE, SIZE, seed=5).clamp(-1, 1)
-
-
-def stock(pipeline: Any) -> Tensor:
-    """The stock pipeline's edit, images (1, 3, H, W) in [0, 1]."""
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline(
-        image=picture() * 0.5 + 0.5, prompt=PROMPT, height=SIZE, width=SIZE, max_area=SIZE * SIZE, _auto_resize=False,
-        latents=draw(1, SIZE * SIZE // 256, 16), num_inference_steps=NUM_STEPS, guidance_scale=2.5,
-        max_sequence_length=TINY_MAX_TEXT_TOKENS, output_type="pt",
-    ).images  # fmt: skip
-
-
-def loaded(folder: Path) -> Any:
-    return FluxKontextPipeline.from_pretrained(folder)
-
-
-def refused(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
-    """The one line of a command that has to exit with code 2."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as caught:
-        export.main([str(word) for word in argv])
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("mteditflow: ")]
-    assert caught.value.code == 2 and len(lines) == 1
-    return lines[0]
 
 
 # The LoRA for diffusers
@@ -333,113 +242,6 @@ def test_another_base_is_refused(
     checkpoint.save(tmp_path / "run", iteration=4, config=config, state={"ema": state}, scalars=scalars, keep=1)
     line = refused(capsys, tmp_path / "run", "--format", "merged")
     assert "does not fit the base" in line and "transformer_blocks.1" in line
-
-
-# The card
-
-
-def front_matter(text: str) -> dict[str, Any]:
-    return yaml.safe_load(text.split("---\n")[1])
-
-
-def with_results(run: Path) -> None:
-    def figures(suffix: str, shift: float) -> dict[str, Any]:
-        turns = [
-            {"turn": turn} | {f"{name}{suffix}": 10.0 * turn + shift for name in card.METRICS}
-            | {f"{name}{suffix}_interval": [10.0 * turn + shift - 1, 10.0 * turn + shift + 1] for name in card.METRICS}
-            for turn in (1, 2)
-        ]  # fmt: skip
-        return {"num_sessions": 32, "turns": turns}
-
-    for name, suffix, shift in (("evaluation_before", "", 0), ("evaluation_after", "", 5), ("comparison", "_gain", -5)):
-        (run / f"{name}.json").write_text(json.dumps(figures(suffix, shift)))
-    (run / "strips").mkdir()
-    for n in (0, 20, 3):
-        Image.new("RGB", (n + 1, 4)).save(run / "strips" / f"iteration-{n:06d}.png")
-
-
-def test_card(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
-    config, run, out = config_of(tiny_pipeline_folder), tmp_path / "run", tmp_path / "out"
-    write_run(run, config, iteration=7)
-    with_results(run)
-    export.main([str(run), "--out", str(out)])
-    text = (out / "README.md").read_text()
-    matter = front_matter(text)
-    assert matter["library_name"] == "diffusers" and matter["pipeline_tag"] == "image-to-image"
-    assert {"lora", "image-to-image"} <= set(matter["tags"])
-    assert "base_model" not in matter  # a folder has no name on the hub
-    assert "| IF | 2 | 20.0 [19.0, 21.0] | 25.0 [24.0, 26.0] | +15.0 [+14.0, +16.0] |" in text
-    assert "32 held-out sessions" in text and "iteration 7 of 7" in text and "not finished" not in text
-    assert Image.open(out / "strips.png").size == (21, 4) and "](strips.png)" in text
-    recipe = text.split("```yaml\n")[1].split("```")[0]
-    (tmp_path / "recipe.yaml").write_text(recipe)
-    again = cli.from_yaml(tmp_path / "recipe.yaml")
-    assert replace(again, run=config.run) == config and again.run.folder == "runs/run"
-    write_run(tmp_path / "young", config)
-    export.main([str(tmp_path / "young"), "--out", str(out), "--adapter", "current"])  # an earlier export is replaced
-    text = (out / "README.md").read_text()
-    assert not (out / "strips.png").exists() and "strips.png" not in text
-    assert "has not been evaluated" in text and "not averaged" in text and "iteration 3 of 7" in text
-
-
-@pytest.mark.parametrize("form", ["diffusers", "merged"])
-@pytest.mark.parametrize("lora", [LORA, FULL], ids=["lora", "full"])
-def test_the_code_of_the_card_runs(
-    tiny_pipeline_folder: Path, tmp_path: Path, lora: LoraConfig, form: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It edits a picture with the exported weights, at the trained size."""
-    config = config_of(tiny_pipeline_folder, lora, condition_height=32, condition_width=48)
-    write_run(tmp_path / "run", config)
-    export.main([str(tmp_path / "run"), "--format", form, "--out", str(tmp_path / "out")])
-    code = (tmp_path / "out" / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    monkeypatch.chdir(tmp_path)
-    Image.new("RGB", (100, 80), "red").save("photo.png")
-    seen: dict[str, Any] = {}
-    exec(code, seen)
-    assert Image.open("edit.png").size == (SIZE, SIZE)
-    assert seen["image"].size == (48, 32) and "_auto_resize=False" in code
-    transformer = seen["pipe"].transformer
-    if form == "diffusers" and lora.rank:
-        assert len(transformer.peft_config) == 1
-    else:
-        base = dict(loaded(tiny_pipeline_folder).transformer.named_parameters())
-        own = dict(transformer.named_parameters())
-        assert any(not torch.equal(own[key], base[key]) for key in base)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "FluxKontextPipeline",
-        "Flux2Pipeline",
-        "Flux2KleinPipeline",
-        "QwenImageEditPipeline",
-        "QwenImageEditPlusPipeline",
-    ],
-)
-def test_the_card_s_arguments_are_the_pipeline_s(name: str) -> None:
-    config = Config(model=ModelConfig(cfg_scale=4.0, guidance_scale=3.0))
-    given = card.arguments(name, config)
-    assert given.keys() <= signature(getattr(diffusers, name).__call__).parameters.keys()
-    assert {"image", "prompt", "height", "width", "num_inference_steps"} <= given.keys()
-    expected = {"Flux2KleinPipeline": "4.0", "FluxKontextPipeline": "3.0", "Flux2Pipeline": "3.0"}
-    assert given.get("guidance_scale") == expected.get(name)
-    assert given.get("true_cfg_scale") == (None if name in expected else "4.0")
-
-
-def test_base_model_is_a_hub_name() -> None:
-    config = Config(model=ModelConfig(path="black-forest-labs/FLUX.1-Kontext-dev"))
-    own = card.Card(
-        config=config, iteration=1, adapter="ema", form="merged", dtype="float32", pipeline="FluxKontextPipeline",
-        file="", source="out",
-    )  # fmt: skip
-    matter = card.front_matter(own)
-    assert matter["base_model"] == config.model.path and matter["base_model_relation"] == "merge"
-    assert card.front_matter(replace(own, form="diffusers"))["base_model_relation"] == "adapter"
-    full = replace(own, config=replace(config, lora=FULL))
-    assert (
-        card.front_matter(full)["base_model_relation"] == "finetune" and "lora" not in card.front_matter(full)["tags"]
-    )
 
 
 # The hub

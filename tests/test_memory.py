@@ -128,5 +128,7 @@ def test_levers_lower_what_they_say() -> None:
     assert plan(replace(judged, reward=RewardConfig(judge="vlm", url="http://judge/v1")))["judge"] == 0
     with pytest.raises(ValueError, match=r"reward\.vlm is 'some/judge': .* its size is not known"):
         plan(replace(config, reward=RewardConfig(judge="vlm", vlm="some/judge")))
+    with pytest.raises(ValueError, match=r"reward\.vlm is 'judge': no folder, and no hub name"):
+        plan(replace(config, reward=RewardConfig(judge="vlm", vlm="judge")))
     eight = replace(config, rollout=replace(config.rollout, num_tasks=8), run=replace(config.run, num_gpus=8))
     assert plan(eight)["latents of a rollout"] == pytest.approx(whole["latents of a rollout"] / 8)

@@ -32,7 +32,7 @@ def load_pipeline(pipeline_class: Any, path: str, config: ModelConfig, device: t
 
 
 def _check_packages(path: str) -> None:
-    """transformers has a placeholder for a class whose packages are missing, of which diffusers says nothing useful."""
+    """transformers has a stand-in for a class whose packages are missing, of which diffusers says nothing useful."""
     library, index = importlib.import_module("transformers"), DiffusionPipeline.load_config(path)
     assert isinstance(index, dict)
     for value in index.values():
@@ -41,6 +41,22 @@ def _check_packages(path: str) -> None:
             if missing:
                 needed = ", ".join(missing)
                 raise ValueError(f"model.path {path!r} has a {value[1]}, which needs {needed}: install it with pip")
+
+
+def opened(
+    pipeline_class: Any,
+    path: str,
+    config: ModelConfig,
+    device: torch.device,
+    scheduler: Mapping[str, object],
+    loaded: Any = None,
+) -> Any:
+    """The pipeline of `path`, or the one that is `loaded` already, ready for a policy. ValueError where its scheduler
+    has other constants than `scheduler`.
+    """
+    pipeline = prepare(loaded, config, device) if loaded else load_pipeline(pipeline_class, path, config, device)
+    check_scheduler(pipeline.scheduler, path, scheduler)
+    return pipeline
 
 
 def prepare(pipeline: Any, config: ModelConfig, device: torch.device) -> Any:

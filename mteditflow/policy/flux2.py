@@ -24,17 +24,7 @@ from einops import rearrange
 from torch import Tensor
 
 from mteditflow.config import LoraConfig, ModelConfig
-from mteditflow.policy.common import (
-    DTYPES,
-    Prompts,
-    check_scheduler,
-    encoders_on,
-    in_chunks,
-    load_pipeline,
-    prepare,
-    resized,
-    token_grid,
-)
+from mteditflow.policy.common import DTYPES, Prompts, encoders_on, in_chunks, opened, resized, token_grid
 from mteditflow.policy.full_weights import build_adapters
 from mteditflow.types import Condition
 
@@ -79,10 +69,7 @@ class Flux2Policy:
         self.device = device
         self.dtype = DTYPES[config.dtype]
         self.config = config
-        pipeline: Any = (
-            prepare(loaded, config, device) if loaded else load_pipeline(DiffusionPipeline, path, config, device)
-        )
-        check_scheduler(pipeline.scheduler, path, SCHEDULER)
+        pipeline: Any = opened(DiffusionPipeline, path, config, device, SCHEDULER, loaded)
         _check_text_tokens(pipeline, config, path)
         self.pipeline = pipeline
         self._has_embedded_guidance = isinstance(pipeline, Flux2Pipeline)

@@ -17,17 +17,7 @@ from torch import Tensor
 
 from mteditflow.config import LoraConfig, ModelConfig
 from mteditflow.flow import sigma_schedule
-from mteditflow.policy.common import (
-    DTYPES,
-    Prompts,
-    check_scheduler,
-    encoders_on,
-    in_chunks,
-    load_pipeline,
-    prepare,
-    resized,
-    token_grid,
-)
+from mteditflow.policy.common import DTYPES, Prompts, encoders_on, in_chunks, opened, resized, token_grid
 from mteditflow.policy.full_weights import build_adapters
 from mteditflow.types import Condition
 
@@ -78,10 +68,7 @@ class FluxKontextPolicy:
         self.device = device
         self.dtype = DTYPES[config.dtype]
         self.config = config
-        pipeline: Any = (
-            prepare(loaded, config, device) if loaded else load_pipeline(FluxKontextPipeline, path, config, device)
-        )
-        check_scheduler(pipeline.scheduler, path, SCHEDULER)
+        pipeline: Any = opened(FluxKontextPipeline, path, config, device, SCHEDULER, loaded)
         self.pipeline = pipeline
         self._grid, self._condition_grid = token_grid(config, 2 * pipeline.vae_scale_factor, path)
         self.num_tokens = self._grid[0] * self._grid[1]

@@ -33,7 +33,7 @@ from torch import Tensor
 from transformers.utils.import_utils import is_torchvision_available
 
 from mteditflow.config import LoraConfig, ModelConfig
-from mteditflow.policy.common import DTYPES, check_scheduler, encoders_on, in_chunks, load_pipeline, prepare, token_grid
+from mteditflow.policy.common import DTYPES, encoders_on, in_chunks, opened, token_grid
 from mteditflow.policy.full_weights import build_adapters
 from mteditflow.types import Condition
 
@@ -86,10 +86,7 @@ class QwenImageEditPolicy:
         self.device = device
         self.dtype = DTYPES[config.dtype]
         self.config = config
-        pipeline: Any = (
-            prepare(loaded, config, device) if loaded else load_pipeline(DiffusionPipeline, path, config, device)
-        )
-        check_scheduler(pipeline.scheduler, path, SCHEDULER)
+        pipeline: Any = opened(DiffusionPipeline, path, config, device, SCHEDULER, loaded)
         self.pipeline = pipeline
         self._is_plus = isinstance(pipeline, QwenImageEditPlusPipeline)
         grid, condition_grid = token_grid(config, 2 * pipeline.vae_scale_factor, path)

@@ -1,0 +1,99 @@
+"""Runs that can be exported, and their edits by the trainer and by the stock pipeline."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_MAX_TEXT_TOKENS
+from diffusers.pipelines.flux.pipeline_flux_kontext import FluxKontextPipeline, calculate_shift
+from torch import Tensor
+
+from mteditflow import checkpoint, cli, export
+from mteditflow.config import Config, DataConfig, EvaluationConfig, LoraConfig, ModelConfig, RunConfig
+from mteditflow.policy import build_policy
+from mteditflow.types import Condition
+
+SIZE, NUM_STEPS, PROMPT = 64, 3, "make the red square blue"
+LORA, FULL = LoraConfig(rank=2, alpha=6, targets=()), LoraConfig(rank=0, targets=())
+# As tests/test_policy.py: 1e3 operations in sequence, each of relative error 2^-24, at values of at most about 4.
+ORDER_TOLERANCE = 3e-4
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def config_of(model: Path, lora: LoraConfig = LORA, **overrides: Any) -> Config:
+    return Config(
+        model=ModelConfig(path=str(model), max_text_tokens=TINY_MAX_TEXT_TOKENS, **overrides),
+        lora=lora,
+        data=DataConfig(num_turns=2),
+        evaluation=EvaluationConfig(num_steps=NUM_STEPS),
+        run=RunConfig(num_iterations=7),
+    )
+
+
+def write_run(folder: Path, config: Config, iteration: int = 3) -> dict[str, dict[str, Tensor]]:
+    """A run folder with a checkpoint, whose adapters are far from their start; returns them."""
+    policy = build_policy(config.model, config.lora, seed=0, objective="grpo")
+    first = policy.adapters.state("ema")
+    scale = 0.2 if config.lora.rank else 0.05
+    state = {
+        name: {key: w + scale * draw(*w.shape, seed=seed + i) for i, (key, w) in enumerate(start.items())}
+        for name, start, seed in (("ema", first, 0), ("current", first, 99))
+    }
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(cli.to_yaml(config))
+    optimizer = {"0.step": torch.zeros(1)}
+    scalars: checkpoint.Scalars = {"num_updates": iteration}
+    checkpoint.save(
+        folder, iteration=iteration, config=config, state=state | {"optimizer": optimizer}, scalars=scalars, keep=2
+    )
+    return state
+
+
+def ours(config: Config, state: dict[str, Tensor]) -> Tensor:
+    """The trainer's edit with these weights: images (1, 3, H, W) in [0, 1]."""
+    policy = build_policy(config.model, config.lora, seed=0, objective="grpo")
+    policy.adapters.load("current", state)
+    source = (picture() * 0.5 + 0.5) * 2 - 1  # the trip to [0, 1] and back that a pipeline's input makes
+    text = policy.encode_text([PROMPT], source, has_cfg=False)
+    condition = Condition(text=text, image=policy.encode_image(source, microbatch_size=1))
+    scheduler = policy.pipeline.scheduler
+    sigmas = np.linspace(1.0, 1 / NUM_STEPS, NUM_STEPS)  # as the pipeline does, in float64
+    scheduler.set_timesteps(sigmas=sigmas, mu=calculate_shift(policy.num_tokens))
+    latents = draw(1, policy.num_tokens, policy.num_channels)
+    with torch.no_grad():
+        for sigma, sigma_next in zip(scheduler.sigmas[:-1], scheduler.sigmas[1:], strict=True):
+            latents = latents + policy.velocity(latents, sigma.expand(1), condition) * (sigma_next - sigma)
+        return policy.decode(latents, microbatch_size=1) * 0.5 + 0.5
+
+
+def picture() -> Tensor:
+    return draw(1, 3, SIZE, SIZE, seed=5).clamp(-1, 1)
+
+
+def stock(pipeline: Any) -> Tensor:
+    """The stock pipeline's edit, images (1, 3, H, W) in [0, 1]."""
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline(
+        image=picture() * 0.5 + 0.5, prompt=PROMPT, height=SIZE, width=SIZE, max_area=SIZE * SIZE, _auto_resize=False,
+        latents=draw(1, SIZE * SIZE // 256, 16), num_inference_steps=NUM_STEPS, guidance_scale=2.5,
+        max_sequence_length=TINY_MAX_TEXT_TOKENS, output_type="pt",
+    ).images  # fmt: skip
+
+
+def loaded(folder: Path) -> Any:
+    return FluxKontextPipeline.from_pretrained(folder)
+
+
+def refused(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
+    """The one line of a command that has to exit with code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        export.main([str(word) for word in argv])
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("mteditflow: ")]
+    assert caught.value.code == 2 and len(lines) == 1
+    return lines[0]
