@@ -11,8 +11,8 @@ from near import make_keys
 from torch import Tensor
 
 from mteditflow.flow import sigma_schedule, step_table
-from mteditflow.metrics import read_lines
-from mteditflow.train import main
+from mteditflow.record.metrics import read_lines
+from mteditflow.config.command import train as main
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="no CUDA GPU: only static figures and eager CPU times"

@@ -135,9 +135,9 @@ def denoise_without_sync(policy: Policy, rollout: Rollout, run: Callable[..., tu
     turn, num_rows = rollout.turns[0], len(rollout.group)
     group_size = num_rows // len(rollout.tasks)
     keys = row_keys(rollout.tasks, group_size, seed=0, step=0, turn=0, denoising_step=0).to(policy.device)
-    drawn = [keys if step in rollout.trained_steps else None for step in range(len(rollout.table))]
+    drawn = [keys if step in rollout.schedule.trained_steps else None for step in range(len(rollout.schedule.table))]
     euler = [0.0] * len(drawn)
-    arguments = (policy, turn.condition, turn.latents[0], rollout.sigmas, rollout.table, drawn, euler)
+    arguments = (policy, turn.condition, turn.latents[0], rollout.schedule.sigmas, rollout.schedule.table, drawn, euler)
     with torch.no_grad():
         run(*arguments)
         with measure.no_syncs(policy.device):
@@ -147,7 +147,7 @@ def denoise_without_sync(policy: Policy, rollout: Rollout, run: Callable[..., tu
 def test_rollout_by_graph(session: Session) -> None:
     """The default config, GRPO: the same bits, no sync between the denoising steps, and both times."""
     config = replace(Config(), objective=ObjectiveConfig(name="grpo"))
-    policy = build_policy(config.model, config.lora, seed=0, objective="grpo")
+    policy = build_policy(config.model, config.lora, seed=0, has_old=False)
     session.rollout_s |= time_rollout(policy, config, ("on", "off"))
     tasks = training_tasks(config, 0, Ranks(rank=0, world_size=1, device=policy.device))
     rollout = sample_rollout(policy, tasks, config, 0)

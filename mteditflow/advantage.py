@@ -134,26 +134,3 @@ def advantages(scores: Scores, group: Tensor, config: AdvantageConfig) -> Tensor
     if not bool(advantage.isfinite().all()):
         raise ValueError("an advantage is not finite: a consistency score of a valid trajectory is infinite")
     return advantage.to(scores.instruction.dtype)
-
-
-def zero_spread(scores: Scores, group: Tensor, config: AdvantageConfig) -> Tensor:
-    """(P,) bool: groups whose advantages are all zero, which have nothing to teach and can skip the forward pass."""
-    return _group_sum(advantages(scores, group, config).abs(), group).sum(1) == 0
-
-
-def nft_probability(advantage: Tensor, max_advantage: float, mode: str = "all") -> Tensor:
-    """DiffusionNFT's r in [0, 1] from the advantage: clamp(A, +-A_max) / A_max / 2 + 1/2, of the same shape.
-
-    mode: what A is first. all: itself; positive_only, negative_only: 0 where it has the other sign; one_only: 1 where
-    it is positive, else 0; binary: its sign.
-    """
-    match mode:
-        case "positive_only":
-            advantage = advantage.clamp(min=0)
-        case "negative_only":
-            advantage = advantage.clamp(max=0)
-        case "one_only":
-            advantage = (advantage > 0).to(advantage.dtype)
-        case "binary":
-            advantage = advantage.sign()
-    return (advantage.clamp(-max_advantage, max_advantage) / max_advantage / 2 + 0.5).clamp(0, 1)

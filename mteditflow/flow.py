@@ -17,11 +17,48 @@ CPS at std = 0 is the ODE step: so is its last step, which therefore has no log-
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Self
 
 import torch
 from mteditflow_kernels import C_V, C_X, KL_EXACT, KL_PUBLISHED, LOG_PROB_CONST, LOG_PROB_SCALE, NUM_COLUMNS, STD
 from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """The S denoising steps of a turn."""
+
+    sigmas: Tensor  # (S+1,) noise levels, falling
+    table: Tensor  # (S, 7) coefficients of each step, float32
+    corrections: tuple[float, ...]  # S, those of `second_order`; 0: an Euler step
+    is_noisy: tuple[bool, ...]  # S; the others are ODE steps
+    trained_steps: tuple[int, ...]  # denoising steps to learn from
+
+    def to(self, device: torch.device) -> Self:
+        """The schedule as float32 tensors on a device."""
+        return replace(self, sigmas=self.sigmas.float().to(device), table=self.table.to(device))
+
+
+def make_schedule(
+    sigmas: Tensor,
+    *,
+    noise_level: float = 0.0,
+    rule: str = "sde",
+    noisy_steps: Sequence[int] = (),
+    trained_steps: tuple[int, ...] = (),
+    is_second_order: bool = False,
+) -> Schedule:
+    """A schedule on these noise levels (S+1,), float64; by default the ODE's, by Euler steps. ValueError as for
+    `step_table`.
+    """
+    table = step_table(sigmas, noise_level=noise_level, rule=rule, noisy_steps=noisy_steps)
+    corrections = second_order(sigmas) if is_second_order else [0.0] * len(table)
+    is_noisy = tuple((table[:, STD] > 0).tolist())
+    return Schedule(
+        sigmas=sigmas, table=table, corrections=tuple(corrections), is_noisy=is_noisy, trained_steps=trained_steps
+    )
 
 
 def sigma_schedule(num_steps: int, num_tokens: int) -> Tensor:

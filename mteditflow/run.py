@@ -15,12 +15,11 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from mteditflow import alarms, checkpoint
-from mteditflow.cli import to_yaml
 from mteditflow.config import Config
+from mteditflow.config.cli import to_yaml
 from mteditflow.data import check_data, held_out_tasks
 from mteditflow.distributed import Ranks
-from mteditflow.edival import (
+from mteditflow.evaluate.edival import (
     METRICS,
     Evaluation,
     evaluate,
@@ -31,12 +30,14 @@ from mteditflow.edival import (
     save_evaluation,
     save_strips,
 )
-from mteditflow.export import save_result
-from mteditflow.metrics import Reporter, Timer, memory_gib, reduce_mean
-from mteditflow.objective.nft import old_decay
+from mteditflow.export.weights import save_result
+from mteditflow.objective import Objective
 from mteditflow.policy import build_policy
-from mteditflow.report import write_report
+from mteditflow.record import alarms, checkpoint
+from mteditflow.record.metrics import Reporter, Timer, memory_gib, reduce_mean
+from mteditflow.report.run_page import write_report
 from mteditflow.reward import build_reward, check_judge
+from mteditflow.update import build_optimizer
 
 
 class Run:
@@ -46,8 +47,8 @@ class Run:
     set.
     """
 
-    def __init__(self, config: Config, ranks: Ranks, timer: Timer) -> None:
-        self.config, self.ranks, self.timer = config, ranks, timer
+    def __init__(self, config: Config, objective: Objective, ranks: Ranks, timer: Timer) -> None:
+        self.config, self.objective, self.ranks, self.timer = config, objective, ranks, timer
         self.folder = Path(config.run.folder)
         self.is_stopping, self._is_asked_to_stop = False, False
         self._warned: set[str] = set()
@@ -63,26 +64,18 @@ class Run:
         config = self.config
         check_judge(config)
         check_data(config, is_speaking=self.ranks.is_main)
-        self.reward = build_reward(config.reward, config.run.seed)  # first: a judge that is not there is found at once
+        self.reward = build_reward(config.reward)  # first: a judge that is not there is found at once
         if self.ranks.is_main:
             stack.enter_context(checkpoint.lock(self.folder))
         stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, self._on_sigterm))
-        self.policy = build_policy(config.model, config.lora, config.run.seed, config.objective.name)
-        parameters = [parameter for _, parameter in self.policy.adapters.trainable]
-        self.optimizer = torch.optim.AdamW(
-            parameters,
-            lr=config.optimizer.learning_rate,
-            eps=config.optimizer.epsilon,
-            weight_decay=config.optimizer.weight_decay,
-        )
-        self.num_updates, self.first_iteration = 0, 0
+        self.policy = build_policy(config.model, config.lora, config.run.seed, has_old=self.objective.has_old)
+        self.optimizer, self.first_iteration = build_optimizer(self.policy, config), 0
         saved = checkpoint.load_latest(self.folder, config, lambda line: print(line, file=sys.stderr))
         if saved:
             self._restore(saved)
         self.ranks.barrier()
         if self.ranks.is_main:
             self._open(stack, is_resumed=saved is not None)
-        self._set_learning_rate()
 
     def _open(self, stack: ExitStack, is_resumed: bool) -> None:
         config = self.config
@@ -91,10 +84,10 @@ class Run:
         (self.folder / "config.yaml").write_text(to_yaml(config))
         going_on = f", going on after iteration {self.first_iteration}" if is_resumed else ""
         self.reporter.say(f"{self.policy.adapters.num_modules} modules adapted, run folder {self.folder}{going_on}")
-        if self.policy.is_distilled and config.objective.name == "nft":
+        if self.policy.is_distilled and self.objective.blurs_distilled:
             self.reporter.say(
-                f"model.path {config.model.path!r} is distilled, and NFT blurs such a model: take its base model, or "
-                f"objective.name grpo"
+                f"model.path {config.model.path!r} is distilled, and objective.name {config.objective.name} blurs such "
+                f"a model: take its base model, or another objective"
             )
         self.tasks = held_out_tasks(config)
         before = load_evaluation(self.folder, "before")
@@ -118,27 +111,10 @@ class Run:
         self.ranks.sum_([num_asked])
         self.is_stopping = num_asked.item() > 0
 
-    def _set_learning_rate(self) -> None:
-        optimizer, done, end = self.config.optimizer, self.first_iteration, self.config.run.num_iterations
-        share = min(1.0, (done + 1) / (optimizer.warmup_iterations + 1))
-        if optimizer.schedule == "linear":
-            share = min(share, max(0, end - done) / max(1, end - optimizer.warmup_iterations))
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.optimizer.learning_rate * share
-
     def record(self, iteration: int, values: dict[str, float]) -> None:
-        """The end of an iteration: old adapter, metrics, evaluation, checkpoint. The metrics' line comes before the
-        checkpoint.
-        """
+        """The end of an iteration: metrics, evaluation, checkpoint. The metrics' line comes before the checkpoint."""
         config, done = self.config, iteration + 1
-        self.num_updates += config.optimizer.num_updates
-        if config.objective.name == "nft":
-            self.policy.adapters.copy(
-                "current", "old", decay=old_decay(self.num_updates, config.objective.nft_old_decay)
-            )
         values = reduce_mean(values) | {"update/learning_rate": self.optimizer.param_groups[0]["lr"]}
-        self.first_iteration = done
-        self._set_learning_rate()
         self._agree_to_stop()
         if not self.ranks.is_main:
             return
@@ -146,7 +122,7 @@ class Run:
             self.reporter.say(f"iteration {done}: all groups without spread, nothing to learn from them")
         if config.evaluation.every and done % config.evaluation.every == 0 and done < config.run.num_iterations:
             values |= self._short_evaluation(done)
-        values |= alarms.of_held_out(values)
+        values |= alarms.held_out_figures(values)
         self._warn(alarms.raised(values, config.alarms), values, done)
         times = self.timer.pop()
         num_images = config.rollout.num_tasks * config.rollout.group_size * config.data.num_turns
@@ -200,23 +176,21 @@ class Run:
         self.ranks.barrier()
 
     def _save(self, done: int) -> None:
-        names = ("current", "ema", "old") if self.config.objective.name == "nft" else ("current", "ema")
+        names = ("current", "ema", "old") if self.objective.has_old else ("current", "ema")
         state = {name: self.policy.adapters.state(name) for name in names}
         state["optimizer"] = {
             f"{i}.{key}": value for i, own in self.optimizer.state_dict()["state"].items() for key, value in own.items()
         }
-        scalars: checkpoint.Scalars = {"num_updates": self.num_updates}
         checkpoint.save(
             self.folder,
             iteration=done,
             config=self.config,
             state=state,
-            scalars=scalars,
             keep=self.config.run.keep_checkpoints,
         )
 
     def _restore(self, saved: checkpoint.Checkpoint) -> None:
-        self.first_iteration, self.num_updates = saved.iteration, int(saved.scalars["num_updates"])
+        self.first_iteration = saved.iteration
         for name, state in saved.state.items():
             if name != "optimizer":
                 self.policy.adapters.load(name, state)  # pyright: ignore[reportArgumentType]

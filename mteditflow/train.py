@@ -1,94 +1,70 @@
 """MT-EditFlow (arXiv 2606.01985): reinforcement learning of multi-turn image editing. `torchrun -m mteditflow.train`
 
     for each iteration
-        P tasks, G trajectories each: roll out K turns on the model's own output
-        score every trajectory: was each instruction followed, was the rest left alone
-        fuse the rewards at the advantage level and broadcast the one advantage to every turn and denoising step
-        update the adapter by GRPO (or NFT)
+        1. roll out: P tasks, G trajectories each, K turns on the model's own output                         rollout.py
+        2. score every trajectory (was each instruction followed, was the rest left alone), fuse the rewards
+           at the advantage level, and broadcast the one advantage to every turn and denoising step     advantage.py
+        3. update the adapter by GRPO or NFT                              update.py, objective/grpo.py, nft.py
 
 Departures from the paper, each a config field: SDE windows train 2 of the S steps (Flow-GRPO-Fast), by default the
 embedded world's exact verifier takes the VLM judge's place, and the adapter is averaged (EMA) for evaluation and
 export.
 """
 
-from collections.abc import Sequence
-from contextlib import ExitStack
-from typing import TYPE_CHECKING
+import sys
 
-from mteditflow import cli
+from mteditflow.config import command
 
-if TYPE_CHECKING:
-    from mteditflow.config import Config
-    from mteditflow.distributed import Ranks
+if __name__ == "__main__":  # before torch is imported: --help and wrong arguments answer at once
+    sys.exit(command.main(["train", *sys.argv[1:]]))
+
+from mteditflow_kernels import use_backend
+
+from mteditflow.advantage import advantages
+from mteditflow.config import Config
+from mteditflow.data import training_tasks
+from mteditflow.distributed import Ranks
+from mteditflow.guards import check_adapter, check_scores
+from mteditflow.objective import build_objective
+from mteditflow.record.alarms import rollout_figures
+from mteditflow.record.metrics import Timer, score_figures
+from mteditflow.reward import gather_scores
+from mteditflow.rollout import sample_rollout
+from mteditflow.run import Run
+from mteditflow.update import update
 
 
-def train(config: "Config", ranks: "Ranks") -> None:
+def train(config: Config, ranks: Ranks) -> None:
     """Run, or continue, the training that `config` describes in its run folder."""
-    from mteditflow_kernels import use_backend
-
-    from mteditflow.advantage import advantages
-    from mteditflow.alarms import of_rollout
-    from mteditflow.data import training_tasks
-    from mteditflow.metrics import Timer, of_scores
-    from mteditflow.reward import of_all_ranks
-    from mteditflow.rollout import sample_rollout
-    from mteditflow.run import Run
-    from mteditflow.update import check_adapter, check_scores, update
-
     use_backend(config.run.backend)
-    timer, is_adapter_checked = Timer(), False
-    with Run(config, ranks, timer) as run:
+    objective, timer, is_adapter_checked = build_objective(config), Timer(), False
+    with Run(config, objective, ranks, timer) as run:
         policy, optimizer, reward = run.policy, run.optimizer, run.reward
         for iteration in range(run.first_iteration, config.run.num_iterations):
+            # 1. Roll out K turns on the model's own output.
             tasks = training_tasks(config, iteration, ranks)
             with timer("time/rollout"):
-                rollout = sample_rollout(policy, tasks, config, iteration)
+                rollout = sample_rollout(policy, objective, tasks, config, iteration)
+
+            # 2. Score every trajectory, and give it one advantage relative to its group.
             with timer("time/score"):
-                scores, group = of_all_ranks(reward(rollout, iteration), rollout.group, ranks)
-                check_scores(scores, config)
-            advantage = advantages(scores, group, config.advantage)
+                scores, group = gather_scores(reward(rollout), rollout.group, ranks)
+            check_scores(scores, config)
+            advantage = advantages(scores, group, config.advantage)  # (N, K), of all ranks
+
+            # 3. Update the adapter; the old policy follows it.
             with timer("time/update"):
-                own = advantage.chunk(ranks.world_size)[ranks.rank]
-                figures = update(policy, optimizer, rollout, own, config, iteration, ranks)
+                of_rank = advantage.chunk(ranks.world_size)[ranks.rank]
+                figures = update(policy, optimizer, objective, rollout, of_rank, config, iteration, ranks)
+            if objective.has_old:
+                num_updates = (iteration + 1) * config.optimizer.num_updates
+                policy.adapters.copy("current", "old", decay=objective.old_decay(num_updates))
+
             if not is_adapter_checked and advantage.any():
                 check_adapter(policy, rollout)
                 is_adapter_checked = True
-            run.record(iteration, of_scores(scores, advantage, group) | figures | of_rollout(rollout, scores))
+            figures |= score_figures(scores, advantage, group) | rollout_figures(rollout, scores)
+            run.record(iteration, figures)
             if run.is_stopping:
                 return
         run.finish()
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line: `python -m mteditflow.train [--config FILE] [--section.field VALUE ...] [--dry_run]`."""
-    config, is_dry_run = cli.parse(argv, prog="python -m mteditflow.train")
-    from mteditflow import distributed
-    from mteditflow.checkpoint import is_no_room
-    from mteditflow.update import GuardError
-
-    if is_dry_run:
-        from mteditflow.plan import dry_run
-
-        try:
-            plan = dry_run(config)
-        except ValueError as error:
-            cli.fail(error)
-        print(plan.table)
-        if plan.problem:
-            cli.fail(plan.problem)
-        return
-    with ExitStack() as stack:
-        ranks = distributed.start()
-        stack.callback(distributed.stop, ranks)
-        try:
-            train(config, ranks)
-        except (ValueError, GuardError) as error:
-            cli.fail(error)
-        except OSError as error:
-            if not is_no_room(error):
-                raise
-            cli.fail(f"no room on the disk for {config.run.folder}: free some and run again")
-
-
-if __name__ == "__main__":
-    main()

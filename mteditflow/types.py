@@ -9,6 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
+from mteditflow.flow import Schedule
+from mteditflow.noise import NoiseSource, Place, row_keys
+
 
 @dataclass(frozen=True, kw_only=True)
 class Region:
@@ -57,17 +60,18 @@ class Turn:
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout:
-    """K turns of N trajectories.
-
-    `group` (N,) is the task's place in `tasks`; `table` (S, columns) made the denoising steps.
-    """
+    """K turns of N trajectories."""
 
     tasks: list[EditTask]
     turns: list[Turn]
-    group: Tensor
-    sigmas: Tensor
-    table: Tensor
-    trained_steps: tuple[int, ...]  # denoising steps to learn from
+    group: Tensor  # (N,) int64: the task's place in `tasks`
+    schedule: Schedule  # made the denoising steps
+    noise: NoiseSource  # made all that was random, and makes what is drawn from this rollout later
+
+    def keys(self, *, turn: int, place: Place, number: int = 0) -> Tensor:
+        """Noise keys (N, 5) of the trajectories, at a draw of a place within a turn."""
+        task_ids, group_size = [task.id for task in self.tasks], len(self.group) // len(self.tasks)
+        return row_keys(task_ids, group_size, self.noise, turn=turn, place=place, number=number)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,3 +96,13 @@ class Transitions:
     sigma_next: Tensor  # (B,)
     old_log_prob: Tensor  # (B,)
     advantage: Tensor  # (B,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Microbatch:
+    """Rows of a rollout that go through the model together in training, at one turn and one draw."""
+
+    turn: int
+    draw: int  # a denoising step (GRPO), or a number (NFT)
+    rows: Tensor  # (B,) int64
+    weight: Tensor  # (B,) of each row's loss; 0 for a row that only fills the microbatch

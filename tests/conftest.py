@@ -18,7 +18,7 @@ from mteditflow.config import (
     OptimizerConfig,
     RolloutConfig,
 )
-from mteditflow.world.parts import build_pipeline
+from mteditflow.world.tiny_kontext import build_pipeline
 
 TINY_MAX_TEXT_TOKENS = 8
 TINY_WORDS = ("make", "the", "red", "blue", "square", "circle", "remove", "add", "a", "left", "right", "of")

@@ -10,9 +10,10 @@ from conftest import TINY_MAX_TEXT_TOKENS
 from diffusers.pipelines.flux.pipeline_flux_kontext import FluxKontextPipeline, calculate_shift
 from torch import Tensor
 
-from mteditflow import checkpoint, cli, export
-from mteditflow.config import Config, DataConfig, EvaluationConfig, LoraConfig, ModelConfig, RunConfig
+from mteditflow.config import Config, DataConfig, EvaluationConfig, LoraConfig, ModelConfig, RunConfig, cli
+from mteditflow.export import weights as export
 from mteditflow.policy import build_policy
+from mteditflow.record import checkpoint
 from mteditflow.types import Condition
 
 SIZE, NUM_STEPS, PROMPT = 64, 3, "make the red square blue"
@@ -37,7 +38,7 @@ def config_of(model: Path, lora: LoraConfig = LORA, **overrides: Any) -> Config:
 
 def write_run(folder: Path, config: Config, iteration: int = 3) -> dict[str, dict[str, Tensor]]:
     """A run folder with a checkpoint, whose adapters are far from their start; returns them."""
-    policy = build_policy(config.model, config.lora, seed=0, objective="grpo")
+    policy = build_policy(config.model, config.lora, seed=0, has_old=False)
     first = policy.adapters.state("ema")
     scale = 0.2 if config.lora.rank else 0.05
     state = {
@@ -56,7 +57,7 @@ def write_run(folder: Path, config: Config, iteration: int = 3) -> dict[str, dic
 
 def ours(config: Config, state: dict[str, Tensor]) -> Tensor:
     """The trainer's edit with these weights: images (1, 3, H, W) in [0, 1]."""
-    policy = build_policy(config.model, config.lora, seed=0, objective="grpo")
+    policy = build_policy(config.model, config.lora, seed=0, has_old=False)
     policy.adapters.load("current", state)
     source = (picture() * 0.5 + 0.5) * 2 - 1  # the trip to [0, 1] and back that a pipeline's input makes
     text = policy.encode_text([PROMPT], source, has_cfg=False)

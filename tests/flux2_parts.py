@@ -17,7 +17,7 @@ from diffusers.pipelines.flux2.pipeline_flux2_klein import Flux2KleinPipeline
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 
-from mteditflow.world.parts import flux_scheduler
+from mteditflow.world.tiny_kontext import flux_scheduler
 
 MAX_TEXT_TOKENS = {"klein": 80, "dev": 288}  # a token is a byte: 28 and 225 of them are the chat templates'
 WIDTH = 16  # of the text encoders; the transformer sees three layers of it

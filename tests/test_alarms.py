@@ -6,20 +6,20 @@ from typing import Any
 import pytest
 import torch
 
-from mteditflow.alarms import (
+from mteditflow.config import AlarmConfig, Config
+from mteditflow.data import training_tasks
+from mteditflow.distributed import Ranks
+from mteditflow.record.alarms import (
     ALARMS,
     colourfulness,
     edge_density,
     is_unedited,
-    of_held_out,
-    of_rollout,
+    held_out_figures,
+    rollout_figures,
     raised,
     saturation,
 )
-from mteditflow.config import AlarmConfig, Config
-from mteditflow.data import training_tasks
-from mteditflow.distributed import Ranks
-from mteditflow.rollout import to_8_bit
+from mteditflow.rollout import round_to_8_bit
 from mteditflow.types import Condition, Rollout, Scores, Turn
 from mteditflow.world.render import render
 
@@ -73,7 +73,7 @@ def test_a_small_edit_is_one_and_noise_is_none() -> None:
 
 
 def test_honest_pictures_do_not_ring(config: Config) -> None:
-    figures = of_rollout(*made(honest(config), config))
+    figures = rollout_figures(*made(honest(config), config))
     assert figures.keys() == ALARMS.keys() - {"alarm/held_out_gap"}
     assert figures["alarm/no_edit_share"] == 0 and figures["alarm/over_edit_share"] == 0
     assert raised(figures, AlarmConfig()) == []
@@ -104,27 +104,27 @@ def test_a_hacked_run_rings(fault: str, expected: str, config: Config) -> None:
             pictures[1] = (grey + 3 * (pictures[1] - grey)).clamp(-1, 1)
         case "ignored":
             sources = torch.stack([task.source for task in rollout.tasks])[rollout.group]
-            pictures = [to_8_bit(sources), to_8_bit(sources)]
+            pictures = [round_to_8_bit(sources), round_to_8_bit(sources)]
         case "repainted":
             scores = replace(scores, consistency=torch.full_like(scores.consistency, 0.5))
     rollout = replace(
         rollout, turns=[replace(turn, image=own) for turn, own in zip(rollout.turns, pictures, strict=True)]
     )
-    assert expected in raised(of_rollout(rollout, scores), AlarmConfig())
+    assert expected in raised(rollout_figures(rollout, scores), AlarmConfig())
 
 
 def test_a_picture_that_is_not_finite_is_left_out(config: Config) -> None:
     pictures = honest(config)
-    whole = of_rollout(*made(pictures, config))
+    whole = rollout_figures(*made(pictures, config))
     pictures[0][3] = torch.nan
-    figures = of_rollout(*made(pictures, config))
+    figures = rollout_figures(*made(pictures, config))
     assert all(value == value for value in figures.values())
     assert figures["alarm/edge_density_drift"] == pytest.approx(whole["alarm/edge_density_drift"], abs=0.05)
 
 
 def test_the_gap_between_judge_and_truth() -> None:
     values: dict[str, Any] = {"reward/success_1": 0.9, "reward/success_2": 0.7, "heldout/MT_1": 50, "heldout/MT_2": 30}
-    assert of_held_out(values) == {"alarm/held_out_gap": pytest.approx(0.4)}
-    assert of_held_out({"reward/success_1": 0.9}) == {}
-    assert raised(values | of_held_out(values), AlarmConfig()) == ["alarm/held_out_gap"]
+    assert held_out_figures(values) == {"alarm/held_out_gap": pytest.approx(0.4)}
+    assert held_out_figures({"reward/success_1": 0.9}) == {}
+    assert raised(values | held_out_figures(values), AlarmConfig()) == ["alarm/held_out_gap"]
     assert raised({"alarm/held_out_gap": float("nan")}, AlarmConfig()) == []

@@ -58,7 +58,7 @@ def test_parity_sees_a_wrong_op() -> None:
 
 def test_a_rollout_runs(tiny_config: Config) -> None:
     config = replace(tiny_config, data=DataConfig(num_turns=1))
-    policy = build_policy(config.model, config.lora, seed=0, objective="grpo")
+    policy = build_policy(config.model, config.lora, seed=0, has_old=False)
     seconds = time_rollout(policy, config, ("auto", "off"))
     assert seconds.keys() == {"auto", "off"} and min(seconds.values()) > 0
     tasks = training_tasks(config, 0, Ranks(rank=0, world_size=1, device=CPU))

@@ -20,8 +20,9 @@ from export_parts import (
 )
 from PIL import Image
 
-from mteditflow import card, cli, export
-from mteditflow.config import Config, LoraConfig, ModelConfig
+from mteditflow.config import Config, LoraConfig, ModelConfig, cli
+from mteditflow.export import card
+from mteditflow.export import weights as export
 
 ROOT = Path(__file__).parent.parent
 

@@ -16,9 +16,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mteditflow import checkpoint
-from mteditflow.checkpoint import MANIFEST, load_latest, lock, save
 from mteditflow.config import Config, ObjectiveConfig, OptimizerConfig, RolloutConfig, RunConfig
+from mteditflow.record import checkpoint
+from mteditflow.record.checkpoint import MANIFEST, load_latest, lock, save
 
 CONFIG = Config(objective=ObjectiveConfig(name="grpo"), run=RunConfig(num_iterations=40))
 
@@ -209,7 +209,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[3])
 from test_checkpoint import CONFIG, state_of
-from mteditflow.checkpoint import lock, save
+from mteditflow.record.checkpoint import lock, save
 folder = Path(sys.argv[1])
 with lock(folder):
     for iteration in range(int(sys.argv[2]), 10**6):

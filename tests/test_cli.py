@@ -10,9 +10,9 @@ from typing import get_type_hints
 import pytest
 import yaml
 
-from mteditflow.cli import DEFAULT_TITLE, commented_yaml, from_yaml, parse, settings, to_yaml
 from mteditflow.config import Config, ModelConfig, ObjectiveConfig, OptimizerConfig, RolloutConfig, RunConfig
-from mteditflow.plan import RowSeconds, batch_plan, dry_run, duration_plan
+from mteditflow.config.cli import DEFAULT_TITLE, commented_yaml, from_yaml, parse, settings, to_yaml
+from mteditflow.plan.dry_run import RowSeconds, batch_plan, dry_run, duration_plan
 
 ROOT = Path(__file__).parent.parent
 
@@ -98,7 +98,7 @@ def test_help_names_every_field_and_imports_no_torch() -> None:
     code = (
         "import atexit, sys\n"
         "atexit.register(lambda: print('torch' in sys.modules, file=sys.stderr))\n"
-        "from mteditflow.cli import parse\n"
+        "from mteditflow.config.cli import parse\n"
         "parse(['--help'], prog='train')\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
@@ -197,7 +197,7 @@ def test_dry_run(tiny_pipeline_folder: Path) -> None:
 
 
 def test_a_run_that_does_not_fit_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    from mteditflow.train import main
+    from mteditflow.config.command import train as main
 
     with pytest.raises(SystemExit) as caught:
         main(["--dry_run", "--run.gpu_gib=0.1", "--optimizer.microbatch_size=128"])

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mteditflow.cli import from_yaml, settings
-from mteditflow.memory import read_sizes
-from mteditflow.plan import dry_run
+from mteditflow.config.cli import from_yaml, settings
+from mteditflow.plan.dry_run import dry_run
+from mteditflow.plan.memory import read_sizes
 from mteditflow.policy.published import MODELS
 
 FOLDER = Path(__file__).parent.parent / "configs"

@@ -12,7 +12,7 @@ from torch.nn.functional import interpolate
 from transformers import AutoModel, LlamaConfig, LlamaModel
 
 from mteditflow.config import RewardConfig
-from mteditflow.reward.consistency import DinoConsistency, background_weights, boxes, nearest_grid
+from mteditflow.reward.dino import DinoConsistency, background_weights, boxes, nearest_grid
 from mteditflow.types import EditTask, Region
 
 CPU = torch.device("cpu")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from photos import PHOTOS, copy_photos
 
-from mteditflow.cli import from_yaml, settings
+from mteditflow.config.cli import from_yaml, settings
 from mteditflow.data import check_data, held_out_tasks
 from mteditflow.data.formats import read_sessions
 from mteditflow.data.sessions import FIELDS

@@ -12,7 +12,7 @@ from PIL import Image
 from mteditflow.config import Config, DataConfig, EvaluationConfig, LoraConfig, ModelConfig
 from mteditflow.data import held_out_tasks
 from mteditflow.policy import build_policy
-from mteditflow.rollout import to_8_bit
+from mteditflow.rollout import round_to_8_bit
 from mteditflow.types import EditTask
 from mteditflow.world import pretrain
 from mteditflow.world.render import render
@@ -62,11 +62,11 @@ def test_stock_pipeline_loads_it_and_edits() -> None:
 
 def test_verifier_reads_through_the_autoencoder() -> None:
     """True renders of edits, once through encoder, decoder and 8 bits, still pass: what fails is the editor's doing."""
-    policy = build_policy(ModelConfig(), LoraConfig(), seed=0, objective="grpo")
+    policy = build_policy(ModelConfig(), LoraConfig(), seed=0, has_old=False)
     tasks = held_out(100)
     edits = [task.truth.edits[0] for task in tasks]
     with torch.no_grad():
-        pictures = to_8_bit(policy.decode(policy.encode_image(render([edit.after for edit in edits]))))
+        pictures = round_to_8_bit(policy.decode(policy.encode_image(render([edit.after for edit in edits]))))
     grades = grade(edits, read(torch.stack([task.source for task in tasks])), read(pictures))
     assert sum(g >= 4 for g in grades) >= 97
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mteditflow.config import Config, DataConfig, EvaluationConfig, LoraConfig, ModelConfig, RolloutConfig
 from mteditflow.data import held_out_tasks
-from mteditflow.edival import (
+from mteditflow.evaluate.edival import (
     METRICS,
     Evaluation,
     _metrics,

@@ -16,15 +16,16 @@ from diffusers.pipelines.flux.pipeline_flux_kontext import FluxKontextPipeline
 from test_report import Page
 from torch import Tensor
 
-from mteditflow import checkpoint, edival
-from mteditflow.cli import LORA_FILE, to_yaml
 from mteditflow.config import Config, EvaluationConfig, LoraConfig
+from mteditflow.config.cli import LORA_FILE, to_yaml
 from mteditflow.data import held_out_tasks
-from mteditflow.edival import METRICS, compare, evaluate, load_verdicts, summary
-from mteditflow.evaluate import main
-from mteditflow.export import save_lora
+from mteditflow.evaluate import edival
+from mteditflow.evaluate.command import main
+from mteditflow.evaluate.edival import METRICS, compare, evaluate, load_verdicts, summary
+from mteditflow.evaluate.lora_files import common_lora, read_subject, state_of
+from mteditflow.export.weights import save_lora
 from mteditflow.policy import Policy, build_policy
-from mteditflow.subjects import common_lora, read_subject, state_of
+from mteditflow.record import checkpoint
 
 SESSIONS = EvaluationConfig(num_sessions=3, num_turns=2, num_sessions_short=2, num_strips=2, num_steps=2)
 
@@ -209,7 +210,7 @@ def test_ten_turns(config: Config) -> None:
 
 def test_help_needs_no_torch() -> None:
     code = (
-        "import sys\nfrom mteditflow.evaluate import main\n"
+        "import sys\nfrom mteditflow.evaluate.command import main\n"
         "try:\n    main(['--help'])\nexcept SystemExit as stop:\n    print(stop.code, 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -17,8 +17,9 @@ from export_parts import FULL, ORDER_TOLERANCE, config_of, loaded, ours, refused
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from torch import Tensor, nn
 
-from mteditflow import checkpoint, export
-from mteditflow.comfyui import comfyui_keys, unknown_modules
+from mteditflow.export import weights as export
+from mteditflow.export.comfyui import comfyui_keys, unknown_modules
+from mteditflow.record import checkpoint
 
 ROOT = Path(__file__).parent.parent
 

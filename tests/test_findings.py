@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from mteditflow.edival import Evaluation
-from mteditflow.findings import Estimate, Findings, Outcome, estimate, spreads, verdict
+from mteditflow.evaluate.edival import Evaluation
+from mteditflow.study.statistics import Estimate, Findings, Outcome, estimate, spreads, verdict
 
 T_975 = {2: 4.3027, 4: 2.7764, 1e9: 1.9600}  # Student's t, from tables
 NUM_CELLS, NUM_SEEDS = 4, 3

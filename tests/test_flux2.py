@@ -28,12 +28,12 @@ from torch import Tensor
 from mteditflow.config import Config, EvaluationConfig, LoraConfig, ModelConfig, ObjectiveConfig, RunConfig
 from mteditflow.data import training_tasks
 from mteditflow.distributed import Ranks
-from mteditflow.export import save_lora
+from mteditflow.export.weights import save_lora
 from mteditflow.flow import noisy_steps, step_table
-from mteditflow.metrics import Timer
 from mteditflow.policy import Policy, build_policy
 from mteditflow.policy.flux2 import TARGETS
-from mteditflow.rollout import roll_out, sample_rollout, to_8_bit
+from mteditflow.record.metrics import Timer
+from mteditflow.rollout import roll_out, sample_rollout, round_to_8_bit
 from mteditflow.run import Run
 from mteditflow.types import Condition, EditTask
 from mteditflow.update import check_adapter, update
@@ -73,7 +73,7 @@ def config_of(folders: dict[str, Path], kind: str, **values: Any) -> ModelConfig
 
 @pytest.fixture(scope="module")
 def klein(folders: dict[str, Path]) -> Policy:
-    return build_policy(config_of(folders, "klein"), LORA, seed=3, objective="nft")
+    return build_policy(config_of(folders, "klein"), LORA, seed=3, has_old=True)
 
 
 def stock(folder: Path) -> Any:
@@ -90,7 +90,7 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 def pictures(num: int, size: tuple[int, int] = (64, 80)) -> Tensor:
     """8-bit pictures (N, 3, H, W) in [-1, 1]."""
-    return to_8_bit(draw(num, 3, *size, seed=5).mul(0.5).clamp(-1, 1))
+    return round_to_8_bit(draw(num, 3, *size, seed=5).mul(0.5).clamp(-1, 1))
 
 
 def to_pil(image: Tensor) -> PIL.Image.Image:
@@ -153,7 +153,7 @@ def test_ode_rollout_is_a_stock_generation_bit_for_bit(
         folders, kind, height=size[0], width=size[1], guidance_scale=scale if kind == "dev" else 2.5,
         condition_height=condition_size[0], condition_width=condition_size[1],
     )  # fmt: skip
-    policy, pipeline = build_policy(config, LORA, seed=3, objective="grpo"), stock(folders[kind])
+    policy, pipeline = build_policy(config, LORA, seed=3, has_old=False), stock(folders[kind])
     latents, source, prompts = draw(num, policy.num_tokens, 16), pictures(1, condition_size), list(PROMPTS[:num])
     condition = condition_on(policy, prompts, source.expand(num, -1, -1, -1), scale if kind == "klein" else 1.0)
     assert condition.image.shape == (num, policy.num_condition_tokens, 16)
@@ -169,7 +169,7 @@ def test_ode_rollout_is_a_stock_generation_bit_for_bit(
 @pytest.mark.parametrize("kind,scale", [("klein", 4.0), ("dev", 2.5)])
 def test_three_turns_are_three_stock_calls(folders: dict[str, Path], kind: str, scale: float) -> None:
     """Handed over as 8-bit pictures: a level l is l / 127.5 - 1 here and 2 (l / 255) - 1 there, the same float32."""
-    policy = build_policy(config_of(folders, kind, guidance_scale=2.5), LORA, seed=3, objective="grpo")
+    policy = build_policy(config_of(folders, kind, guidance_scale=2.5), LORA, seed=3, has_old=False)
     pipeline, image = stock(folders[kind]), pictures(1)
     picture = to_pil(image[0])
     for turn, prompt in enumerate(PROMPTS):
@@ -178,7 +178,7 @@ def test_three_turns_are_three_stock_calls(folders: dict[str, Path], kind: str, 
         image = rollout(policy, condition, latents, stock_sigmas(policy))
         expected = generate(pipeline, [prompt], picture, latents, policy, scale)
         assert torch.equal(image * 0.5 + 0.5, expected)
-        image, picture = to_8_bit(image), pipeline.image_processor.postprocess(expected * 2 - 1)[0]
+        image, picture = round_to_8_bit(image), pipeline.image_processor.postprocess(expected * 2 - 1)[0]
 
 
 def stock_sigmas(policy: Policy) -> Tensor:
@@ -222,17 +222,19 @@ def test_last_step_is_an_ode_step(tiny_config: Config, folders: dict[str, Path])
         model=config_of(folders, "klein", width=64),
         rollout=replace(tiny_config.rollout, last_step="ode", window_size=0),
     )
-    policy = build_policy(config.model, config.lora, seed=0, objective="grpo")
+    policy = build_policy(config.model, config.lora, seed=0, has_old=False)
     made = sample_rollout(policy, training_tasks(config, 0, ONE_RANK), config, 0)
-    assert made.trained_steps == (0, 1) and (made.table[:, 2] > 0).tolist() == [True, True, False]
+    assert made.schedule.trained_steps == (0, 1) and (made.schedule.table[:, 2] > 0).tolist() == [True, True, False]
     turn = made.turns[0]
     with torch.no_grad():
-        velocity = policy.velocity(turn.latents[-2], made.sigmas[-2].expand(len(turn.image)), turn.condition)
-    assert torch.equal(turn.latents[-1], made.table[-1, 0] * turn.latents[-2] + made.table[-1, 1] * velocity)
+        velocity = policy.velocity(turn.latents[-2], made.schedule.sigmas[-2].expand(len(turn.image)), turn.condition)
+    assert torch.equal(
+        turn.latents[-1], made.schedule.table[-1, 0] * turn.latents[-2] + made.schedule.table[-1, 1] * velocity
+    )
 
 
 def test_text_is_encoded_once(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    policy = build_policy(config_of(folders, "klein", text_encoder="offload"), LORA, seed=0, objective="grpo")
+    policy = build_policy(config_of(folders, "klein", text_encoder="offload"), LORA, seed=0, has_old=False)
     seen, encode = [], policy.pipeline.encode_prompt
     monkeypatch.setattr(policy.pipeline, "encode_prompt", lambda p, **given: seen.append(p) or encode(p, **given))
     asked = [PROMPTS[0], PROMPTS[1], PROMPTS[0]]
@@ -245,7 +247,7 @@ def test_text_is_encoded_once(folders: dict[str, Path], monkeypatch: pytest.Monk
 
 
 def test_vae_tiles_are_the_stock_pipeline_s(folders: dict[str, Path]) -> None:
-    policy = build_policy(config_of(folders, "klein", vae_tiling=True), LORA, seed=0, objective="grpo")
+    policy = build_policy(config_of(folders, "klein", vae_tiling=True), LORA, seed=0, has_old=False)
     pipeline, latents, source = stock(folders["klein"]), draw(1, policy.num_tokens, 16), pictures(1)
     whole = generate(pipeline, [PROMPTS[0]], source[0], latents, policy, 1.0)
     pipeline.vae.enable_tiling()
@@ -257,7 +259,7 @@ def test_vae_tiles_are_the_stock_pipeline_s(folders: dict[str, Path]) -> None:
 @pytest.mark.parametrize("cfg_scale", [1.0, 4.0])
 def test_rows_of_a_microbatch(folders: dict[str, Path], cfg_scale: float) -> None:
     """A row's bits do not depend on its companions or its place; on the number of rows they may, within rounding."""
-    policy = build_policy(config_of(folders, "klein"), LORA, seed=3, objective="grpo")
+    policy = build_policy(config_of(folders, "klein"), LORA, seed=3, has_old=False)
     perturb(policy, "current")
     prompts = [PROMPTS[n % 3] for n in range(6)]
     condition, latents = condition_on(policy, prompts, pictures(6), cfg_scale), draw(6, policy.num_tokens, 16)
@@ -276,7 +278,7 @@ def test_rows_of_a_microbatch(folders: dict[str, Path], cfg_scale: float) -> Non
 def test_export_gives_the_stock_pipeline_the_same_editor(
     folders: dict[str, Path], kind: str, scale: float, tmp_path: Path
 ) -> None:
-    policy, pipeline = build_policy(config_of(folders, kind), LORA, seed=3, objective="grpo"), stock(folders[kind])
+    policy, pipeline = build_policy(config_of(folders, kind), LORA, seed=3, has_old=False), stock(folders[kind])
     perturb(policy, "ema")
     save_lora(policy, tmp_path)
     latents, source = draw(1, policy.num_tokens, 16), pictures(1)
@@ -330,7 +332,7 @@ def test_a_distilled_model_under_nft_is_warned_of(
 
 def expect_error(config: ModelConfig, match: str) -> None:
     with pytest.raises(ValueError, match=match) as caught:
-        build_policy(config, LORA, seed=0, objective="grpo")
+        build_policy(config, LORA, seed=0, has_old=False)
     assert "\n" not in str(caught.value)
 
 

@@ -14,7 +14,7 @@ from mteditflow.config import LoraConfig, ModelConfig
 from mteditflow.flow import step_table
 from mteditflow.policy.flux2 import Flux2Policy
 from mteditflow.policy.published import FLUX2_DEV, KLEIN_4B, KLEIN_9B
-from mteditflow.world.parts import flux_scheduler
+from mteditflow.world.tiny_kontext import flux_scheduler
 
 # The published sizes, and the numbers of weights: those of the 4B fill its published
 # bfloat16 file, flux-2-klein-base-4b.safetensors of 7,751,105,712 bytes, up to the header.

@@ -252,7 +252,8 @@ def test_check_counts_and_names(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.parametrize(
-    "arguments", [["nowhere.jsonl"], ["mteditflow/cli.py"], ["mteditflow/gone.py"], ["a.jsonl", "--num_turns", "0"]]
+    "arguments",
+    [["nowhere.jsonl"], ["mteditflow/train.py"], ["mteditflow/gone.py"], ["a.jsonl", "--num_turns", "0"]],
 )
 def test_check_of_bad_input_is_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:

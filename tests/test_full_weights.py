@@ -13,11 +13,11 @@ from diffusers.models.transformers.transformer_flux import FluxTransformer2DMode
 from torch import Tensor
 
 from mteditflow.config import Config, LoraConfig, ModelConfig
-from mteditflow.memory import memory_plan, read_sizes
-from mteditflow.metrics import is_timed, read_lines
+from mteditflow.plan.memory import memory_plan, read_sizes
 from mteditflow.policy import Policy, build_policy
 from mteditflow.policy.full_weights import FullWeights
-from mteditflow.train import main
+from mteditflow.record.metrics import is_timed, read_lines
+from mteditflow.config.command import train as main
 from mteditflow.types import Condition
 
 SIZE = 64
@@ -143,7 +143,7 @@ def test_switching_leaves_a_pending_graph(tiny_pipeline_folder: Path, is_checkpo
 
 
 def test_targets_are_trained_and_the_rest_is_shared(tiny_pipeline_folder: Path) -> None:
-    policy = policy_of(tiny_pipeline_folder, lora=LoraConfig(rank=0, targets=("attn.to_q",)), objective="grpo")
+    policy = policy_of(tiny_pipeline_folder, lora=LoraConfig(rank=0, targets=("attn.to_q",)), has_old=False)
     assert policy.adapters.targets == ["transformer_blocks.0.attn.to_q", "single_transformer_blocks.0.attn.to_q"]
     names = [f"{target}.{leaf}" for target in policy.adapters.targets for leaf in ("weight", "bias")]
     assert [name for name, _ in policy.adapters.trainable] == names and policy.adapters.num_modules == 2

@@ -21,8 +21,8 @@ from mteditflow.config import Config
 from mteditflow.data import training_tasks
 from mteditflow.distributed import Ranks
 from mteditflow.flow import step_table
-from mteditflow.graph import is_launch_bound
 from mteditflow.policy import Policy, build_policy
+from mteditflow.policy.cuda_graph import is_launch_bound
 from mteditflow.rollout import denoise, is_captured, roll_out, sample_rollout
 from mteditflow.types import Condition, Rollout
 
@@ -94,7 +94,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Graph]]:
 
 @pytest.fixture
 def policy(tiny_config: Config) -> Policy:
-    return build_policy(tiny_config.model, tiny_config.lora, seed=0, objective="nft")
+    return build_policy(tiny_config.model, tiny_config.lora, seed=0, has_old=True)
 
 
 def move(policy: Policy, amount: float) -> None:

@@ -9,8 +9,8 @@ from mteditflow_kernels import counter_normal
 from mteditflow.config import Config, RewardConfig
 from mteditflow.data import training_tasks
 from mteditflow.distributed import Ranks
-from mteditflow.metrics import of_scores
 from mteditflow.policy import build_policy
+from mteditflow.record.metrics import score_figures
 from mteditflow.reward import build_reward
 from mteditflow.reward.exact import ExactReward, quality
 from mteditflow.reward.simulated import PROFILES, SimulatedJudge, answer_probabilities, answers, corruption
@@ -24,7 +24,7 @@ ONE_RANK = Ranks(rank=0, world_size=1, device=torch.device("cpu"))
 
 @pytest.fixture(scope="module")
 def rollout(tiny_config: Config) -> Rollout:
-    policy = build_policy(tiny_config.model, tiny_config.lora, seed=0, objective="grpo")
+    policy = build_policy(tiny_config.model, tiny_config.lora, seed=0, has_old=False)
     return sample_rollout(policy, training_tasks(tiny_config, 0, ONE_RANK), tiny_config, 0)
 
 
@@ -88,15 +88,15 @@ def test_an_answer_depends_on_its_trajectory_alone(tiny_config: Config, rollout:
 
 
 def test_the_truth_is_kept_and_measured(rollout: Rollout) -> None:
-    exact = ExactReward()(rollout, 0)
-    scores = SimulatedJudge(RewardConfig(judge="direct"), seed=0)(rollout, 0)
+    exact = ExactReward()(rollout)
+    scores = SimulatedJudge(RewardConfig(judge="direct"))(rollout, 0)
     assert scores.truth is not None and torch.equal(scores.truth, exact.instruction) and exact.truth is None
     assert torch.equal(scores.consistency.nan_to_num(), exact.consistency.nan_to_num()) and scores.valid.all()
-    figures = of_scores(scores, torch.ones(4, 2), rollout.group)
+    figures = score_figures(scores, torch.ones(4, 2), rollout.group)
     error = scores.instruction - exact.instruction
     assert figures["judge/bias"] == pytest.approx(error.mean().item()) and figures["judge/bias"] > 0
     assert figures["judge/std"] == pytest.approx(error.std(correction=0).item())
-    assert "judge/bias" not in of_scores(exact, torch.ones(4, 2), rollout.group)
+    assert "judge/bias" not in score_figures(exact, torch.ones(4, 2), rollout.group)
 
 
 def test_binary_scores() -> None:
@@ -108,7 +108,7 @@ def test_failures_come_at_the_stated_rate(rollout: Rollout) -> None:
     judge = SimulatedJudge(RewardConfig(judge="thinking", failure_rate=0.25), seed=0)
     valid = torch.cat([judge(rollout, iteration).valid for iteration in range(50)]).float()
     assert abs(valid.mean().item() - 0.75) <= 4 * (0.25 * 0.75 / len(valid)) ** 0.5
-    assert not SimulatedJudge(RewardConfig(judge="thinking", failure_rate=1.0), seed=0)(rollout, 0).valid.any()
+    assert not SimulatedJudge(RewardConfig(judge="thinking", failure_rate=1.0))(rollout, 0).valid.any()
 
 
 @pytest.mark.parametrize(

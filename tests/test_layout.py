@@ -13,9 +13,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LIST = """
-    types model_config reward_config config cli distributed flow flops graph world data policy rollout reward
-    advantage alarms objective update checkpoint card comfyui export metrics edival page report comparison memory
-    plan profile run train grid subjects evaluate findings study
+    pictures config flow noise types distributed world data policy objective rollout reward advantage guards update
+    record export report evaluate plan profile run train study
 """
 ORDER: list[str] = [*LIST.split()]
 FILES = sorted([*(ROOT / "mteditflow").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])

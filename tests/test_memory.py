@@ -13,7 +13,7 @@ from conftest import TINY_MAX_TEXT_TOKENS
 from torch import Tensor
 
 from mteditflow.config import Config, LoraConfig, ModelConfig, RewardConfig, RolloutConfig
-from mteditflow.memory import SAVED, memory_plan, num_image_tokens, read_sizes
+from mteditflow.plan.memory import SAVED, memory_plan, num_image_tokens, read_sizes
 from mteditflow.policy import Policy, build_policy
 from mteditflow.policy.published import JUDGES, MODELS
 from mteditflow.types import Condition

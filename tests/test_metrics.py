@@ -14,8 +14,8 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mteditflow import metrics
-from mteditflow.metrics import Reporter, Timer, is_timed, memory_gib, read_lines, reduce_mean, strip, summary
+from mteditflow.record import metrics
+from mteditflow.record.metrics import Reporter, Timer, is_timed, memory_gib, read_lines, reduce_mean, strip, summary
 
 VALUES = {
     "reward/mean": 0.1 + 0.2,

@@ -17,13 +17,13 @@ from huggingface_hub.errors import GatedRepoError
 from torch import Tensor
 
 from mteditflow.config import Config, LoraConfig, ModelConfig, RolloutConfig
-from mteditflow.export import save_lora
+from mteditflow.export.weights import save_lora
 from mteditflow.policy import Policy, build_policy
 from mteditflow.policy.adapters import bound_modules
-from mteditflow.policy.common import resized, token_grid
 from mteditflow.policy.flux_kontext import TARGETS
+from mteditflow.policy.pipelines import resized, token_grid
 from mteditflow.policy.published import FLUX_KONTEXT
-from mteditflow.rollout import to_8_bit
+from mteditflow.rollout import round_to_8_bit
 from mteditflow.types import Condition
 
 HEIGHT, WIDTH, NUM_STEPS = 64, 48, 5  # not square: a swap of height and width would show
@@ -47,7 +47,7 @@ def config(tiny_pipeline_folder: Path) -> ModelConfig:
 
 @pytest.fixture
 def policy(config: ModelConfig) -> Policy:
-    return build_policy(config, LORA, seed=3, objective="nft")
+    return build_policy(config, LORA, seed=3, has_old=True)
 
 
 def stock(folder: Path) -> Any:
@@ -159,7 +159,7 @@ def test_three_turns_are_three_stock_generations_bit_for_bit(
     own = replace(
         config, height=size[0], width=size[1], condition_height=condition_size[0], condition_width=condition_size[1]
     )
-    policy, pipeline = build_policy(own, LORA, seed=3, objective="grpo"), stock(tiny_pipeline_folder)
+    policy, pipeline = build_policy(own, LORA, seed=3, has_old=False), stock(tiny_pipeline_folder)
     assert policy.num_condition_tokens == math.prod(own.condition_size) // 256
     source = expected = draw(1, 3, *size, seed=5).clamp(-1, 1)
     for turn, prompt in enumerate(PROMPTS):
@@ -168,12 +168,12 @@ def test_three_turns_are_three_stock_generations_bit_for_bit(
         expected = generate(pipeline, [prompt], resized(expected, own.condition_size), latents, size)
         edit = rollout(policy, condition, latents, pipeline.scheduler.sigmas)
         assert torch.equal(edit, expected)
-        source, expected = to_8_bit(edit * 2 - 1), to_8_bit(expected * 2 - 1)
+        source, expected = round_to_8_bit(edit * 2 - 1), round_to_8_bit(expected * 2 - 1)
 
 
 def test_encoders_on_the_host_and_tiles(config: ModelConfig, policy: Policy, tiny_pipeline_folder: Path) -> None:
     """Where the encoders are changes nothing; tiles (32 px here, the model's sample_size) are the stock pipeline's."""
-    away = build_policy(replace(config, text_encoder="offload", vae_tiling=True), LORA, seed=3, objective="nft")
+    away = build_policy(replace(config, text_encoder="offload", vae_tiling=True), LORA, seed=3, has_old=True)
     own, expected = condition_of(away, 2).text, condition_of(policy, 2).text
     assert all(torch.equal(own[name], value) for name, value in expected.items())
     pipeline, latents, prompt = stock(tiny_pipeline_folder), draw(1, policy.num_tokens, 16), PROMPTS[0]
@@ -187,7 +187,7 @@ def test_encoders_on_the_host_and_tiles(config: ModelConfig, policy: Policy, tin
 
 def test_one_image_at_a_time(config: ModelConfig, policy: Policy) -> None:
     """A slice is a batch of one, in whose place the others of a batch change its bits by the order of sums at most."""
-    sliced, rows = build_policy(replace(config, vae_slicing=True), LORA, seed=3, objective="nft"), []
+    sliced, rows = build_policy(replace(config, vae_slicing=True), LORA, seed=3, has_old=True), []
     hook = sliced.pipeline.vae.decoder.register_forward_pre_hook(lambda _, given: rows.append(len(given[0])))
     latents = sliced.encode_image(images(3))
     torch.testing.assert_close(latents, policy.encode_image(images(3)), rtol=0, atol=GEOMETRY_TOLERANCE)
@@ -303,7 +303,7 @@ def test_adapter_is_a_function_of_the_seed(config: ModelConfig) -> None:
     torch.manual_seed(0)
     expected = torch.rand(1)
     torch.manual_seed(0)
-    first, again, other = (build_policy(config, LORA, seed=seed, objective="grpo") for seed in (3, 3, 4))
+    first, again, other = (build_policy(config, LORA, seed=seed, has_old=False) for seed in (3, 3, 4))
     assert torch.equal(torch.rand(1), expected)  # the global random state is untouched
     a, b, c = (policy.adapters.state("current") for policy in (first, again, other))
     assert all(torch.equal(a[key], b[key]) for key in a)
@@ -331,14 +331,14 @@ def test_bfloat16_base_has_a_float32_adapter(config: ModelConfig) -> None:
 
 
 def test_state_of_another_adapter_is_refused(policy: Policy, config: ModelConfig) -> None:
-    other = build_policy(config, LoraConfig(rank=2, alpha=4), seed=0, objective="grpo")
+    other = build_policy(config, LoraConfig(rank=2, alpha=4), seed=0, has_old=False)
     with pytest.raises(ValueError, match=r"does not fit the model: .* lora\.rank"):
         policy.adapters.load("current", other.adapters.state("current"))
 
 
 def expect_error(config: ModelConfig, path: Path | str, match: str, lora: LoraConfig = LORA) -> None:
     with pytest.raises(ValueError, match=match) as caught:
-        build_policy(replace(config, path=str(path)), lora, seed=0, objective="grpo")
+        build_policy(replace(config, path=str(path)), lora, seed=0, has_old=False)
     assert "\n" not in str(caught.value)
 
 
@@ -371,7 +371,7 @@ def test_errors_of_the_targets(config: ModelConfig) -> None:
     expect_error(config, config.path, "'attn' matches no linear", LoraConfig(targets=("attn.to_q", "attn")))
     expect_error(config, config.path, r"'\*\.to_qq' matches no linear", LoraConfig(targets=("*.to_qq",)))
     for targets, num in ((("proj_mlp",), 1), (("single_*to_[qk]",), 2), (("*.to_q", "attn.to_q"), 2)):
-        policy = build_policy(config, LoraConfig(targets=targets), seed=0, objective="grpo")
+        policy = build_policy(config, LoraConfig(targets=targets), seed=0, has_old=False)
         assert policy.adapters.num_modules == num
 
 

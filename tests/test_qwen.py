@@ -15,10 +15,10 @@ from tiny_qwen import LARGE, LORA, PROMPTS, SQUARE, WIDE, build, condition_on, c
 from torch import Tensor
 
 from mteditflow.config import ModelConfig
-from mteditflow.export import save_lora
+from mteditflow.export.weights import save_lora
 from mteditflow.flow import step_table
 from mteditflow.policy.qwen_image_edit import QwenImageEditPolicy, schedule
-from mteditflow.rollout import roll_out, to_8_bit
+from mteditflow.rollout import roll_out, round_to_8_bit
 from mteditflow.types import Condition, EditTask
 
 NUM_STEPS = 4
@@ -129,7 +129,7 @@ def test_three_turns_are_three_stock_calls(
         theirs = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 127.5 - 1
         image = rollout(policy, condition_on(policy, [prompt], own, rows=1), latents, pipeline.scheduler.sigmas)
         assert torch.equal(image, expected)
-        own = to_8_bit(image * 2 - 1)
+        own = round_to_8_bit(image * 2 - 1)
 
 
 @pytest.mark.parametrize("hand_off", ["pixels", "latents"])

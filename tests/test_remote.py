@@ -20,11 +20,11 @@ from PIL import Image
 from tiny_judge import colour_question, save_dino
 
 from mteditflow.config import RewardConfig
-from mteditflow.metrics import read_lines
+from mteditflow.record.metrics import read_lines
 from mteditflow.reward import build_reward
-from mteditflow.reward.instruction import RUBRIC, VlmReward
-from mteditflow.reward.remote import API_KEY, NUM_ATTEMPTS, RemoteVlm
-from mteditflow.train import main
+from mteditflow.reward.vlm import RUBRIC, VlmReward
+from mteditflow.reward.vlm_server import API_KEY, NUM_ATTEMPTS, RemoteVlm
+from mteditflow.config.command import train as main
 from mteditflow.types import EditTask
 
 Reply = tuple[int, Any]  # status and body: JSON, or text as it is
@@ -231,7 +231,7 @@ def test_scores_and_answers_that_cannot_be_read(server: Server) -> None:
 
 
 def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "mteditflow.reward.remote")
+    monkeypatch.delitem(sys.modules, "mteditflow.reward.vlm_server")
     monkeypatch.setitem(sys.modules, "httpx", None)
     config = RewardConfig(judge="vlm", url="http://127.0.0.1:1/v1")
     fails(lambda: build_reward(config, seed=0), r"reward.url needs the package httpx: pip install 'mteditflow")

@@ -13,9 +13,9 @@ import torch
 import yaml
 
 from mteditflow.config import Config, ObjectiveConfig, RolloutConfig, RunConfig
-from mteditflow.metrics import strip
-from mteditflow.page import ticks
-from mteditflow.report import main, write_report
+from mteditflow.record.metrics import strip
+from mteditflow.report.html import ticks
+from mteditflow.report.run_page import main, write_report
 
 VOID = {"meta", "img", "br", "link", "input"}
 EDIT_TYPES = {"color_alter": {"success": 0.5, "count": 70}, "text_change": {"success": 0.0, "count": 9}}

@@ -9,8 +9,8 @@ from mteditflow.advantage import advantages
 from mteditflow.config import AdvantageConfig, Config
 from mteditflow.data import training_tasks
 from mteditflow.distributed import Ranks
-from mteditflow.metrics import of_scores
 from mteditflow.policy import build_policy
+from mteditflow.record.metrics import score_figures
 from mteditflow.reward.exact import ExactReward
 from mteditflow.rollout import sample_rollout
 from mteditflow.types import Scores
@@ -30,7 +30,7 @@ def test_a_reward_that_fails_is_masked_and_counted(tiny_config: Config) -> None:
     assert (advantage[3] == 0).all() and (advantage[:3] != 0).all()
     alone = Scores(instruction=scores.instruction[:3], consistency=scores.consistency[:3], valid=scores.valid[:3])
     assert torch.equal(advantage[:3], advantages(alone, group[:3], AdvantageConfig()))  # as if it had not been there
-    figures = of_scores(scores, advantage, group)
+    figures = score_figures(scores, advantage, group)
     assert figures["reward/valid_share"] == 0.75 and figures["reward/mean"] == pytest.approx(2.5 / 6, rel=1e-6)
     check_scores(scores, tiny_config)
     check_scores(scores_of([True, True, False, False]), tiny_config)  # half is allowed
@@ -40,13 +40,13 @@ def test_a_reward_that_fails_is_masked_and_counted(tiny_config: Config) -> None:
 
 
 def test_a_picture_that_is_not_finite_is_not_scored(tiny_config: Config) -> None:
-    policy = build_policy(tiny_config.model, tiny_config.lora, seed=0, objective="grpo")
+    policy = build_policy(tiny_config.model, tiny_config.lora, seed=0, has_old=False)
     rollout = sample_rollout(policy, training_tasks(tiny_config, 0, ONE_RANK), tiny_config, 0)
-    whole = ExactReward()(rollout, 0)
+    whole = ExactReward()(rollout)
     images = rollout.turns[1].image.clone()
     images[2, 0, 5, 5] = torch.nan
     broken = replace(rollout, turns=[rollout.turns[0], replace(rollout.turns[1], image=images)])
-    scores = ExactReward()(broken, 0)
+    scores = ExactReward()(broken)
     assert scores.valid.tolist() == [True, True, False, True] and whole.valid.all()
     keep = torch.tensor([0, 1, 3])
     assert torch.equal(scores.instruction[keep], whole.instruction[keep])

@@ -14,7 +14,7 @@ from mteditflow.data import training_tasks
 from mteditflow.distributed import Ranks
 from mteditflow.flow import step_table, window_steps
 from mteditflow.policy import Policy, build_policy
-from mteditflow.rollout import INITIAL_NOISE, roll_out, row_keys, sample_rollout, to_8_bit
+from mteditflow.rollout import INITIAL_NOISE, roll_out, row_keys, sample_rollout, round_to_8_bit
 from mteditflow.types import EditTask, Rollout
 
 ONE_RANK = Ranks(rank=0, world_size=1, device=torch.device("cpu"))
@@ -30,7 +30,7 @@ def config(tiny_config: Config) -> Config:
 
 @pytest.fixture(scope="module")
 def policy(config: Config) -> Policy:
-    return build_policy(config.model, config.lora, seed=0, objective="grpo")
+    return build_policy(config.model, config.lora, seed=0, has_old=False)
 
 
 def with_rollout(config: Config, **values: Any) -> Config:
@@ -77,10 +77,10 @@ def test_noise_is_that_of_the_keys(policy: Policy, config: Config) -> None:
     for number, turn in enumerate(rollout.turns):
         keys = row_keys(tasks, 2, seed=config.run.seed, step=3, turn=number, denoising_step=INITIAL_NOISE)
         assert torch.equal(turn.latents[0], counter_normal(keys, shape))
-        for step, row in enumerate(rollout.table):
+        for step, row in enumerate(rollout.schedule.table):
             keys = row_keys(tasks, 2, seed=config.run.seed, step=3, turn=number, denoising_step=step)
             with torch.no_grad():
-                sigma = rollout.sigmas[step].expand(4)
+                sigma = rollout.schedule.sigmas[step].expand(4)
                 velocity = policy.velocity(turn.latents[step], sigma, turn.condition)
             mean = row[0] * turn.latents[step] + row[1] * velocity
             assert torch.equal(turn.latents[step + 1], mean + row[2] * counter_normal(keys, shape))
@@ -97,7 +97,7 @@ def test_a_turn_edits_what_the_turn_before_made(policy: Policy, config: Config, 
         levels = (before.image.double() + 1) * 127.5
         # An 8-bit level l is stored as float32 l / 127.5 - 1: two roundings at values below 2.
         assert (levels - levels.round()).abs().max() < 2 * 2 * 2**-24 * 127.5
-        assert torch.equal(before.image, to_8_bit(policy.decode(before.latents[-1])))
+        assert torch.equal(before.image, round_to_8_bit(policy.decode(before.latents[-1])))
         expected = policy.encode_image(before.image) if hand_off == "pixels" else before.latents[-1]
         assert torch.equal(after.condition.image, expected)
         prompts = [task.instructions[number + 1] for task in tasks for _ in range(2)]
@@ -112,18 +112,18 @@ def test_log_prob_is_finite_exactly_at_noisy_steps(policy: Policy, config: Confi
     rollout = roll(policy, config)
     trained = window_steps(3, window_size, "random", 0, config.run.num_iterations, config.run.seed)
     noisy = set(trained) if window_size else {0, 1, 2} if rule == "sde" else {0, 1}  # CPS adds nothing at its last step
-    assert rollout.trained_steps == trained and set(trained) <= noisy
+    assert rollout.schedule.trained_steps == trained and set(trained) <= noisy
     for turn in rollout.turns:
         assert {s for s in range(3) if turn.old_log_prob[s].isfinite().all()} == noisy
         assert {s for s in range(3) if turn.old_log_prob[s].isnan().all()} == {0, 1, 2} - noisy
-        assert {s for s in range(3) if rollout.table[s, 2] > 0} == noisy
+        assert {s for s in range(3) if rollout.schedule.table[s, 2] > 0} == noisy
 
 
 def test_log_prob_is_the_normal_density(policy: Policy, config: Config) -> None:
     """log N(next; mean, std^2), averaged over the elements, in float64."""
     rollout = roll(policy, with_rollout(config, window_size=0, num_tasks=1))
-    turn, sigmas = rollout.turns[1], rollout.sigmas
-    for step, row in enumerate(rollout.table.double()):
+    turn, sigmas = rollout.turns[1], rollout.schedule.sigmas
+    for step, row in enumerate(rollout.schedule.table.double()):
         with torch.no_grad():
             velocity = policy.velocity(turn.latents[step], sigmas[step].expand(2), turn.condition).double()
         mean, std = row[0] * turn.latents[step] + row[1] * velocity, row[2]
@@ -165,7 +165,7 @@ def test_one_turn(policy: Policy, config: Config) -> None:
 
 def test_nft_rolls_out_the_ode_of_the_old_adapter(policy: Policy, config: Config) -> None:
     config = replace(config, objective=ObjectiveConfig(name="nft"))
-    policy = build_policy(config.model, config.lora, seed=0, objective="nft")
+    policy = build_policy(config.model, config.lora, seed=0, has_old=True)
     tasks = training_tasks(config, 0, ONE_RANK)
     before = roll(policy, config, tasks)
     moved = {key: weight + 0.1 for key, weight in policy.adapters.state("current").items()}
@@ -185,9 +185,9 @@ def test_nft_rolls_out_the_ode_of_the_old_adapter(policy: Policy, config: Config
 
 def test_8_bits() -> None:
     levels = torch.arange(256) / 127.5 - 1
-    assert torch.equal(to_8_bit(levels), levels)
-    assert torch.equal(to_8_bit(levels[:-1] + 0.4 / 127.5), levels[:-1])
-    assert torch.equal(to_8_bit(levels[1:] - 0.4 / 127.5), levels[1:])
+    assert torch.equal(round_to_8_bit(levels), levels)
+    assert torch.equal(round_to_8_bit(levels[:-1] + 0.4 / 127.5), levels[:-1])
+    assert torch.equal(round_to_8_bit(levels[1:] - 0.4 / 127.5), levels[1:])
 
 
 def test_second_order_rollout(policy: Policy, config: Config) -> None:

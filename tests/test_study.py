@@ -21,11 +21,12 @@ from conftest import TINY_MAX_TEXT_TOKENS
 from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
 
-from mteditflow import run, study, train, update
-from mteditflow.checkpoint import lock
-from mteditflow.edival import METRICS
-from mteditflow.grid import read_study, runs_of, select
-from mteditflow.metrics import is_timed, read_lines
+from mteditflow import run, train, update
+from mteditflow.evaluate.edival import METRICS
+from mteditflow.record.checkpoint import lock
+from mteditflow.record.metrics import is_timed, read_lines
+from mteditflow.study import runner as study
+from mteditflow.study.cells import read_study, runs_of, select
 from mteditflow.world.render import atlas
 
 PRELOADED = (run, update, SummaryWriter, atlas())  # else every fork imports and draws for itself

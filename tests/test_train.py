@@ -20,17 +20,18 @@ from conftest import TINY_MAX_TEXT_TOKENS
 from diffusers.pipelines.flux.pipeline_flux_kontext import FluxKontextPipeline
 from torch import Tensor
 
-from mteditflow import checkpoint, cli
-from mteditflow.alarms import ALARMS
-from mteditflow.metrics import is_timed, read_lines
+from mteditflow.config import cli
+from mteditflow.record import checkpoint
+from mteditflow.record.alarms import ALARMS
+from mteditflow.record.metrics import is_timed, read_lines
 from mteditflow.reward import ExactReward
-from mteditflow.train import main
+from mteditflow.config.command import train as main
 from mteditflow.types import Rollout, Scores
 from mteditflow.update import GRPO_FIGURES
 
 NUM_ITERATIONS = 4
 PATIENCE = 120  # seconds for another process
-RUN = "import sys, torch; torch.set_num_threads(1); from mteditflow.train import main; main(sys.argv[1:])"
+RUN = "import sys, torch; torch.set_num_threads(1); from mteditflow.config.command import train as main; main(sys.argv[1:])"
 SCORE_KEYS = {
     *("mean", "std", "instruction", "consistency", "valid_share", "zero_spread_share"),
     *(f"{name}_{turn}" for name in ("turn", "success") for turn in (1, 2)),
@@ -198,7 +199,7 @@ def test_sigterm_saves_and_the_rest_goes_on(
         calls.append(len(calls))
         if len(calls) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return ExactReward()(rollout, iteration)
+        return ExactReward()(rollout)
 
     before = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
@@ -263,7 +264,7 @@ def test_too_many_failures_of_the_reward_stop_the_run(
 
     def failing(rollout: Rollout, iteration: int) -> Scores:
         calls.append(len(calls))
-        scores, bad = ExactReward()(rollout, 0), 1 if len(calls) == 1 else 3
+        scores, bad = ExactReward()(rollout), 1 if len(calls) == 1 else 3
         valid = torch.arange(4) >= bad
         instruction = scores.instruction.masked_fill(~valid[:, None], math.nan)
         return Scores(instruction=instruction, consistency=scores.consistency, valid=valid)
@@ -303,7 +304,7 @@ def test_a_full_disk_is_one_line(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     short = arguments(tmp_path, run__num_iterations=1, evaluation__every=0)
-    for place in ("mteditflow.edival._replace", "mteditflow.checkpoint._write_file"):
+    for place in ("mteditflow.evaluate.edival._replace", "mteditflow.record.checkpoint._write_file"):
         with monkeypatch.context() as patch:
             patch.setattr(place, full)
             assert "no room on the disk" in refused(capsys, short)

@@ -89,7 +89,7 @@ def test_another_geometry_is_exact_or_trips_the_guard(config: Config) -> None:
             t = transitions(rollout, ADVANTAGE, chunk)
             alone = policy.velocity(t.latents, t.sigma, t.condition)
             turn, every = rollout.turns[chunk.turn], torch.arange(4)
-            sigma = rollout.sigmas[chunk.step].expand(4)
+            sigma = rollout.schedule.sigmas[chunk.step].expand(4)
             whole = policy.velocity(turn.latents[chunk.step], sigma, turn.condition.rows(every))[chunk.rows]
             worst = max(worst, (alone - whole).abs().max().item())
     try:
@@ -127,15 +127,15 @@ def test_gradient_is_that_of_the_loss_written_out(config: Config, ratio: str, st
     rollout = roll(policy, config)
     total = torch.zeros(())
     for t, turn in enumerate(rollout.turns):
-        for s in rollout.trained_steps:
-            row, x, y = rollout.table[s], turn.latents[s], turn.latents[s + 1]
-            mean = row[0] * x + row[1] * policy.velocity(x, rollout.sigmas[s].expand(4), turn.condition)
+        for s in rollout.schedule.trained_steps:
+            row, x, y = rollout.schedule.table[s], turn.latents[s], turn.latents[s + 1]
+            mean = row[0] * x + row[1] * policy.velocity(x, rollout.schedule.sigmas[s].expand(4), turn.condition)
             log_prob = -((y - mean) ** 2).flatten(1).mean(1) / (2 * row[2] ** 2)
             if ratio == "guard":
                 log_prob = log_prob * row[2]
             if step_weight == "inverse_dt":
-                log_prob = log_prob / (rollout.sigmas[s] - rollout.sigmas[s + 1])
-            total = total - (ADVANTAGE[:, t] * log_prob).sum() / (4 * 2 * len(rollout.trained_steps))
+                log_prob = log_prob / (rollout.schedule.sigmas[s] - rollout.schedule.sigmas[s + 1])
+            total = total - (ADVANTAGE[:, t] * log_prob).sum() / (4 * 2 * len(rollout.schedule.trained_steps))
     expected = torch.cat([g.flatten() for g in torch.autograd.grad(total, [p for _, p in policy.adapters.trainable])])
     _, (gradient,) = step(policy, rollout, ADVANTAGE, config)
     assert_near(gradient, expected, 2e3)  # sums in another order, as above
@@ -273,9 +273,11 @@ def log_prob_of(policy: Policy, rollout: Rollout) -> Tensor:
     total = torch.zeros(4, dtype=torch.float64)
     with torch.no_grad():
         for turn in rollout.turns:
-            for s in rollout.trained_steps:
-                velocity = policy.velocity(turn.latents[s], rollout.sigmas[s].expand(4), turn.condition).double()
-                row = rollout.table[s].double()
+            for s in rollout.schedule.trained_steps:
+                velocity = policy.velocity(
+                    turn.latents[s], rollout.schedule.sigmas[s].expand(4), turn.condition
+                ).double()
+                row = rollout.schedule.table[s].double()
                 residual = turn.latents[s + 1].double() - row[0] * turn.latents[s].double() - row[1] * velocity
                 total -= residual.square().flatten(1).mean(1) / (2 * row[2] ** 2)
     return total
@@ -311,7 +313,7 @@ def test_nft_moves_towards_what_was_rewarded(config: Config, sign: float) -> Non
 
             order = counter_uniform(keys(TIMES_KEY), 3).argsort(dim=1)
             for draw in range(config.objective.nft_num_times):
-                sigma, clean = rollout.sigmas[order[:, draw]], turn.latents[-1]
+                sigma, clean = rollout.schedule.sigmas[order[:, draw]], turn.latents[-1]
                 noise = counter_normal(keys(NOISE_KEY + draw), tuple(clean.shape[1:]))
                 with torch.no_grad():
                     velocity = policy.velocity(noised(clean, noise, sigma), sigma, turn.condition)

@@ -15,8 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from mteditflow.config import AdvantageConfig, Config, DataConfig, RewardConfig
 from mteditflow.reward import build_reward
-from mteditflow.reward.instruction import DIRECT, THINKING, Question, VlmReward, read_answer, shown
-from mteditflow.reward.local import CountedSampling, LocalVlm
+from mteditflow.reward.vlm import DIRECT, THINKING, Question, VlmReward, read_answer, shown
+from mteditflow.reward.vlm_local import CountedSampling, LocalVlm
 from mteditflow.types import EditTask
 
 CPU = torch.device("cpu")
@@ -110,7 +110,7 @@ def test_scores_retries_and_invalid_trajectories() -> None:
     pictures = numbered(4).clone()
     pictures[1, 1, 0, 3, 3] = torch.nan
     config = RewardConfig(judge="vlm", consistency="none")
-    scores = VlmReward(config, script, None, seed=0).score(tasks_of(2), pictures, 5)
+    scores = VlmReward(config, script, None).score(tasks_of(2), pictures, 5)
     assert scores.valid.tolist() == [True, False, True, False]
     assert scores.instruction[[0, 2]].tolist() == [[0.75, 0.25], [1.0, 0.25]]
     assert scores.instruction[[1, 3]].isnan().all() and scores.consistency.isnan().all()
@@ -130,7 +130,7 @@ def test_a_key_depends_on_the_trajectory_alone() -> None:
     config = RewardConfig(judge="vlm", num_retries=0)
     for script, tasks in ((first, tasks_of(2)), (other, tasks_of(2)[::-1])):
         with pytest.raises(ValueError, match="none of 4"):
-            VlmReward(config, script, None, seed=3).score(tasks, numbered(4), 7)
+            VlmReward(config, script, None).score(tasks, numbered(4), 7)
     assert torch.equal(
         torch.stack([question.key for question in first.asked[0]]),
         torch.stack([question.key for question in other.asked[0]])[[2, 3, 0, 1]],

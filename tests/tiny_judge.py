@@ -24,8 +24,8 @@ from transformers import (
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils.import_utils import is_torchvision_available
 
-from mteditflow.reward.instruction import DIRECT, RUBRIC, THINKING, Question
-from mteditflow.reward.local import LocalVlm
+from mteditflow.reward.vlm import DIRECT, RUBRIC, THINKING, Question
+from mteditflow.reward.vlm_local import LocalVlm
 
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 CHAT_TEMPLATE = (

@@ -29,7 +29,7 @@ from transformers.utils.import_utils import is_torchvision_available
 from mteditflow.config import LoraConfig, ModelConfig
 from mteditflow.policy import build_policy
 from mteditflow.policy.qwen_image_edit import PICTURE, QwenImageEditPolicy
-from mteditflow.rollout import to_8_bit
+from mteditflow.rollout import round_to_8_bit
 from mteditflow.types import Condition
 
 VARIANTS = ("edit", "2509", "2511")
@@ -231,7 +231,7 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 def images(num: int, size: tuple[int, int] = WIDE) -> Tensor:
     coarse = torch.nn.functional.interpolate(draw(num, 3, 8, 8, seed=5), size, mode="bilinear")
-    return to_8_bit(coarse.clamp(-1, 1))
+    return round_to_8_bit(coarse.clamp(-1, 1))
 
 
 def noise(policy: QwenImageEditPolicy, num: int, seed: int = 0) -> Tensor:

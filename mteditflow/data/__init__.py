@@ -11,8 +11,7 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from mteditflow import cli
-from mteditflow.config import EMBEDDED, Config, DataConfig
+from mteditflow.config import EMBEDDED, Config, DataConfig, cli
 
 if TYPE_CHECKING:
     from mteditflow.distributed import Ranks

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from mteditflow.pictures import from_pil
 from mteditflow.types import Region
 
 Fit = Literal["crop", "stretch"]
@@ -98,8 +98,7 @@ def fitted(picture: Image.Image, *, height: int, width: int, fit: Fit) -> Fitted
     left, top, right, bottom = frame
     box = (left * picture.width, top * picture.height, right * picture.width, bottom * picture.height)
     small = picture.resize((width, height), Image.Resampling.LANCZOS, box=box)
-    pixels = torch.from_numpy(np.asarray(small).copy())  # (H, W, 3)
-    return Fitted(image=pixels.permute(2, 0, 1) / 127.5 - 1, frame=frame)
+    return Fitted(image=from_pil(small), frame=frame)
 
 
 def in_frame(region: Region, frame: Box) -> Region | None:

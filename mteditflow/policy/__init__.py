@@ -11,6 +11,7 @@ from huggingface_hub.errors import GatedRepoError
 from torch import Tensor, nn
 
 from mteditflow.config import EMBEDDED, LoraConfig, ModelConfig
+from mteditflow.config.model import EMBEDDED_FOLDER
 from mteditflow.policy.adapters import AdapterName, Adapters
 from mteditflow.policy.flux2 import Flux2Policy
 from mteditflow.policy.flux_kontext import FluxKontextPolicy
@@ -81,10 +82,10 @@ class Policy(Protocol):
         ...
 
 
-def build_policy(config: ModelConfig, lora: LoraConfig, seed: int, objective: str) -> Policy:
+def build_policy(config: ModelConfig, lora: LoraConfig, seed: int, *, has_old: bool) -> Policy:
     """The policy of `config.path`, by the class that its model_index.json names, on this process's GPU or else the CPU.
 
-    seed: of the adapter's initial weights. objective: 'nft' has an adapter `old` besides `current` and `ema`.
+    seed: of the adapter's initial weights. has_old: with an adapter `old` besides `current` and `ema`.
     """
     path = model_path(config)
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
@@ -104,7 +105,7 @@ def build_policy(config: ModelConfig, lora: LoraConfig, seed: int, objective: st
         raise ValueError(
             f"model.vision_pixels is {config.vision_pixels}: the text encoder of {path!r} sees no image; it must be 0"
         )
-    policy = family(path, config, lora, seed=seed, has_old=objective == "nft", device=device)
+    policy = family(path, config, lora, seed=seed, has_old=has_old, device=device)
     if config.cfg_scale != 1 and not policy.has_cfg:
         reason = "is distilled and takes no guidance" if policy.is_distilled else "has its guidance embedded"
         remedy = "" if policy.is_distilled else "; set model.guidance_scale"
@@ -129,7 +130,7 @@ def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
 
 def model_path(config: ModelConfig) -> str:
     """The folder or hub name of the configured pipeline."""
-    return str(Path(__file__).parent.parent / "world" / "editor") if config.path == EMBEDDED else config.path
+    return str(EMBEDDED_FOLDER) if config.path == EMBEDDED else config.path
 
 
 def stock_class(config: ModelConfig) -> Any:

@@ -24,8 +24,8 @@ from einops import rearrange
 from torch import Tensor
 
 from mteditflow.config import LoraConfig, ModelConfig
-from mteditflow.policy.common import DTYPES, Prompts, encoders_on, in_chunks, opened, resized, token_grid
 from mteditflow.policy.full_weights import build_adapters
+from mteditflow.policy.pipelines import DTYPES, Prompts, encoders_on, in_chunks, opened, resized, token_grid
 from mteditflow.types import Condition
 
 TARGETS = (

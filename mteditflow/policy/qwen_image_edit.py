@@ -18,7 +18,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import (
@@ -33,8 +32,9 @@ from torch import Tensor
 from transformers.utils.import_utils import is_torchvision_available
 
 from mteditflow.config import LoraConfig, ModelConfig
-from mteditflow.policy.common import DTYPES, encoders_on, in_chunks, opened, token_grid
+from mteditflow.pictures import to_pil, to_uint8
 from mteditflow.policy.full_weights import build_adapters
+from mteditflow.policy.pipelines import DTYPES, encoders_on, in_chunks, opened, token_grid
 from mteditflow.types import Condition
 
 TARGETS = (
@@ -255,5 +255,4 @@ def schedule(config: Any, num_steps: int, num_tokens: int) -> Tensor:
 
 def _pictures(images: Tensor) -> list[Image.Image]:
     """Images (N, 3, H, W) in [-1, 1] as PIL has them, in 8 bits."""
-    pixels = ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    return [Image.fromarray(np.ascontiguousarray(own)) for own in pixels.permute(0, 2, 3, 1).cpu().numpy()]
+    return [to_pil(pixels) for pixels in to_uint8(images)]

@@ -13,7 +13,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 from mteditflow.config import Config
 from mteditflow.policy.flux_kontext import FluxKontextPolicy
 from mteditflow.policy.published import FLUX_KONTEXT
-from mteditflow.world.parts import clip_tokenizer, flux_scheduler, t5_tokenizer
+from mteditflow.world.tiny_kontext import clip_tokenizer, flux_scheduler, t5_tokenizer
 
 # As in the published vae/config.json.
 VAE: dict[str, Any] = {
@@ -54,7 +54,7 @@ def num_weights() -> int:
         return sum(weight.numel() for part in _parts(77).values() for weight in part.parameters())
 
 
-def random_kontext(config: Config) -> FluxKontextPolicy:
+def random_kontext(config: Config, *, has_old: bool) -> FluxKontextPolicy:
     """The policy. ValueError where the weights alone do not fit into what is free."""
     is_cuda = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if is_cuda else torch.device("cpu")
@@ -80,7 +80,6 @@ def random_kontext(config: Config) -> FluxKontextPolicy:
         tokenizer_2=t5_tokenizer(WORDS, tokens),  # pyright: ignore[reportArgumentType]
         **parts,  # pyright: ignore[reportArgumentType]
     )
-    has_old = config.objective.name == "nft"
     return FluxKontextPolicy(
         "random", config.model, config.lora, seed=config.run.seed, has_old=has_old, device=device, loaded=pipeline
     )  # fmt: skip

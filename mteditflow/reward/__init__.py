@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from mteditflow.config import EMBEDDED, Config
+from mteditflow.config.reward import RewardConfig
 from mteditflow.distributed import Ranks
 from mteditflow.reward.exact import ExactReward
-from mteditflow.reward.instruction import VlmReward
 from mteditflow.reward.simulated import SimulatedJudge
-from mteditflow.reward_config import RewardConfig
+from mteditflow.reward.vlm import VlmReward
 from mteditflow.types import Rollout, Scores
 
 WORLD_JUDGES = ("exact", "thinking", "direct")  # know what the embedded world's pictures should show
@@ -21,13 +21,13 @@ class Reward(Protocol):
     default number.
     """
 
-    def __call__(self, rollout: Rollout, iteration: int) -> Scores:
-        """Scores of N trajectories; `iteration` is what a judge's own chance depends on."""
+    def __call__(self, rollout: Rollout) -> Scores:
+        """Scores of N trajectories; a judge's own chance depends on `rollout.noise`."""
         ...
 
 
-def build_reward(config: RewardConfig, seed: int) -> Reward:
-    """The judge that `config` names; its chance is a function of `seed`. On this process's GPU or else the CPU.
+def build_reward(config: RewardConfig) -> Reward:
+    """The judge that `config` names; on this process's GPU or else the CPU.
 
     ValueError, one line: a model or a server that is not there.
     """
@@ -35,29 +35,29 @@ def build_reward(config: RewardConfig, seed: int) -> Reward:
         case "exact":
             return ExactReward(config.scale)
         case "vlm":
-            return _vlm_reward(config, seed)
+            return _vlm_reward(config)
         case _:
-            return SimulatedJudge(config, seed)
+            return SimulatedJudge(config)
 
 
-def _vlm_reward(config: RewardConfig, seed: int) -> VlmReward:
+def _vlm_reward(config: RewardConfig) -> VlmReward:
     # Imported here: a run on the embedded world needs neither transformers' Auto classes nor the extra 'judge'.
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     if config.url:
         try:
-            from mteditflow.reward.remote import RemoteVlm
+            from mteditflow.reward.vlm_server import RemoteVlm
         except ModuleNotFoundError as error:
             raise ValueError(f"reward.url needs the package {error.name}: pip install 'mteditflow[judge]'") from error
         ask = RemoteVlm(config)
     else:
-        from mteditflow.reward.local import LocalVlm
+        from mteditflow.reward.vlm_local import LocalVlm
 
         ask = LocalVlm(config, device)
     if config.consistency == "none":
-        return VlmReward(config, ask, None, seed)
-    from mteditflow.reward.consistency import DinoConsistency
+        return VlmReward(config, ask, None)
+    from mteditflow.reward.dino import DinoConsistency
 
-    return VlmReward(config, ask, DinoConsistency(config, device), seed)
+    return VlmReward(config, ask, DinoConsistency(config, device))
 
 
 def check_judge(config: Config) -> None:
@@ -69,7 +69,7 @@ def check_judge(config: Config) -> None:
         )
 
 
-def of_all_ranks(scores: Scores, group: Tensor, ranks: Ranks) -> tuple[Scores, Tensor]:
+def gather_scores(scores: Scores, group: Tensor, ranks: Ranks) -> tuple[Scores, Tensor]:
     """The scores and groups (N,) of every rank's trajectories, on every rank; groups are numbered through."""
     num_groups, num_rows = int(group.max()) + 1, len(group)
     every = Scores(

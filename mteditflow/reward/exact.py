@@ -36,7 +36,7 @@ class ExactReward:
     def __init__(self, scale: str = "five") -> None:
         self.scale = scale
 
-    def __call__(self, rollout: Rollout, iteration: int) -> Scores:
+    def __call__(self, rollout: Rollout) -> Scores:
         """Scores of the N trajectories."""
         sessions = [rollout.tasks[g].truth for g in rollout.group.tolist()]
         sources = torch.stack([task.source for task in rollout.tasks])[rollout.group].cpu()

@@ -15,14 +15,12 @@ from mteditflow_kernels import counter_normal, counter_uniform
 from torch import Tensor
 
 from mteditflow.config import RewardConfig
+from mteditflow.noise import Place
 from mteditflow.reward.exact import ExactReward, quality
-from mteditflow.rollout import row_keys
 from mteditflow.types import Rollout, Scores
 from mteditflow.world.render import render
 from mteditflow.world.scenes import Scene
 from mteditflow.world.verify import MIN_SCORE_DONE, Reading, read
-
-ANSWER_KEY, FAILURE_KEY = 2**15 + 2**14, 2**15 + 2**14 + 1  # places among the denoising steps of the noise keys
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,17 +64,17 @@ def answer_probabilities(grade: int, profile: Profile) -> Tensor:
 class SimulatedJudge:
     """The exact verifier behind a profile; a trajectory whose question fails is not valid."""
 
-    def __init__(self, config: RewardConfig, seed: int) -> None:
-        self.config, self.seed = config, seed
+    def __init__(self, config: RewardConfig) -> None:
+        self.config = config
 
-    def __call__(self, rollout: Rollout, iteration: int) -> Scores:
+    def __call__(self, rollout: Rollout) -> Scores:
         """Scores of the N trajectories."""
-        exact = ExactReward()(rollout, iteration)
+        exact = ExactReward()(rollout)
         images = torch.stack([turn.image for turn in rollout.turns]).cpu().nan_to_num()  # (K, N, 3, H, W)
         damage = torch.stack([corruption(picture) for picture in images], dim=1)  # (N, K)
-        keys = [self._keys(rollout, iteration, turn, ANSWER_KEY) for turn in range(len(images))]
+        keys = [rollout.keys(turn=turn, place=Place.JUDGE_ANSWER) for turn in range(len(images))]
         noise = torch.cat([counter_normal(own, (1,)) for own in keys], dim=1)  # (N, K)
-        chance = counter_uniform(self._keys(rollout, iteration, 0, FAILURE_KEY), 1)[:, 0]
+        chance = counter_uniform(rollout.keys(turn=0, place=Place.JUDGE_FAILURE), 1)[:, 0]
         grades = exact.instruction * 4 + 1
         shown = answers(grades, damage, noise, PROFILES[self.config.judge], self.config.leniency)
         return replace(
@@ -85,7 +83,3 @@ class SimulatedJudge:
             truth=quality(grades, self.config.scale),
             valid=exact.valid & (chance >= self.config.failure_rate),
         )
-
-    def _keys(self, rollout: Rollout, iteration: int, turn: int, place: int) -> Tensor:
-        group_size = len(rollout.group) // len(rollout.tasks)
-        return row_keys(rollout.tasks, group_size, seed=self.seed, step=iteration, turn=turn, denoising_step=place)

@@ -31,9 +31,9 @@ from torch import Tensor
 
 from mteditflow.flow import sigma_schedule
 from mteditflow.world.edits import EDIT_TYPES, Edit, is_held_out, make_session, sample_edit, vocabulary
-from mteditflow.world.parts import build_pipeline
 from mteditflow.world.render import atlas, render
 from mteditflow.world.scenes import BACKGROUNDS, Scene, sample_scene
+from mteditflow.world.tiny_kontext import build_pipeline
 from mteditflow.world.verify import grade, read
 
 TEXT_WIDTH, POOLED_WIDTH, TEXT_TOKENS, LATENT_CHANNELS, TOKENS = 64, 32, 12, 8, 16

@@ -1,0 +1,1 @@
+"""EdiVal's metrics on held-out sessions."""

@@ -1,0 +1,1 @@
+"""What a run gives back, in the forms that others load."""

@@ -1,0 +1,110 @@
+"""Alarms against reward hacking: what a policy does to its pictures when it pleases the judge instead of editing.
+
+Drifts compare the pictures of the last turn with the sources; a step of training that sharpens, bleaches or paints
+everything shows there first. Each alarm has a threshold and warns; none stops a run. Thresholds are ours: several times
+what the miniature shows while it learns from an exact reward (docs/log.md).
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from mteditflow.config import AlarmConfig
+from mteditflow.types import Rollout, Scores
+
+NO_EDIT = 0.08  # of a pixel's range: the miniature's autoencoder alone moves no block of a picture by more
+OVER_EDIT = 0.7  # consistency below which a turn has changed what it should have left alone
+NUM_BLOCKS = 8  # per side of a picture
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alarm:
+    """What a figure of the metrics means, and the field that holds its threshold."""
+
+    title: str
+    meaning: str
+    threshold: str
+
+
+ALARMS = {
+    "alarm/edge_density_drift": Alarm(
+        title="Edge density", meaning="last turn against source, relative", threshold="max_drift"
+    ),
+    "alarm/saturation_drift": Alarm(
+        title="Saturation", meaning="last turn against source, relative", threshold="max_drift"
+    ),
+    "alarm/colourfulness_drift": Alarm(
+        title="Colourfulness", meaning="last turn against source, relative", threshold="max_drift"
+    ),
+    "alarm/no_edit_share": Alarm(
+        title="No edit", meaning="share of turns that return their input", threshold="max_no_edit_share"
+    ),
+    "alarm/over_edit_share": Alarm(
+        title="Over-edit", meaning=f"share of turns with consistency below {OVER_EDIT}", threshold="max_over_edit_share"
+    ),
+    "alarm/held_out_gap": Alarm(
+        title="Judge against truth",
+        meaning="success in training, by the judge, less success on held-out sessions, by the truth",
+        threshold="max_held_out_gap",
+    ),
+}
+
+
+def edge_density(images: Tensor) -> Tensor:
+    """Mean absolute difference of neighbouring pixels, (N,), of images (N, 3, H, W)."""
+    return torch.stack([images.diff(dim=axis).abs().flatten(1).mean(1) for axis in (2, 3)]).mean(0)
+
+
+def saturation(images: Tensor) -> Tensor:
+    """Mean of HSV's S, (N,) in [0, 1], of images (N, 3, H, W) in [-1, 1]."""
+    pixels = images / 2 + 0.5
+    high, low = pixels.amax(1), pixels.amin(1)
+    return ((high - low) / high.clamp(min=1e-6)).flatten(1).mean(1)
+
+
+def colourfulness(images: Tensor) -> Tensor:
+    """Hasler and Süsstrunk's (2003) measure, (N,), of images (N, 3, H, W) in [-1, 1], for pixels in [0, 1]."""
+    red, green, blue = (images / 2 + 0.5).unbind(1)
+    opponents = torch.stack([red - green, (red + green) / 2 - blue]).flatten(2)  # (2, N, H W)
+    std, mean = opponents.std(-1, correction=0), opponents.mean(-1)
+    return std.square().sum(0).sqrt() + 0.3 * mean.square().sum(0).sqrt()
+
+
+def is_unedited(before: Tensor, after: Tensor) -> Tensor:
+    """Whether no block of the picture has changed by more than NO_EDIT on average, (N,) bool."""
+    change = torch.nn.functional.adaptive_avg_pool2d((after - before).abs() / 2, NUM_BLOCKS)
+    return change.flatten(1).amax(1) <= NO_EDIT
+
+
+def rollout_figures(rollout: Rollout, scores: Scores) -> dict[str, float]:
+    """The figures of a rank's own trajectories that have finite pictures, and of their scores."""
+    sources = torch.stack([task.source for task in rollout.tasks])[rollout.group]
+    pictures = [sources, *(turn.image.to(sources) for turn in rollout.turns)]
+    keep = torch.stack([picture.flatten(1).isfinite().all(1) for picture in pictures]).all(0)
+    pictures = [picture[keep] for picture in pictures]
+    drifts = {
+        f"alarm/{measure.__name__}_drift": (measure(pictures[-1]).mean() / measure(pictures[0]).mean() - 1).abs()
+        for measure in (edge_density, saturation, colourfulness)
+    }
+    unedited = [is_unedited(before, after) for before, after in pairwise(pictures)]
+    kept = scores.consistency[~scores.consistency.isnan()]
+    shares = {
+        "alarm/no_edit_share": torch.stack(unedited).float().mean(),
+        "alarm/over_edit_share": (kept < OVER_EDIT).float().mean(),
+    }
+    return {name: value.item() for name, value in (drifts | shares).items()}
+
+
+def held_out_figures(values: dict[str, float]) -> dict[str, float]:
+    """The gap between judge and truth, of an iteration with a short evaluation; else nothing."""
+    told = [value for name, value in values.items() if name.startswith("reward/success_")]
+    true = [value / 100 for name, value in values.items() if name.startswith("heldout/MT_")]
+    num = min(len(told), len(true))
+    return {"alarm/held_out_gap": (sum(told[:num]) - sum(true[:num])) / num} if num else {}
+
+
+def raised(values: dict[str, float], config: AlarmConfig) -> list[str]:
+    """Names of the figures that are above their thresholds."""
+    return [name for name, alarm in ALARMS.items() if values.get(name, 0.0) > getattr(config, alarm.threshold)]

@@ -1,0 +1,290 @@
+"""Everything that a resume needs, on disk: saved whole or not at all.
+
+A checkpoint is a folder `checkpoints/iteration-000012/` with one safetensors file per group of tensors and a
+`checkpoint.json` that names the iteration, the config and the sha256 of every file. It is written beside
+its final name, synced, and renamed: a name without the leading dot is a finished checkpoint. Old ones go only after the
+new one is durable. No pickle: a checkpoint cannot run code. Tensors pass through memory as bytes, so that what is
+hashed is what is written and what is read; an adapter with its optimizer is small.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from mteditflow.config import Config
+
+VERSION = 1
+MANIFEST = "checkpoint.json"
+MAY_CHANGE = (
+    "run.num_iterations",
+    "run.save_every",
+    "run.keep_checkpoints",
+    "run.folder",
+    "run.max_invalid_share",
+    "run.max_ratio_error",
+    "rollout.cuda_graph",
+    "data.max_bad_share",
+)
+"""Fields that a resumed run may change, with all of `evaluation` and `alarms`; the others change the numbers that
+follow."""
+
+_REPLACED = ".replaced"
+_NAME = re.compile(rf"iteration-(\d{{6,}})({re.escape(_REPLACED)})?")
+_TEMPORARY = ".saving-"
+_DOOMED = ".deleting-"
+
+State = dict[str, dict[str, Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """What was saved. `state` maps group (current, ema, old, optimizer, ...) to named tensors, on the CPU."""
+
+    iteration: int
+    state: State
+
+
+class _Damaged(Exception):
+    """A checkpoint that cannot be read whole."""
+
+
+def save(folder: Path, *, iteration: int, config: Config, state: State, keep: int) -> Path:
+    """Write the checkpoint of an iteration into `folder/checkpoints` and delete all but the newest `keep`.
+
+    Raises ValueError when the disk is full; the checkpoints before it are then as they were.
+    """
+    assert keep >= 1 and iteration >= 0
+    parent = folder / "checkpoints"
+    final = parent / f"iteration-{iteration:06d}"
+    replaced = parent / f"{final.name}{_REPLACED}"
+    temporary = parent / f"{_TEMPORARY}{final.name}-{os.getpid()}"
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        _sync(folder)
+        _remove_leftovers(parent)
+        temporary.mkdir()
+        _write(temporary, iteration, config, state)
+        if (
+            final.exists()
+        ):  # saved again, as after a fall back past a damaged one; killed here, the replaced one is read
+            if replaced.exists():
+                _delete(replaced)
+            os.rename(final, replaced)
+        os.rename(temporary, final)
+        _sync(parent)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if is_no_room(error):
+            raise ValueError(
+                f"no room on the disk to save {final}: previous checkpoint kept; free some space and run again"
+            ) from error
+        raise
+    if replaced.exists():
+        _delete(replaced)
+    for old in _finished(parent)[keep:]:
+        if old != final:  # damaged ones that were passed over may be newer: never the one just written
+            _delete(old)
+    return final
+
+
+def load_latest(
+    folder: Path,
+    config: Config | None,
+    warn: Callable[[str], None] = print,
+    groups: Collection[str] | None = None,
+) -> Checkpoint | None:
+    """The newest checkpoint of `folder` that is whole, or None where there is none yet. config: of the run that goes on
+    from it; None where none does. With `groups`, no others are read.
+
+    A damaged one is passed over, and `warn` is told. Raises ValueError for a checkpoint of another version, for a
+    config that changes the problem, and when every checkpoint is damaged: starting anew would bury them.
+    """
+    finished = _finished(folder / "checkpoints")
+    for path in finished:
+        try:
+            manifest = _read_manifest(path)
+            if config is not None:
+                check_resume(manifest["config"], config, path)
+            state = _read_state(path, manifest["files"], groups)
+        except _Damaged as error:
+            warn(f"checkpoint {path} is damaged ({error}): falling back to the one before")
+            continue
+        return Checkpoint(iteration=manifest["iteration"], state=state)
+    if finished:
+        raise ValueError(
+            f"every checkpoint in {folder / 'checkpoints'} is damaged: restore one, or use another run.folder"
+        )
+    return None
+
+
+def check_resume(saved: dict[str, Any], config: Config, path: Path) -> None:
+    """Raise ValueError, naming the fields, where `config` changes the problem that the `saved` config set."""
+    before, now = _flat(saved), _flat(config_dict(config))
+    may_change = set(MAY_CHANGE)
+    # Both move over the whole run, so its length matters.
+    if config.rollout.window_placement == "progressive" or config.optimizer.schedule == "linear":
+        may_change.remove("run.num_iterations")
+    changed = [
+        f"{name}: was {before.get(name)!r}, is {now.get(name)!r}"
+        for name in dict.fromkeys([*now, *before])
+        if name not in may_change
+        and not name.startswith(("evaluation.", "alarms."))
+        and before.get(name) != now.get(name)
+    ]
+    if changed:
+        raise ValueError(
+            f"cannot resume {path} with another config ({'; '.join(changed)}): "
+            "set these back, or use another run.folder"
+        )
+
+
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Hold the run folder; ValueError if another process does. The kernel lets go when the process dies."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise ValueError(f"run.folder is '{folder}': cannot be made ({error.strerror}); choose another") from None
+    with (folder / "lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ValueError(
+                f"run.folder is '{folder}': another run is at work there (process {file.read().strip() or 'unknown'}); "
+                "wait for it, stop it, or use another folder"
+            ) from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
+
+
+def config_dict(config: Config) -> dict[str, Any]:
+    """The config as JSON gives it back: tuples are lists."""
+    return json.loads(json.dumps(asdict(config)))
+
+
+def is_no_room(error: BaseException) -> bool:
+    """Whether an error says that the disk, or the user's share of it, is full."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def _write(folder: Path, iteration: int, config: Config, state: State) -> None:
+    """Files and manifest, every one synced before its folder."""
+    files: dict[str, str] = {}
+    for group, tensors in state.items():
+        content = safetensors.torch.save({name: _own(tensor) for name, tensor in tensors.items()})
+        _write_file(folder / f"{group}.safetensors", content)
+        files[f"{group}.safetensors"] = hashlib.sha256(content).hexdigest()
+    manifest = {
+        "version": VERSION,
+        "iteration": iteration,
+        "files": files,
+        "config": config_dict(config),
+    }
+    _write_file(folder / MANIFEST, json.dumps({**manifest, "sha256": _digest(manifest)}, indent=1).encode())
+    _sync(folder)
+
+
+def _write_file(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """A copy with memory of its own, on the CPU: safetensors refuses tensors that share theirs."""
+    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    """Hash of a manifest's values, its own hash aside."""
+    values = {name: value for name, value in manifest.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        raise _Damaged(f"{MANIFEST} is missing") from None
+    except ValueError:  # UnicodeDecodeError and JSONDecodeError alike
+        raise _Damaged(f"{MANIFEST} is not JSON") from None
+    if not isinstance(manifest, dict):
+        raise _Damaged(f"{MANIFEST} is not an object")
+    if "version" in manifest and manifest["version"] != VERSION:
+        raise ValueError(
+            f"checkpoint {path} has version {manifest['version']!r}, this program reads {VERSION}: "
+            "use the program that wrote it, or another run.folder"
+        )
+    for name, kind in {"version": int, "iteration": int, "files": dict, "config": dict}.items():
+        if not isinstance(manifest.get(name), kind):
+            raise _Damaged(f"{MANIFEST} has no {name}")
+    if manifest.get("sha256") != _digest(manifest):
+        raise _Damaged(f"{MANIFEST} is not what was written: its sha256 differs")
+    return manifest
+
+
+def _read_state(path: Path, files: dict[str, str], groups: Collection[str] | None) -> State:
+    state: State = {}
+    for name, expected in files.items():
+        if groups is not None and name.removesuffix(".safetensors") not in groups:
+            continue
+        try:
+            content = (path / name).read_bytes()
+        except FileNotFoundError:
+            raise _Damaged(f"{name} is missing") from None
+        if hashlib.sha256(content).hexdigest() != expected:
+            raise _Damaged(f"{name} is not what was written: its sha256 differs")
+        state[name.removesuffix(".safetensors")] = safetensors.torch.load(content)
+    return state
+
+
+def _finished(parent: Path) -> list[Path]:
+    """Finished checkpoints, newest first."""
+    if not parent.is_dir():
+        return []
+    matches = [(match, path) for path in parent.iterdir() if (match := _NAME.fullmatch(path.name))]
+    return [path for match, path in sorted(matches, key=lambda it: (int(it[0][1]), not it[0][2]), reverse=True)]
+
+
+def _remove_leftovers(parent: Path) -> None:
+    """What killed saves left; the run's lock makes sure that nobody is writing them."""
+    for path in parent.iterdir():
+        if path.name.startswith((_TEMPORARY, _DOOMED)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _delete(path: Path) -> None:
+    """Renamed first: a checkpoint half deleted by a killed process must not look like a finished one."""
+    doomed = path.with_name(f"{_DOOMED}{path.name}")
+    os.rename(path, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _flat(sections: dict[str, Any]) -> dict[str, Any]:
+    return {f"{section}.{name}": value for section, fields in sections.items() for name, value in fields.items()}
+
+
+def _sync(path: Path) -> None:
+    """fsync of a file or a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

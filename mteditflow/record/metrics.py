@@ -1,0 +1,295 @@
+"""What a run says of itself: one JSON line per iteration, TensorBoard, a progress bar, image strips.
+
+The JSON lines are the truth: synced one by one, cut back on resume to the iterations that the checkpoint holds, so that
+each iteration has exactly one line after any kill. Values that depend on the clock or the machine have keys that end in
+`_s`, `_per_second` or `_gib`; all the others are bit-equal in a resumed run.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageDraw, ImageFont
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+from mteditflow.pictures import to_pil, to_uint8
+from mteditflow.record.checkpoint import is_no_room
+from mteditflow.types import Scores
+
+FILE = "metrics.jsonl"
+TIMED = ("_s", "_per_second", "_gib")
+"""How the keys end whose values a resumed run does not repeat."""
+
+
+class Reporter:
+    """Writes a run's metrics; one per run, on the first rank.
+
+    `iteration` is the first that will be written: lines of it and of later ones, left by a killed run, are removed.
+    """
+
+    def __init__(self, folder: Path, *, iteration: int, num_iterations: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # costs a second that --help should not pay
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path = folder / FILE
+        _truncate(self._path, iteration)
+        self._file = self._path.open("ab", buffering=0)  # nothing is left to be written when the disk is full
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=iteration)
+        self._num_iterations = num_iterations
+        self._first = iteration
+        self._start = time.monotonic()
+        self._progress = _progress() if sys.stderr.isatty() else None
+        if self._progress is not None:
+            self._progress.start()
+            self._task = self._progress.add_task("", total=num_iterations, completed=iteration)
+
+    def write(self, iteration: int, values: dict[str, float]) -> None:
+        """Append the line of an iteration, durably; ValueError when the disk is full."""
+        line = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        try:
+            rest = (json.dumps({"iteration": iteration, **line}, allow_nan=False) + "\n").encode()
+            while rest:
+                rest = rest[self._file.write(rest) :]
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            if is_no_room(error):
+                raise ValueError(f"no room on the disk to write {self._path}: free some and run again") from error
+            raise
+        for name, value in values.items():
+            self._board.add_scalar(name, value, iteration)
+        self._show(iteration, values)
+
+    def images(self, name: str, iteration: int, tensor: Tensor) -> None:
+        """Images (3, H, W) or (N, 3, H, W) in [-1, 1], to TensorBoard."""
+        batch = tensor if tensor.ndim == 4 else tensor[None]
+        self._board.add_images(name, to_uint8(batch).cpu(), iteration)
+
+    def say(self, text: str) -> None:
+        """A line to the user, above the progress bar where there is one."""
+        if self._progress is not None:
+            self._progress.console.print(text, markup=False, highlight=False)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+        self._board.close()
+        self._file.close()
+
+    def _show(self, iteration: int, values: dict[str, float]) -> None:
+        done = iteration + 1
+        if self._progress is not None:
+            self._progress.update(self._task, completed=done, description=summary(values))
+            return
+        seconds = (time.monotonic() - self._start) / max(done - self._first, 1)
+        left = _duration(seconds * max(self._num_iterations - done, 0))
+        self.say(f"iteration {done}/{self._num_iterations}  {summary(values)}  {left} left")
+
+
+class Timer:
+    """Seconds per phase: `with timer("rollout"): ...` adds up, `pop` reads and starts anew."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        _wait()
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            _wait()
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - start
+
+    def pop(self) -> dict[str, float]:
+        """`{"rollout_s": 3.2, ...}`"""
+        seconds, self._seconds = self._seconds, {}
+        return {f"{phase}_s": value for phase, value in seconds.items()}
+
+
+def is_timed(name: str) -> bool:
+    """Whether a metric depends on the clock or the machine."""
+    return name.endswith(TIMED)
+
+
+def memory_gib() -> float:
+    """Peak GPU memory of this process where it uses one, else its resident memory."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return psutil.Process().memory_info().rss / 2**30
+
+
+def reduce_mean(values: dict[str, float]) -> dict[str, float]:
+    """Mean over the ranks, which must give the same names; NaN on one is NaN. One process gets its values back."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return values
+    names = sorted(values)
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    total = torch.tensor([values[name] for name in names], dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    means = dict(zip(names, (total / dist.get_world_size()).tolist(), strict=True))
+    return {name: means[name] for name in values}
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a metrics.jsonl; one that a kill tore is left out."""
+    return [value for value, _ in _whole_lines(path)]
+
+
+def summary(values: dict[str, float]) -> str:
+    """What to watch in one line; what an iteration lacks is left out."""
+    shown = {
+        "reward": values.get("reward/mean"),
+        "instruction": values.get("reward/instruction"),
+        "consistency": values.get("reward/consistency"),
+    }
+    parts = [f"{name} {value:.3f}" for name, value in shown.items() if value is not None]
+    held_out = [
+        (int(name[len("heldout/O_") :]), value) for name, value in values.items() if name.startswith("heldout/O_")
+    ]
+    if held_out:
+        turn, value = max(held_out)
+        parts.append(f"held-out O at turn {turn} {value:.1f} %")
+    seconds = [value for name, value in values.items() if name.startswith("time/") and name.endswith("_s")]
+    return "  ".join([*parts, f"{sum(seconds):.1f} s"] if seconds else parts)
+
+
+def strip(rows: list[list[Tensor]], captions: list[list[str]] | None = None, scale: int = 3) -> Image.Image:
+    """A grid of images (3, H, W) in [-1, 1], each pixel `scale` pixels wide, with the captions under them."""
+    assert rows and any(rows) and scale >= 1
+    font = ImageFont.load_default(12)
+    margin, line_height = 10, 15
+    width = scale * max(image.shape[2] for row in rows for image in row)
+    texts = [
+        [
+            _wrap(captions[r][c], font, width) if captions and r < len(captions) and c < len(captions[r]) else []
+            for c in range(len(row))
+        ]
+        for r, row in enumerate(rows)
+    ]
+    picture_heights = [scale * max((image.shape[1] for image in row), default=0) for row in rows]
+    text_heights = [line_height * max(map(len, row), default=0) + (4 if any(row) else 0) for row in texts]
+    columns = max(map(len, rows))
+    size = (margin + columns * (width + margin), margin + sum(picture_heights) + sum(text_heights) + margin * len(rows))
+    canvas = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(canvas)
+    top = margin
+    for row, lines, picture_height, text_height in zip(rows, texts, picture_heights, text_heights, strict=True):
+        for column, image in enumerate(row):
+            left = margin + column * (width + margin)
+            picture = to_pil(image)
+            canvas.paste(
+                picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST), (left, top)
+            )
+            for place, text in enumerate(lines[column]):
+                draw.text((left, top + picture_height + 4 + place * line_height), text, fill=(60, 60, 67), font=font)
+        top += picture_height + text_height + margin
+    return canvas
+
+
+def _wrap(text: str, font: Any, width: int) -> list[str]:
+    """Lines no wider than `width` pixels; a word that is wider is broken."""
+    lines: list[str] = []
+    line = ""
+    for word in text.split():
+        if line and font.getlength(f"{line} {word}") > width:
+            lines.append(line)
+            line = ""
+        line = f"{line} {word}" if line else word
+        while font.getlength(line) > width and len(line) > 1:
+            cut = max(1, next(n for n in range(len(line), 0, -1) if n == 1 or font.getlength(line[:n]) <= width))
+            lines.append(line[:cut])
+            line = line[cut:]
+    return [*lines, line] if line else lines
+
+
+def _whole_lines(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    for text in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(value, dict) and isinstance(value.get("iteration"), int):
+            yield value, text
+
+
+def _truncate(path: Path, iteration: int) -> None:
+    """Keep the lines before `iteration`, atomically."""
+    if not path.exists():
+        return
+    kept = "".join(f"{text}\n" for value, text in _whole_lines(path) if value["iteration"] < iteration)
+    temporary = path.with_name(f".{path.name}.new")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(kept)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _progress() -> Progress:
+    return Progress(
+        MofNCompleteColumn(),
+        BarColumn(bar_width=24),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+        console=Console(stderr=True),
+        speed_estimate_period=600,  # seconds: an iteration takes many
+    )
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    return f"{minutes} min" if minutes >= 2 else f"{seconds:.0f} s"
+
+
+def _wait() -> None:
+    """GPU work is queued: without this its time would fall to the phase that happens to wait for it."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def score_figures(scores: Scores, advantages: Tensor, group: Tensor) -> dict[str, float]:
+    """What an iteration's scores say, over the valid trajectories; a group without spread has advantages (N, K) of 0
+    alone.
+    """
+    valid, instruction, kept = scores.valid, scores.instruction[scores.valid], scores.consistency[scores.valid]
+    means = scores.instruction.mean(1)
+    spread = [means[rows].std(correction=0) for g in group.unique() if (rows := (group == g) & valid).sum() > 1]
+    no_spread = [not advantages[group == g].any() for g in group.unique()]
+    values = {
+        "reward/mean": instruction.mean(),
+        "reward/std": torch.stack(spread).mean() if spread else torch.zeros(()),
+        "reward/instruction": instruction.mean(),
+        "reward/consistency": kept.nanmean(),
+        "reward/valid_share": valid.float().mean(),
+        "reward/zero_spread_share": torch.tensor(no_spread).float().mean(),
+    }
+    for turn in range(instruction.shape[1]):
+        values[f"reward/turn_{turn + 1}"] = instruction[:, turn].mean()
+        values[f"reward/success_{turn + 1}"] = (instruction[:, turn] >= 0.75).float().mean()
+    if scores.truth is not None:
+        truth = scores.truth[scores.valid]
+        values |= {
+            "judge/bias": (instruction - truth).mean(),
+            "judge/std": (instruction - truth).std(correction=0),
+            "judge/agreement": ((instruction >= 0.75) == (truth >= 0.75)).float().mean(),
+            "judge/truth": truth.mean(),
+        }
+    return {name: value.item() for name, value in values.items()}

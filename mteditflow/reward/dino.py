@@ -1,0 +1,167 @@
+"""Content consistency (EdiVal-Agent, arXiv 2509.13399), by the features of a DINOv2 or DINOv3.
+
+    c_k = 1/2 (background + mean over the untouched objects),  each a cosine between I_k and I_0 at the same place
+
+- Background: the patch tokens of the whole picture, each of norm 1, averaged with weights w_j: the share of patch j
+  that lies outside all boxes of objects, 0 where it is below 1/2. The cosine of the two averages.
+- Object: its box cut out of both pictures and brought to the model's size. Half the cosine of the [CLS] tokens, half
+  that of the mean patch tokens.
+- Once a turn has changed the background (edit type background_change), from that turn on c_k is the objects' part
+  alone. Where one part is undefined c_k is the other; where both are, NaN.
+
+This is what EdiVal's public evaluator does, but for these points, which are ours. It finds boxes in both pictures by a
+detector; here they come with the task (`EditTask.objects`, `untouched`) and are those of the source, so that what an
+instruction adds counts as background. Where no box is known the background is the whole picture. The [CLS] token is
+followed by DINOv3's registers, which say nothing of a place and are dropped; the evaluator takes them for patches, and
+so lays its weights over a grid of another shape (10 x 20 for 14 x 14). `is_edival_compat` does so too, for our boxes.
+Negative cosines count as 0. A DINOv2 sees the whole picture, not the middle crop of its own preparation.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d, cosine_similarity, interpolate, normalize
+from transformers import AutoModel
+from transformers.image_processing_base import ImageProcessingMixin
+from transformers.utils.logging import disable_progress_bar
+
+from mteditflow.config.reward import RewardConfig
+from mteditflow.policy.pipelines import in_chunks
+from mteditflow.types import EditTask
+
+Box = tuple[float, float, float, float]
+
+FAMILIES = ("dinov2", "dinov2_with_registers", "dinov3_vit")
+INTERPOLATION = {2: "bilinear", 3: "bicubic"}  # PIL's numbers, in which a preprocessor's file speaks
+MICROBATCH_SIZE = 32  # pictures per forward pass
+BACKGROUND_CHANGE = "background_change"
+
+
+class DinoConsistency:
+    """The features' model, resident on its device in float32. ValueError: it is none that can be had."""
+
+    def __init__(self, config: RewardConfig, device: torch.device) -> None:
+        self.device = device
+        self.model, preparation = _load(config.consistency)
+        self.model.requires_grad_(False).eval().to(device)
+        size = preparation["crop_size" if preparation.get("do_center_crop") else "size"]
+        self.size = (int(size["height"]), int(size["width"]))
+        self.mode = INTERPOLATION[preparation.get("resample", 2)]
+        self.mean, self.std = (
+            torch.tensor(preparation[name], device=device)[:, None, None] for name in ("image_mean", "image_std")
+        )
+        patch, num_registers = self.model.config.patch_size, getattr(self.model.config, "num_register_tokens", 0)
+        self.grid = (self.size[0] // patch, self.size[1] // patch)
+        self.num_skipped = 1 + num_registers  # tokens before the patches
+        if config.is_edival_compat:
+            self.grid = nearest_grid(num_registers + self.grid[0] * self.grid[1], self.size[0] / self.size[1])
+            self.num_skipped = 1
+
+    @torch.inference_mode()
+    def __call__(self, tasks: Sequence[EditTask], group: Tensor, pictures: Tensor) -> Tensor:
+        """c (N, K) in [0, 1], NaN where undefined, of pictures (K, N, 3, H, W) in [-1, 1]; row n is of
+        tasks[group[n]].
+        """
+        place = group.tolist()
+        weights = torch.stack([background_weights(boxes(task), self.size, self.grid) for task in tasks]).to(self.device)
+        sources = [task.source.to(self.device) for task in tasks]
+        before = _pooled(self._features([self._prepare(source) for source in sources])[1], weights)[place]
+        parts = []
+        for turn, edited in enumerate(pictures.to(self.device)):
+            after = self._features([self._prepare(picture) for picture in edited])[1]
+            background = cosine_similarity(before, _pooled(after, weights[place]), dim=1)  # (N,)
+            is_lost = [_is_background_lost(task, turn) for task in tasks]
+            is_lost = torch.tensor(is_lost, device=self.device) | (weights.sum(1) == 0)
+            background = background.masked_fill(is_lost[place], torch.nan)
+            parts.append(torch.stack([background, self._objects(tasks, place, sources, edited, turn)]).nanmean(0))
+        return torch.stack(parts, dim=1).clamp(0, 1)  # (N, K)
+
+    def _objects(
+        self, tasks: Sequence[EditTask], place: list[int], sources: list[Tensor], edited: Tensor, turn: int
+    ) -> Tensor:
+        """Mean over the untouched objects (N,); NaN where none has a box."""
+        here = [[region.box for regions in task.untouched[turn : turn + 1] for region in regions] for task in tasks]
+        rows = [(row, g, box) for row, g in enumerate(place) for box in here[g] if box]
+        if not rows:
+            return torch.full([len(place)], torch.nan, device=self.device)
+        known = {pair: i for i, pair in enumerate(dict.fromkeys((g, box) for _, g, box in rows))}
+        old = self._features([self._prepare(sources[g], box) for g, box in known])
+        new = self._features([self._prepare(edited[row], box) for row, _, box in rows])
+        of = torch.tensor([known[g, box] for _, g, box in rows], device=self.device)
+        cls = cosine_similarity(old[0][of], new[0], dim=1)
+        texture = cosine_similarity(old[1].mean(1)[of], new[1].mean(1), dim=1)
+        index = torch.tensor([row for row, _, _ in rows], device=self.device)
+        total, count = (torch.zeros(len(place), device=self.device) for _ in range(2))
+        total = total.index_add(0, index, (cls + texture) / 2)
+        return total / count.index_add(0, index, torch.ones_like(cls))
+
+    def _prepare(self, picture: Tensor, box: Box | None = None) -> Tensor:
+        """A picture (3, H, W) in [-1, 1], or a box of it, as the model wants it: (3, h, w)."""
+        if box:
+            height, width = picture.shape[-2:]
+            left, top = min(int(box[0] * width), width - 1), min(int(box[1] * height), height - 1)
+            right, bottom = max(left + 1, int(box[2] * width)), max(top + 1, int(box[3] * height))
+            picture = picture[:, top:bottom, left:right]
+        share = (picture.float() + 1) / 2
+        return (interpolate(share[None], self.size, mode=self.mode, antialias=True)[0] - self.mean) / self.std
+
+    def _features(self, prepared: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """[CLS] (M, D) and patch tokens (M, T, D), T = rows x columns of the grid."""
+        tokens = in_chunks(
+            lambda rows: self.model(pixel_values=rows).last_hidden_state, torch.stack(prepared), MICROBATCH_SIZE
+        )
+        return tokens[:, 0], tokens[:, self.num_skipped :]
+
+
+def boxes(task: EditTask) -> list[Box]:
+    """Every known box of an object of the task's source."""
+    regions = [*task.objects, *(region for turn in task.untouched for region in turn)]
+    return list(dict.fromkeys(region.box for region in regions if region.box))
+
+
+def background_weights(boxes: Sequence[Box], size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """w (T,) of the patches of a grid (rows, columns), by row: the share of a patch's pixels whose centres lie outside
+    all boxes, 0 where it is below 1/2. `size`: height and width of the picture in pixels.
+    """
+    y, x = ((torch.arange(side) + 0.5) / side for side in size)
+    outside = torch.ones(size)
+    for left, top, right, bottom in boxes:
+        outside[((y >= top) & (y < bottom))[:, None] & ((x >= left) & (x < right))] = 0
+    share = adaptive_avg_pool2d(outside[None], grid).flatten()
+    return share.masked_fill(share < 0.5, 0)
+
+
+def nearest_grid(num_tokens: int, aspect: float) -> tuple[int, int]:
+    """The rows x columns of so many tokens that come nearest to height / width `aspect`."""
+    rows = [count for count in range(1, num_tokens + 1) if num_tokens % count == 0]
+    return min(((count, num_tokens // count) for count in rows), key=lambda grid: abs(grid[0] / grid[1] - aspect))
+
+
+def _pooled(patches: Tensor, weights: Tensor) -> Tensor:
+    """Weighted mean (M, D) of the normed patch tokens (M, T, D); 0 where no patch has weight."""
+    total = (normalize(patches, dim=-1) * weights[..., None]).sum(1)
+    return total / weights.sum(1, keepdim=True).clamp(min=1e-6)
+
+
+def _is_background_lost(task: EditTask, turn: int) -> bool:
+    return BACKGROUND_CHANGE in task.edit_types[: turn + 1]
+
+
+def _load(path: str) -> tuple[Any, dict[str, Any]]:
+    """Model and preparation of a folder or a hub name."""
+    name = f"reward.consistency {path!r}"
+    disable_progress_bar()  # the run has its own
+    try:
+        preparation = ImageProcessingMixin.get_image_processor_dict(path)[0]
+        model = AutoModel.from_pretrained(path, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(":.")
+        raise ValueError(
+            f"{name} cannot be loaded ({reason}): give the folder or hub name of a DINOv2 or DINOv3; DINOv3 is gated: "
+            f"accept its licence there and log in (hf auth login), or take facebook/dinov2-small, which is open"
+        ) from error
+    if model.config.model_type not in FAMILIES:
+        raise ValueError(f"{name} is a {model.config.model_type}: must be one of {', '.join(FAMILIES)}")
+    return model, preparation

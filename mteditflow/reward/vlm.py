@@ -1,0 +1,159 @@
+"""Instruction following by a vision-language model (MT-EditFlow, arXiv 2606.01985): one question per trajectory.
+
+It shows the source I_0, the K instructions and the K edited images in order, and asks for a score from 1 to 5 per turn,
+after reasoning ('thinking', which the paper finds better) or at once. The rubric and the form of the answer are the
+paper's; the words around them are ours. An answer that does not have that form is asked for again with another seed;
+after the last try the trajectory is invalid, and gets no number.
+
+Scoring needs tasks and images alone, no policy: `VlmReward.score`.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from mteditflow.config.reward import RewardConfig
+from mteditflow.noise import NoiseSource, Place, row_keys
+from mteditflow.pictures import to_uint8
+from mteditflow.reward.exact import quality
+from mteditflow.types import EditTask, Rollout, Scores
+
+SCORE = re.compile(r"<Turn(\d)Score>\s*([1-5])\s*</Turn\1Score>")
+
+RUBRIC = """You judge the work of an image editor. You see a source image and then, turn by turn, an instruction and \
+the image after it. Each turn edits the image of the turn before, so compare each image with the one before it.
+
+Score every turn with a whole number from 1 to 5:
+1: failed. The instruction was not carried out.
+2: minimal. There is a trace of what was asked for.
+3: partial. Some of what was asked for is there, some is missing or wrong.
+4: mostly compliant. What was asked for is there, with small faults, or with small changes elsewhere.
+5: fully compliant. Exactly what was asked for, and everything else preserved."""
+THINKING = "First write one block <Thought>...</Thought> that goes through the turns one by one. After it, write the \
+scores, each X a whole number from 1 to 5, in this form and nothing else:"
+DIRECT = "Do not explain. Write the scores at once, each X a whole number from 1 to 5, in this form and nothing else:"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """What the judge is asked about one trajectory."""
+
+    images: tuple[Tensor, ...]  # K + 1 of (3, h, w) uint8 on the host: the source, then the edits
+    instructions: tuple[str, ...]  # K
+    is_thinking: bool
+    key: Tensor  # (5,) int64: what the sampling of the answer depends on
+
+    @property
+    def parts(self) -> list[str | Tensor]:
+        """The user's message: text and images in their order."""
+        parts: list[str | Tensor] = ["Source image:", self.images[0]]
+        for turn, (instruction, image) in enumerate(zip(self.instructions, self.images[1:], strict=True), start=1):
+            parts += [f"Turn {turn}. Instruction: {instruction}\nImage after turn {turn}:", image]
+        form = "\n".join(f"<Turn{turn}Score>X</Turn{turn}Score>" for turn in range(1, len(self.instructions) + 1))
+        return [*parts, f"{THINKING if self.is_thinking else DIRECT}\n{form}"]
+
+
+class Ask(Protocol):
+    """A VLM: questions -> answers, in order. An answer depends on its own question alone, its key included."""
+
+    def __call__(self, questions: Sequence[Question]) -> list[str]:
+        """One text per question. ValueError, one line, where no VLM can be asked at all."""
+        ...
+
+
+class Consistency(Protocol):
+    """How far the edits leave alone what no instruction touches."""
+
+    def __call__(self, tasks: Sequence[EditTask], group: Tensor, pictures: Tensor) -> Tensor:
+        """(N, K) in [0, 1], NaN where undefined, of pictures (K, N, 3, H, W); row n is of tasks[group[n]]."""
+        ...
+
+
+def read_answer(text: str, num_turns: int) -> list[int] | None:
+    """The scores of turns 1 to K after the last </Thought>, each there once; None where the answer has another form.
+
+    The closing tag keeps 4.5 or 10 from being read as 4 or 1. A thought that was cut off holds no scores.
+    """
+    rest = text.rpartition("</Thought>")[2]
+    found = [(int(turn), int(score)) for turn, score in SCORE.findall(rest)]
+    if "<Thought>" in rest or sorted(turn for turn, _ in found) != list(range(1, num_turns + 1)):
+        return None
+    return [score for _, score in sorted(found)]
+
+
+def shown(pictures: Tensor, size: int) -> Tensor:
+    """What the judge sees of pictures (N, 3, H, W) in [-1, 1]: uint8 on the host, longest side at most `size`."""
+    longest = max(pictures.shape[-2:])
+    pictures = pictures.float()
+    if longest > size:
+        height, width = (max(1, round(side * size / longest)) for side in pictures.shape[-2:])
+        pictures = interpolate(pictures, (height, width), mode="bicubic", antialias=True)
+    return to_uint8(pictures).cpu()
+
+
+class VlmReward:
+    """Instruction scores by the VLM behind `ask`, consistency by `consistency`, where there is one."""
+
+    def __init__(self, config: RewardConfig, ask: Ask, consistency: Consistency | None) -> None:
+        self.config, self.ask, self.consistency = config, ask, consistency
+
+    def __call__(self, rollout: Rollout) -> Scores:
+        """Scores of the N trajectories."""
+        return self.score(rollout.tasks, torch.stack([turn.image for turn in rollout.turns]), rollout.noise)
+
+    def score(self, tasks: Sequence[EditTask], pictures: Tensor, noise: NoiseSource) -> Scores:
+        """Scores of pictures (K, N, 3, H, W) in [-1, 1], the same number of trajectories for each task, in order.
+
+        A trajectory with a non-finite pixel is not asked about. The instruction scores of an invalid trajectory are
+        NaN. ValueError: no answer at all could be read.
+        """
+        num_turns, num_rows = pictures.shape[:2]
+        group = torch.arange(num_rows) // (num_rows // len(tasks))
+        is_finite = pictures.isfinite().flatten(2).all(2).all(0).cpu()  # (N,)
+        pictures = pictures.nan_to_num()
+        grades = torch.full((num_rows, num_turns), torch.nan)
+        open_rows, answers = is_finite.nonzero()[:, 0].tolist(), [""]
+        for attempt in range(self.config.num_retries + 1):
+            if not open_rows:
+                break
+            answers = self.ask(self._questions(tasks, pictures, open_rows, noise, attempt))
+            read = [read_answer(answer, num_turns) for answer in answers]
+            for row, scores in zip(open_rows, read, strict=True):
+                if scores is not None:
+                    grades[row] = torch.tensor(scores, dtype=torch.float32)
+            open_rows = [row for row, scores in zip(open_rows, read, strict=True) if scores is None]
+        valid = ~grades.isnan().any(1)
+        if is_finite.any() and not valid.any():
+            raise ValueError(
+                f"reward.vlm {self.config.vlm!r}: none of {int(is_finite.sum())} trajectories got scores that can be "
+                f"read, asked {self.config.num_retries + 1} times each; the last answer ends {answers[-1][-120:]!r}: "
+                f"raise reward.max_answer_tokens, or take a VLM that keeps to the form"
+            )
+        kept = torch.full_like(grades, torch.nan)
+        if self.consistency is not None:
+            kept = self.consistency(tasks, group, pictures).cpu()
+        instruction = quality(grades, self.config.scale).masked_fill(~valid[:, None], torch.nan)
+        return Scores(instruction=instruction, consistency=kept, valid=valid)
+
+    def _questions(
+        self, tasks: Sequence[EditTask], pictures: Tensor, rows: list[int], noise: NoiseSource, attempt: int
+    ) -> list[Question]:
+        group_size = pictures.shape[1] // len(tasks)
+        ids = [task.id for task in tasks]
+        keys = row_keys(ids, group_size, noise, turn=0, place=Place.VLM_QUESTION, number=attempt)
+        sources = {g: shown(tasks[g].source[None], self.config.image_size)[0] for g in {r // group_size for r in rows}}
+        edits = [shown(picture[rows], self.config.image_size) for picture in pictures]
+        return [
+            Question(
+                images=(sources[row // group_size], *(edit[place] for edit in edits)),
+                instructions=tasks[row // group_size].instructions[: len(edits)],
+                is_thinking=self.config.is_thinking,
+                key=keys[row],
+            )
+            for place, row in enumerate(rows)
+        ]

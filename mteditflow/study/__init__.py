@@ -1,0 +1,1 @@
+"""Grids of runs, and what they say of the paper's findings."""
