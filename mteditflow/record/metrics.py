@@ -18,12 +18,11 @@ from typing import Any
 import psutil
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from mteditflow.pictures import to_pil, to_uint8
+from mteditflow.pictures import to_uint8
 from mteditflow.record.checkpoint import is_no_room
 from mteditflow.types import Scores
 
@@ -165,55 +164,6 @@ def summary(values: dict[str, float]) -> str:
         parts.append(f"held-out O at turn {turn} {value:.1f} %")
     seconds = [value for name, value in values.items() if name.startswith("time/") and name.endswith("_s")]
     return "  ".join([*parts, f"{sum(seconds):.1f} s"] if seconds else parts)
-
-
-def strip(rows: list[list[Tensor]], captions: list[list[str]] | None = None, scale: int = 3) -> Image.Image:
-    """A grid of images (3, H, W) in [-1, 1], each pixel `scale` pixels wide, with the captions under them."""
-    assert rows and any(rows) and scale >= 1
-    font = ImageFont.load_default(12)
-    margin, line_height = 10, 15
-    width = scale * max(image.shape[2] for row in rows for image in row)
-    texts = [
-        [
-            _wrap(captions[r][c], font, width) if captions and r < len(captions) and c < len(captions[r]) else []
-            for c in range(len(row))
-        ]
-        for r, row in enumerate(rows)
-    ]
-    picture_heights = [scale * max((image.shape[1] for image in row), default=0) for row in rows]
-    text_heights = [line_height * max(map(len, row), default=0) + (4 if any(row) else 0) for row in texts]
-    columns = max(map(len, rows))
-    size = (margin + columns * (width + margin), margin + sum(picture_heights) + sum(text_heights) + margin * len(rows))
-    canvas = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(canvas)
-    top = margin
-    for row, lines, picture_height, text_height in zip(rows, texts, picture_heights, text_heights, strict=True):
-        for column, image in enumerate(row):
-            left = margin + column * (width + margin)
-            picture = to_pil(image)
-            canvas.paste(
-                picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST), (left, top)
-            )
-            for place, text in enumerate(lines[column]):
-                draw.text((left, top + picture_height + 4 + place * line_height), text, fill=(60, 60, 67), font=font)
-        top += picture_height + text_height + margin
-    return canvas
-
-
-def _wrap(text: str, font: Any, width: int) -> list[str]:
-    """Lines no wider than `width` pixels; a word that is wider is broken."""
-    lines: list[str] = []
-    line = ""
-    for word in text.split():
-        if line and font.getlength(f"{line} {word}") > width:
-            lines.append(line)
-            line = ""
-        line = f"{line} {word}" if line else word
-        while font.getlength(line) > width and len(line) > 1:
-            cut = max(1, next(n for n in range(len(line), 0, -1) if n == 1 or font.getlength(line[:n]) <= width))
-            lines.append(line[:cut])
-            line = line[cut:]
-    return [*lines, line] if line else lines
 
 
 def _whole_lines(path: Path) -> Iterator[tuple[dict[str, Any], str]]:

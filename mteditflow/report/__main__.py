@@ -1,8 +1,8 @@
-"""`python -m mteditflow.report`: see `mteditflow.report.run_page`."""
+"""`python -m mteditflow.report`: see `mteditflow.report.run_report`."""
 
 import sys
 
-from mteditflow.report.run_page import main
+from mteditflow.report.run_report import main
 
 if __name__ == "__main__":
     sys.exit(main())

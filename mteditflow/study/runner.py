@@ -8,9 +8,8 @@ which save. study.json, study.md and the figures are written after every finishe
 """
 
 import argparse
-import json
 import os
-import shutil
+import re
 import signal
 import subprocess
 import sys
@@ -26,11 +25,15 @@ from rich.live import Live
 from rich.table import Table
 
 from mteditflow.config import cli
-from mteditflow.report.html import figure
+from mteditflow.record.checkpoint import lock
+from mteditflow.record.figures import figure
+from mteditflow.record.files import read_json, replace_file
+from mteditflow.record.metrics import FILE, read_lines
 from mteditflow.study.cells import CellRun, Comparison, read_study, runs_of, select
+from mteditflow.study.study_page import write_study
 
 POLL_S = 0.5
-BASE_FILES = ("evaluation_before.safetensors", "evaluation_before.json")  # as evaluate.py writes them, json last
+BASE_FILES = ("evaluation_before.safetensors", "evaluation_before.json")  # as held_out.py writes them, json last
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +58,7 @@ def is_finished(run: CellRun) -> bool:
 
 
 def share_base(run: CellRun, runs: Sequence[CellRun]) -> None:
-    """Give a run the base's evaluation that another of the study has made: grid.py makes sure that all would be equal.
+    """Give a run the base's evaluation that another of the study has made: cells.py makes sure that all would be equal.
 
     Both files appear whole or not at all, and the run takes them for its own only where sessions, turns and steps fit.
     """
@@ -64,42 +67,38 @@ def share_base(run: CellRun, runs: Sequence[CellRun]) -> None:
         return
     run.folder.mkdir(parents=True, exist_ok=True)
     for name in BASE_FILES:
-        temporary = run.folder / f".{name}"
-        shutil.copyfile(sources[0] / name, temporary)
-        temporary.replace(run.folder / name)
+        replace_file(run.folder / name, (sources[0] / name).read_bytes())
 
 
 def expected_seconds(run: CellRun, runs: Sequence[CellRun]) -> float | None:
     """Seconds of the iterations that the run has still to do, from the seconds per turn-image of runs with iterations
     done: its own cell's where there are some, else all; None where nothing is measured.
     """
-    measured = [(other, *_progress(other)) for other in runs]
-    measured = [it for it in measured if it[0].cell is run.cell and it[1]] or [it for it in measured if it[1]]
-    num_images = sum(done * _turn_images(other) for other, done, _ in measured)
+    started = [row for row in ((other, *_progress(other)) for other in runs) if row[1]]
+    started = [row for row in started if row[0].cell is run.cell] or started
+    num_images = sum(done * _turn_images(other) for other, done, _ in started)
     if not num_images:
         return None
-    seconds = sum(seconds for *_, seconds in measured) / num_images
+    seconds = sum(seconds for *_, seconds in started) / num_images
     return seconds * _turn_images(run) * (run.config.run.num_iterations - _progress(run)[0])
 
 
 def _turn_images(run: CellRun) -> int:
+    """Count the turns that an iteration makes."""
     config = run.config
     return config.rollout.num_tasks * config.rollout.group_size * config.data.num_turns
 
 
 def _progress(run: CellRun) -> tuple[int, float]:
-    """Iterations done, and the seconds that they took."""
-    from mteditflow.record.metrics import FILE, read_lines
-
+    """Read how many iterations are done, and the seconds that they took."""
     path = run.folder / FILE
     lines = read_lines(path) if path.is_file() else []
-    return len(lines), sum(
-        v or 0.0 for line in lines for k, v in line.items() if k.startswith("time/") and k[-2:] == "_s"
-    )
+    phases = [value for line in lines for key, value in line.items() if re.fullmatch(r"time/\w+_s", key)]
+    return len(lines), sum(value or 0.0 for value in phases)
 
 
-def slots_of(num_jobs: int | None) -> list[dict[str, Any]]:
-    """Where runs work side by side: an environment and, without GPUs, cores for each. None: one per GPU or core.
+def make_slots(num_jobs: int | None) -> list[dict[str, Any]]:
+    """Say where runs work side by side: an environment and, without GPUs, cores for each. None: one per GPU or core.
 
     Two processes of two threads on two cores are several times slower than two of one: every run has cores of its own.
     """
@@ -110,15 +109,15 @@ def slots_of(num_jobs: int | None) -> list[dict[str, Any]]:
     if num_gpus:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(num_gpus)))).split(",")
         return [{"env": {"CUDA_VISIBLE_DEVICES": visible[i % num_gpus]}, "cores": cores} for i in range(num_jobs)]
-    own = [cores[i::num_jobs] or [cores[i % len(cores)]] for i in range(num_jobs)]
-    return [{"env": {"OMP_NUM_THREADS": "1"}, "cores": each} for each in own]
+    shares = [cores[i::num_jobs] or [cores[i % len(cores)]] for i in range(num_jobs)]
+    return [{"env": {"OMP_NUM_THREADS": "1"}, "cores": share} for share in shares]
 
 
 class Runner:
     """Runs at work, those to come, and those that failed."""
 
-    def __init__(self, pending: list[CellRun], every: list[CellRun], slots: list[dict[str, Any]]) -> None:
-        self.pending, self.every, self.slots = pending, every, slots
+    def __init__(self, pending: list[CellRun], all_runs: list[CellRun], slots: list[dict[str, Any]]) -> None:
+        self.pending, self.all_runs, self.slots = pending, all_runs, slots
         self.jobs: list[Job] = []
         self.failed: dict[str, str] = {}
         self.num_done, self.is_stopping, self.is_waiting = 0, False, False
@@ -143,7 +142,7 @@ class Runner:
             if is_finished(run):  # by the process that was waited for
                 self.num_done += 1
                 continue
-            share_base(run, self.every)
+            share_base(run, self.all_runs)
             self.jobs.append(self._launch(run, slot))
             lines.append(f"started {run.label}: {run.folder}")
         return lines
@@ -188,15 +187,13 @@ class Runner:
             table.add_column(column)
         for job in self.jobs:
             done, left = _progress(job.run)[0], expected_seconds(job.run, [job.run])
-            shown = "unknown" if left is None else f"{left / 60:.0f}"
-            table.add_row(job.run.label, f"{done}/{job.run.config.run.num_iterations}", shown)
+            minutes = "unknown" if left is None else f"{left / 60:.0f}"
+            table.add_row(job.run.label, f"{done}/{job.run.config.run.num_iterations}", minutes)
         return table
 
 
 def _is_held(folder: Path) -> bool:
     """Whether a process is at work in a run folder."""
-    from mteditflow.record.checkpoint import lock
-
     if not folder.exists():
         return False
     try:
@@ -207,10 +204,8 @@ def _is_held(folder: Path) -> bool:
 
 
 def _result(run: CellRun) -> str:
-    before, after = (
-        json.loads((run.folder / f"evaluation_{name}.json").read_text())["turns"][-1] for name in ("before", "after")
-    )
-    return f"O at turn {after['turn']} {figure(before['O'])} to {figure(after['O'])}"
+    before, after = (read_json(run.folder / f"evaluation_{name}.json")["turns"][-1] for name in ("before", "after"))
+    return f"O at turn {after['turn']} {figure(before, 'O').value} to {figure(after, 'O').value}"
 
 
 def _last_line(path: Path, code: int) -> str:
@@ -219,17 +214,15 @@ def _last_line(path: Path, code: int) -> str:
     return f"{lines[-1] if lines else 'it said nothing'} ({ended}, {path})"
 
 
-def write(folder: Path, comparisons: list[Comparison], command: str) -> Path | None:
-    """The page of what is finished so far; None where nothing is."""
-    from mteditflow.study.statistics import write_findings
-
-    every = runs_of(comparisons, folder)
-    done = [run for run in every if is_finished(run)]
+def write_finished(folder: Path, comparisons: list[Comparison], command: str) -> Path | None:
+    """Write the page of what is finished so far; None where nothing is."""
+    runs = runs_of(comparisons, folder)
+    done = [run for run in runs if is_finished(run)]
     if not done:
         return None
     commits = sorted({(run.folder / "commit").read_text().strip() for run in done if (run.folder / "commit").is_file()})
-    how = {"command": command, "commits": commits, "num_finished": len(done), "num_runs": len(every)}
-    return write_findings(folder, comparisons, done, how)
+    how = {"command": command, "commits": commits, "num_finished": len(done), "num_runs": len(runs)}
+    return write_study(folder, comparisons, done, how)
 
 
 def work(runner: Runner, page: Any, console: Console) -> None:
@@ -253,18 +246,18 @@ def work(runner: Runner, page: Any, console: Console) -> None:
 
 
 def plan(runs: list[CellRun]) -> Table:
-    """What would be run."""
+    """List what would be run."""
     num_done = sum(map(is_finished, runs))
     left = [expected_seconds(run, runs) for run in runs if not is_finished(run)]
-    minutes = "unknown" if None in left else f"{sum(s for s in left if s is not None) / 60:.0f}"
-    table = Table(title=f"{len(runs)} runs, {num_done} finished; minutes of the others, evaluations aside: {minutes}")
+    total = "unknown" if None in left else f"{sum(s for s in left if s is not None) / 60:.0f}"
+    table = Table(title=f"{len(runs)} runs, {num_done} finished; minutes of the others, evaluations aside: {total}")
     for column in ("cell", "seed", "folder", "state", "minutes left"):
         table.add_column(column, overflow="fold")
     for run in runs:
         is_done, done, seconds = is_finished(run), _progress(run)[0], expected_seconds(run, runs)
         state = "finished" if is_done else f"iteration {done}/{run.config.run.num_iterations}" if done else "to come"
-        shown = "" if is_done else "unknown" if seconds is None else f"{seconds / 60:.1f}"
-        table.add_row(run.cell.name, str(run.seed), run.cell.key, state, shown)
+        minutes = "" if is_done else "unknown" if seconds is None else f"{seconds / 60:.1f}"
+        table.add_row(run.cell.name, str(run.seed), run.cell.key, state, minutes)
     return table
 
 
@@ -292,17 +285,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"--folder is '{arguments.folder}': no folder; choose another")
     except ValueError as error:
         cli.fail(error)
-    shown = [replace(it, seeds=tuple(sorted({*it.seeds, *(arguments.seeds or ())}))) for it in everything]
+    reported = [replace(it, seeds=tuple(sorted({*it.seeds, *(arguments.seeds or ())}))) for it in everything]
     if arguments.dry_run:
         console.print(plan(chosen))
         return 0
     command = " ".join(["python -m mteditflow.study", *map(str, sys.argv[1:] if argv is None else argv)])
     pending = [run for run in chosen if not is_finished(run)]
-    runner = Runner(pending, runs_of(shown, arguments.folder), slots_of(arguments.jobs))
+    runner = Runner(pending, runs_of(reported, arguments.folder), make_slots(arguments.jobs))
     runner.num_done = len(chosen) - len(pending)
     console.print(f"{len(chosen)} runs, {runner.num_done} finished already", highlight=False)
-    work(runner, lambda: write(arguments.folder, shown, command), console)
-    path = write(arguments.folder, shown, command)
+    work(runner, lambda: write_finished(arguments.folder, reported, command), console)
+    path = write_finished(arguments.folder, reported, command)
     for label, line in runner.failed.items():
         print(f"mteditflow: {label} failed: {line}", file=sys.stderr)
     console.print(f"report: {path}" if path else "nothing is finished yet", soft_wrap=True, highlight=False)
