@@ -12,12 +12,12 @@ not session by session. What is drawn for a turn, noise or edit, never depends o
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mteditflow.config import cli
+from mteditflow.config.version import git_commit
 from mteditflow.evaluate.held_out import check_held_out, held_out
 
 if TYPE_CHECKING:
@@ -26,29 +26,24 @@ if TYPE_CHECKING:
     from mteditflow.evaluate.lora_files import Subject
     from mteditflow.types import EditTask
 
-PROG = "python -m mteditflow.evaluate"
 
-
-def resolve(argv: Sequence[str] | None) -> tuple[list["Subject"], Path, "Config"]:
-    """Subjects, folder of results and Config of a command line.
+def resolve(
+    words: list[str], out: Path, read_config: "Callable[[Path | None], Config]"
+) -> tuple[list["Subject"], "Config"]:
+    """Return the subjects that `words` name, and their Config; `read_config` gives that of a run's folder, or of none.
 
     ValueError where a subject is none, and where runs among them disagree on what they are evaluated on.
     """
-    namespace = cli.parse_evaluation(argv, prog=PROG)
     from mteditflow.evaluate.lora_files import check_names, is_run, read_subject
 
-    check_names(namespace.subjects)
-    runs = [word for word in namespace.subjects if is_run(word)]
-    configs = {f"run {word!r}": cli.evaluation_config(argv, prog=PROG, run=Path(word)) for word in runs}
+    check_names(words)
+    configs = {f"run {word!r}": read_config(Path(word)) for word in words if is_run(word)}
     if configs:
         check_held_out(configs, "set it by an override, for all")
-    config = next(iter(configs.values())) if configs else cli.evaluation_config(argv, prog=PROG, run=None)
-    if namespace.print_config:
-        cli.print_and_stop(config)
-    out = Path(namespace.out)
+    config = next(iter(configs.values())) if configs else read_config(None)
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out is '{out}': no folder; choose another")
-    return [read_subject(word) for word in namespace.subjects], out, config
+    return [read_subject(word) for word in words], config
 
 
 def settings_of(config: "Config", *, is_by_truth: bool) -> dict[str, Any]:
@@ -82,7 +77,7 @@ def save_subject(
     exposure = [
         {"turn": turn["turn"], "success": turn["MT"], "interval": turn["MT_interval"]} for turn in figures["turns"]
     ]
-    what = {"subject": subject.word, "what": subject.what, "adapter": subject.fingerprint, "commit": cli.commit()}
+    what = {"subject": subject.word, "what": subject.what, "adapter": subject.fingerprint, "commit": git_commit()}
     save_json(folder / "metrics.json", what | how | figures | {"exposure_bias": exposure})
 
 
@@ -141,11 +136,3 @@ def _present(subjects: list["Subject"], out: Path, tasks: list["EditTask"], cons
     console.print(terminal_table(reports, gains))
     console.print(f"page: {page}", soft_wrap=True, highlight=False)
     return page
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line; exit code 2 and one line on stderr for a wrong argument, subject or file."""
-    try:
-        evaluate_all(*resolve(argv))
-    except ValueError as error:
-        cli.fail(error)

@@ -5,9 +5,7 @@
 What the run has not written yet is named on the page as not there yet; page.py has what a page is made of.
 """
 
-import argparse
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -251,15 +249,3 @@ def _lora_line(folder: Path, config: dict[str, Any]) -> str:
         pipeline = str(EMBEDDED_FOLDER)
     where = found[0].parent.resolve()
     return f'pipe = FluxKontextPipeline.from_pretrained("{pipeline}")\npipe.load_lora_weights("{where}")'
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Write the report of a run; 2 and one line on stderr where that cannot be."""
-    parser = argparse.ArgumentParser(prog="python -m mteditflow.report", description="One HTML page of a run.")
-    parser.add_argument("folder", type=Path, help="the run's folder")
-    try:
-        print(write_report(parser.parse_args(arguments).folder))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
