@@ -1,4 +1,21 @@
-"""What a library says, in one line of ours."""
+"""What the program says when something is wrong: one line on stderr, of what is wrong and the remedy."""
+
+import difflib
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+
+def fail(message: object) -> NoReturn:
+    """Say what is wrong in one line on stderr, and exit with code 2."""
+    print(f"mteditflow: {' '.join(str(message).split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def suggest(word: str, known: Sequence[str]) -> str:
+    """Return the remedy for a word that is not known: the nearest one, or all of them."""
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
 
 
 def first_line(error: Exception) -> str:

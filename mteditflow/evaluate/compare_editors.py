@@ -12,6 +12,7 @@ not session by session. What is drawn for a turn, noise or edit, never depends o
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,17 +20,48 @@ from typing import Any
 from mteditflow_kernels import use_backend
 from rich.console import Console
 
-from mteditflow.config import Config, cli
+from mteditflow.config import Config
+from mteditflow.config.version import git_commit
 from mteditflow.data import check_data, held_out_tasks
 from mteditflow.evaluate.comparison_page import terminal_table, write_comparison
 from mteditflow.evaluate.edival import Evaluation, compare, summary
-from mteditflow.evaluate.held_out import evaluate, has_truth, held_out_fields, load_verdicts, save_verdicts
-from mteditflow.evaluate.lora_files import Subject, check_fit, common_lora, padded_state
+from mteditflow.evaluate.held_out import (
+    check_held_out,
+    evaluate,
+    has_truth,
+    held_out_fields,
+    load_verdicts,
+    save_verdicts,
+)
+from mteditflow.evaluate.lora_files import (
+    Subject,
+    check_fit,
+    check_names,
+    common_lora,
+    is_run,
+    padded_state,
+    read_subject,
+)
 from mteditflow.policy import build_policy, linear_shapes
 from mteditflow.record.files import read_json, write_json
 from mteditflow.report.strips import draw_sessions
 from mteditflow.reward import build_reward, check_judge
 from mteditflow.types import EditTask
+
+
+def resolve(words: list[str], out: Path, read_config: Callable[[Path | None], Config]) -> tuple[list[Subject], Config]:
+    """Return the subjects that `words` name, and their Config; `read_config` gives that of a run's folder, or of none.
+
+    ValueError where a subject is none, and where runs among them disagree on what they are evaluated on.
+    """
+    check_names(words)
+    configs = {f"run {word!r}": read_config(Path(word)) for word in words if is_run(word)}
+    if configs:
+        check_held_out(configs, "set it by an override, for all")
+    config = next(iter(configs.values())) if configs else read_config(None)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out is '{out}': no folder; choose another")
+    return [read_subject(word) for word in words], config
 
 
 def evaluate_all(subjects: list[Subject], out: Path, config: Config) -> Path:
@@ -93,7 +125,7 @@ def save_subject(
     exposure = [
         {"turn": turn["turn"], "success": turn["MT"], "interval": turn["MT_interval"]} for turn in figures["turns"]
     ]
-    what = {"subject": subject.word, "what": subject.what, "adapter": subject.fingerprint, "commit": cli.commit()}
+    what = {"subject": subject.word, "what": subject.what, "adapter": subject.fingerprint, "commit": git_commit()}
     write_json(folder / "metrics.json", what | how | figures | {"exposure_bias": exposure})
 
 

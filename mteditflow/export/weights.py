@@ -9,11 +9,9 @@ The source is the run's newest checkpoint, so a run that is not finished can be 
 the checkpoints are gone. Each export has a model card beside it.
 """
 
-import argparse
 import json
 import shutil
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,8 +27,8 @@ from huggingface_hub.errors import HTTPError as ConnectionFailed  # pyright: ign
 from huggingface_hub.utils import validate_repo_id
 from torch import Tensor
 
-from mteditflow.config import Config, LoraConfig, cli
-from mteditflow.config.cli import LORA_FILE
+from mteditflow.config import Config, LoraConfig
+from mteditflow.config.cli import LORA_FILE, from_yaml
 from mteditflow.config.errors import first_line
 from mteditflow.export.card import TAG, Card, Format, write_card
 from mteditflow.export.comfyui import comfyui_keys
@@ -60,7 +58,7 @@ def read_run(folder: Path, adapter: AdapterName) -> Trained:
     if not (folder / "config.yaml").is_file():
         raise ValueError(f"{folder} is no run folder: it has no config.yaml; give the run.folder of a training")
     try:
-        config = cli.from_yaml(folder / "config.yaml")
+        config = from_yaml(folder / "config.yaml")
     except ValueError as error:
         raise ValueError(f"{folder} is of another version, use it with the one that trained it: {error}") from None
     saved = checkpoint.load_latest(folder, config, lambda line: print(line, file=sys.stderr), groups=(adapter,))
@@ -227,40 +225,19 @@ def _check_out(out: Path) -> None:
         raise ValueError(f"--out {out} holds something else than an export: choose a folder that is new or empty")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m mteditflow.export", description="What a run trained, for others.")
-    parser.add_argument("run", type=Path, help="the run's folder; its newest checkpoint is exported")
-    parser.add_argument("--out", type=Path, help="folder to write; left out: RUN/export/FORMAT-DTYPE-ADAPTER")
-    parser.add_argument("--format", choices=["diffusers", "comfyui", "merged"], default="diffusers",
-                        help="a LoRA for diffusers or for ComfyUI, or a whole pipeline with it merged in")  # fmt: skip
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"],
-                        help="left out: float32 of a LoRA, model.dtype of whole weights")  # fmt: skip
-    parser.add_argument("--adapter", choices=["ema", "current"], default="ema",
-                        help="the average, which the run evaluates, or the newest weights")  # fmt: skip
-    parser.add_argument("--push_to", metavar="OWNER/NAME", help="upload to this model of the hub, new ones are private")
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line; exits with code 2 after one line for what is wrong."""
-    arguments = _parser().parse_args(argv)
-    try:
-        if arguments.push_to is not None:
-            check_hub(arguments.push_to)
-        trained = read_run(arguments.run, arguments.adapter)
-        is_lora = trained.config.lora.rank > 0 and arguments.format != "merged"
-        dtype: Dtype = arguments.dtype or ("float32" if is_lora else trained.config.model.dtype)
-        default = arguments.run / "export" / f"{arguments.format}-{dtype}-{arguments.adapter}"
-        out = arguments.out or default
-        _check_out(out)
-        write_export(trained, arguments.run, out, arguments.format, dtype, arguments.push_to)
-        print(f"exported {trained.adapter} of iteration {trained.iteration}: {out}")
-        if arguments.push_to is not None:
-            push(out, arguments.push_to)
-            print(f"uploaded: https://huggingface.co/{arguments.push_to}")
-    except ValueError as error:
-        cli.fail(error)
-    except OSError as error:
-        if not checkpoint.is_no_room(error):
-            raise
-        cli.fail(f"no room on the disk for the export: free some, or choose another --out ({error})")
+def export_run(
+    run: Path, out: Path | None, *, form: Format, dtype: Dtype | None, adapter: AdapterName, hub_name: str | None
+) -> None:
+    """Export a run, upload it where it has a `hub_name`, and say so. ValueError in one line."""
+    if hub_name is not None:
+        check_hub(hub_name)
+    trained = read_run(run, adapter)
+    is_lora = trained.config.lora.rank > 0 and form != "merged"
+    dtype = dtype or ("float32" if is_lora else trained.config.model.dtype)
+    out = out or run / "export" / f"{form}-{dtype}-{adapter}"
+    _check_out(out)
+    write_export(trained, run, out, form, dtype, hub_name)
+    print(f"exported {trained.adapter} of iteration {trained.iteration}: {out}")
+    if hub_name is not None:
+        push(out, hub_name)
+        print(f"uploaded: https://huggingface.co/{hub_name}")

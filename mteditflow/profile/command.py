@@ -21,11 +21,11 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from mteditflow import rollout, update
-from mteditflow.config import EMBEDDED, Config, cli
+from mteditflow.config import EMBEDDED, Config
 from mteditflow.data import SIZE, training_tasks
 from mteditflow.distributed import Ranks
 from mteditflow.objective import Objective, build_objective
-from mteditflow.plan.dry_run import batch_plan, dry_run
+from mteditflow.plan.dry_run import batch_plan
 from mteditflow.plan.flops import forward_flops
 from mteditflow.plan.memory import num_passes, num_text_tokens, read_sizes
 from mteditflow.policy import Policy, build_policy
@@ -221,18 +221,11 @@ def tables(figures: dict[str, Any]) -> list[Table | str]:
     ]
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line: every field of a run; writes `profile.json` and `trace.json.gz` into `run.folder`."""
-    config, is_dry_run = cli.parse(argv, prog="python -m mteditflow.profile")
+def write_profile(config: Config) -> None:
+    """Profile an iteration, show the tables, and write `profile.json` and `trace.json.gz` into `run.folder`."""
     folder = Path(config.run.folder)
-    try:
-        if is_dry_run:
-            print(dry_run(config).table)
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        figures = measure(config, folder)
-    except ValueError as error:
-        cli.fail(error)
+    folder.mkdir(parents=True, exist_ok=True)
+    figures = measure(config, folder)
     (folder / "profile.json").write_text(json.dumps(figures, indent=1))
     console = Console(width=None if Console().is_terminal else 120)
     for part in tables(figures):

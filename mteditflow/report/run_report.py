@@ -5,14 +5,13 @@
 What the run has not written yet is named on the page as not there yet.
 """
 
-import argparse
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mteditflow.config import Config, cli
+from mteditflow.config import Config
+from mteditflow.config.cli import from_yaml
 from mteditflow.export.card import read_usage
 from mteditflow.record.alarms import ALARMS
 from mteditflow.record.figures import METRICS, RESULTS, align_turns, finite
@@ -120,7 +119,7 @@ def _read_config(path: Path) -> tuple[Config | None, str]:
     if not path.is_file():
         return None, "config.yaml is missing"
     try:
-        return cli.from_yaml(path), ""
+        return from_yaml(path), ""
     except ValueError as error:  # of another version of the program: the page says so and shows the rest
         return None, str(error)
 
@@ -184,15 +183,3 @@ def _strips(folder: Path) -> dict[str, str]:
 def _exports(folder: Path) -> list[Path]:
     """List where a run's weights may have been exported to: at its end, or on request."""
     return [folder / "lora", folder / "weights", *sorted((folder / "export").glob("*"))]
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Write the report of a run; 2 and one line on stderr where that cannot be."""
-    parser = argparse.ArgumentParser(prog="python -m mteditflow.report", description="One HTML page of a run.")
-    parser.add_argument("folder", type=Path, help="the run's folder")
-    try:
-        print(write_report(parser.parse_args(arguments).folder))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0

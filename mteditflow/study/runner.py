@@ -7,7 +7,6 @@ a killed study, or of a second study in the same folder) is waited for. SIGINT a
 which save. study.json, study.md and the figures are written after every finished run.
 """
 
-import argparse
 import os
 import re
 import signal
@@ -24,7 +23,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from mteditflow.config import cli
+from mteditflow.config.cli import from_yaml
+from mteditflow.config.version import git_commit
 from mteditflow.record.checkpoint import lock
 from mteditflow.record.figures import figure
 from mteditflow.record.files import read_json, replace_file
@@ -52,7 +52,7 @@ def is_finished(run: CellRun) -> bool:
     if not all((run.folder / name).is_file() for name in files):
         return False
     try:
-        return cli.from_yaml(run.folder / "config.yaml") == run.config
+        return from_yaml(run.folder / "config.yaml") == run.config
     except ValueError:  # of another version of the program: train says what is wrong with it
         return False
 
@@ -149,7 +149,7 @@ class Runner:
 
     def _launch(self, run: CellRun, slot: int) -> Job:
         run.folder.mkdir(parents=True, exist_ok=True)
-        (run.folder / "commit").write_text(cli.commit() + "\n")
+        (run.folder / "commit").write_text(git_commit() + "\n")
         with (run.folder / "log.txt").open("ab") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "mteditflow.train", *run.arguments],
@@ -261,41 +261,31 @@ def plan(runs: list[CellRun]) -> Table:
     return table
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m mteditflow.study", description="A grid of configs and seeds.")
-    parser.add_argument("study", type=Path, help="YAML file of the comparisons; configs/study.yaml is the paper's")
-    parser.add_argument("--folder", type=Path, default=Path("runs/study"), help="where the runs and the page are kept")
-    parser.add_argument("--only", nargs="+", metavar="COMPARISON", help="run these comparisons alone")
-    parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="run these seeds, not the file's")
-    parser.add_argument("--jobs", type=int, help="runs at a time; left out: one per GPU, or without GPUs one per core")
-    parser.add_argument("--dry_run", action="store_true", help="show the runs and what is finished, and stop")
-    return parser
+def run_study(
+    study: Path, folder: Path, *, only: list[str] | None, seeds: list[int] | None, num_jobs: int | None,
+    is_dry_run: bool, command: str,
+) -> int:  # fmt: skip
+    """Run what a study file asks for: 0 when all is finished, 1 when a run failed or was stopped. ValueError: one line.
 
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line: 0 when all is finished, 1 when a run failed or was stopped, 2 for a wrong argument or file."""
-    arguments = _parser().parse_args(argv)
+    `command` is what the page says that it was made by.
+    """
+    if num_jobs is not None and num_jobs < 1:
+        raise ValueError(f"--jobs is {num_jobs}: must be at least 1")
+    everything = read_study(study)
+    chosen = runs_of(select(everything, only, seeds), folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--folder is '{folder}': no folder; choose another")
     console = Console()
-    try:
-        if arguments.jobs is not None and arguments.jobs < 1:
-            raise ValueError(f"--jobs is {arguments.jobs}: must be at least 1")
-        everything = read_study(arguments.study)
-        chosen = runs_of(select(everything, arguments.only, arguments.seeds), arguments.folder)
-        if arguments.folder.exists() and not arguments.folder.is_dir():
-            raise ValueError(f"--folder is '{arguments.folder}': no folder; choose another")
-    except ValueError as error:
-        cli.fail(error)
-    reported = [replace(it, seeds=tuple(sorted({*it.seeds, *(arguments.seeds or ())}))) for it in everything]
-    if arguments.dry_run:
+    reported = [replace(it, seeds=tuple(sorted({*it.seeds, *(seeds or ())}))) for it in everything]
+    if is_dry_run:
         console.print(plan(chosen))
         return 0
-    command = " ".join(["python -m mteditflow.study", *map(str, sys.argv[1:] if argv is None else argv)])
     pending = [run for run in chosen if not is_finished(run)]
-    runner = Runner(pending, runs_of(reported, arguments.folder), make_slots(arguments.jobs))
+    runner = Runner(pending, runs_of(reported, folder), make_slots(num_jobs))
     runner.num_done = len(chosen) - len(pending)
     console.print(f"{len(chosen)} runs, {runner.num_done} finished already", highlight=False)
-    work(runner, lambda: write_finished(arguments.folder, reported, command), console)
-    path = write_finished(arguments.folder, reported, command)
+    work(runner, lambda: write_finished(folder, reported, command), console)
+    path = write_finished(folder, reported, command)
     for label, line in runner.failed.items():
         print(f"mteditflow: {label} failed: {line}", file=sys.stderr)
     console.print(f"report: {path}" if path else "nothing is finished yet", soft_wrap=True, highlight=False)
