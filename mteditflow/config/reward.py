@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from mteditflow.config.model import require as _require
+from mteditflow.config.ranges import require as _require
 
 
 @dataclass(frozen=True, kw_only=True)
