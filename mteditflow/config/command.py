@@ -211,7 +211,7 @@ def report(argv: Sequence[str]) -> int:
 def pretrain(argv: Sequence[str]) -> int:
     """Make the embedded editor from nothing."""
     parser = _parser("world.pretrain", pretrain)
-    parser.add_argument("--output", type=str, required=True, metavar="FOLDER", help="folder for the checkpoints")
+    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="folder for the checkpoints")
     parser.add_argument("--vae", type=str, metavar="FOLDER", help="take this trained autoencoder, train none")
     parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn")
     parser.add_argument("--vae_batches", type=int, default=2000, help="of 32 pictures")
