@@ -18,7 +18,7 @@ def train(argv: Sequence[str] | None = None) -> None:
     config, is_dry_run = cli.parse(argv, prog="python -m mteditflow.train")
     from mteditflow import distributed
     from mteditflow.guards import GuardError
-    from mteditflow.record.checkpoint import is_no_room
+    from mteditflow.record.files import is_disk_full
 
     if is_dry_run:
         from mteditflow.plan.dry_run import dry_run
@@ -41,6 +41,6 @@ def train(argv: Sequence[str] | None = None) -> None:
         except (ValueError, GuardError) as error:
             cli.fail(error)
         except OSError as error:
-            if not is_no_room(error):
+            if not is_disk_full(error):
                 raise
             cli.fail(f"no room on the disk for {config.run.folder}: free some and run again")

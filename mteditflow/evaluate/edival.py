@@ -27,8 +27,8 @@ from mteditflow.noise import EVALUATION
 from mteditflow.pictures import from_pil
 from mteditflow.policy import AdapterName, Policy
 from mteditflow.record.metrics import strip
-from mteditflow.reward import Reward
-from mteditflow.reward.exact import quality, score_pictures
+from mteditflow.reward import CONSISTENCY, INSTRUCTION, Rewards
+from mteditflow.reward.exact import grade_pictures, measure_consistency, quality, read_rollout
 from mteditflow.rollout import roll_out
 from mteditflow.types import EditTask, Rollout, Scores
 
@@ -63,7 +63,7 @@ def has_truth(tasks: list[EditTask]) -> bool:
 
 
 def evaluate(
-    policy: Policy, tasks: list[EditTask], config: Config, adapter: AdapterName, reward: Reward | None = None
+    policy: Policy, tasks: list[EditTask], config: Config, adapter: AdapterName, reward: Rewards | None = None
 ) -> Evaluation:
     """One trajectory of each task under an adapter, by the ODE, judged by the exact verifier where it can judge all
     tasks, and else by `reward`. ValueError where more than run.max_invalid_share could not be scored.
@@ -81,9 +81,10 @@ def evaluate(
             scores.append(judge(rollout))
             num_wanted = max(0, config.evaluation.num_strips - start)
             pictures.append(torch.stack([turn.image[:num_wanted] for turn in rollout.turns]).cpu())
-    instruction, consistency, valid = (
-        torch.cat([getattr(own, name).cpu() for own in scores]) for name in ("instruction", "consistency", "valid")
-    )
+    instruction = torch.cat([part.instruction.cpu() for part in scores])
+    valid = torch.cat([part.valid.cpu() for part in scores])
+    measured = [part.rewards[CONSISTENCY].cpu() for part in scores if CONSISTENCY in part.rewards]
+    consistency = torch.cat(measured) if measured else torch.full_like(instruction, torch.nan)
     if (~valid).float().mean() > config.run.max_invalid_share:
         raise ValueError(
             f"{int((~valid).sum())} of {len(valid)} held-out sessions could not be scored, more than "
@@ -98,11 +99,10 @@ def evaluate(
 
 def _by_truth(rollout: Rollout) -> Scores:
     """The exact verifier's scores. All are valid: a picture that the editor breaks is a failure of the editor."""
-    sources = torch.stack([task.source for task in rollout.tasks])
-    pictures = torch.stack([turn.image for turn in rollout.turns]).cpu()
-    grades, kept = score_pictures([task.truth for task in rollout.tasks], sources, pictures)
-    valid = torch.ones(len(sources), dtype=torch.bool)
-    return Scores(instruction=quality(grades, "five"), consistency=kept, valid=valid)
+    world = read_rollout(rollout)
+    rewards = {INSTRUCTION: quality(grade_pictures(*world), "five"), CONSISTENCY: measure_consistency(*world)}
+    valid = torch.ones(len(rollout.group), dtype=torch.bool)
+    return Scores(rewards=rewards, weights={}, valid=valid)
 
 
 def _mean(values: NDArray[np.float64]) -> NDArray[np.float64]:

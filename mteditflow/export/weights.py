@@ -34,6 +34,7 @@ from mteditflow.export.card import TAG, Card, Format, write_card
 from mteditflow.export.comfyui import comfyui_keys
 from mteditflow.policy import AdapterName, Policy, model_path, stock_class
 from mteditflow.record import checkpoint
+from mteditflow.record.files import is_disk_full
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 Dtype = Literal["float32", "bfloat16"]
@@ -259,6 +260,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ValueError as error:
         cli.fail(error)
     except OSError as error:
-        if not checkpoint.is_no_room(error):
+        if not is_disk_full(error):
             raise
         cli.fail(f"no room on the disk for the export: free some, or choose another --out ({error})")
