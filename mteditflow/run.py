@@ -27,7 +27,7 @@ from mteditflow.objective import Objective
 from mteditflow.policy import build_policy
 from mteditflow.record import alarms, checkpoint
 from mteditflow.record.figures import METRICS
-from mteditflow.record.metrics import Reporter, Timer, memory_gib, reduce_mean
+from mteditflow.record.metrics import Reporter, Timer, reduce_mean, used_memory
 from mteditflow.report.run_report import write_report
 from mteditflow.report.strips import save_strips
 from mteditflow.reward import build_reward, check_judge
@@ -58,7 +58,7 @@ class Run:
         config = self.config
         check_judge(config)
         check_data(config, is_speaking=self.ranks.is_main)
-        self.reward = build_reward(config.reward)  # first: a judge that is not there is found at once
+        self.reward = build_reward(config)  # first: a judge that is not there is found at once
         if self.ranks.is_main:
             stack.enter_context(checkpoint.lock(self.folder))
         stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, self._on_sigterm))
@@ -117,11 +117,11 @@ class Run:
         if config.evaluation.every and done % config.evaluation.every == 0 and done < config.run.num_iterations:
             values |= self._short_evaluation(done)
         values |= alarms.held_out_figures(values)
-        self._warn(alarms.raised(values, config.alarms), values, done)
+        self._warn(alarms.find_alarms(values, config.alarms), values, done)
         times = self.timer.pop()
         num_images = config.rollout.num_tasks * config.rollout.group_size * config.data.num_turns
         times["time/turn_images_per_second"] = num_images / times["time/rollout_s"]
-        self.reporter.write(iteration, values | times | {"memory/rss_gib": memory_gib()})
+        self.reporter.write(iteration, values | times | dict([used_memory()]))
         if done % config.run.save_every == 0 or done == config.run.num_iterations or self.is_stopping:
             with self.timer("time/save"):
                 self._save(done)

@@ -10,14 +10,15 @@ import safetensors.torch
 import torch
 from conftest import TINY_MAX_TEXT_TOKENS
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+from timed import is_timed
 from torch import Tensor
 
 from mteditflow.config import Config, LoraConfig, ModelConfig
+from mteditflow.config.command import train as main
 from mteditflow.plan.memory import memory_plan, read_sizes
 from mteditflow.policy import Policy, build_policy
 from mteditflow.policy.full_weights import FullWeights
-from mteditflow.record.metrics import is_timed, read_lines
-from mteditflow.config.command import train as main
+from mteditflow.record.metrics import read_lines
 from mteditflow.types import Condition
 
 SIZE = 64

@@ -19,13 +19,14 @@ import pytest
 import yaml
 from conftest import TINY_MAX_TEXT_TOKENS
 from rich.console import Console
+from timed import is_timed
 from torch.utils.tensorboard import SummaryWriter
 
 from mteditflow import run, update
 from mteditflow.config import command
 from mteditflow.evaluate.edival import METRICS
 from mteditflow.record.checkpoint import lock
-from mteditflow.record.metrics import is_timed, read_lines
+from mteditflow.record.metrics import read_lines
 from mteditflow.study import runner as study
 from mteditflow.study.cells import read_study, runs_of, select
 from mteditflow.world.render import atlas
@@ -262,7 +263,7 @@ def test_dry_run_runs_nothing(
     two, one = runs_of(read_study(path), folder)
     assert study.expected_seconds(two, [two, one]) is None
     two.folder.mkdir(parents=True)
-    line = {"reward/mean": 0.5, "time/rollout_s": 1.5, "time/save_s": 0.5, "time/turn_images_per_second": 9.0}
+    line = {"reward/instruction": 0.5, "time/rollout_s": 1.5, "time/save_s": 0.5, "time/turn_images_per_second": 9.0}
     lines = [json.dumps({"iteration": n, **line}) + "\n" for n in range(2)]
     (two.folder / "metrics.jsonl").write_text(lines[0])
     assert study.expected_seconds(two, [two, one]) == 2.0  # the second iteration, like the first

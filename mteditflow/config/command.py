@@ -31,9 +31,9 @@ def _fails_in_one_line(command: Command) -> Command:
         except ValueError as error:
             fail(error)
         except OSError as error:
-            from mteditflow.record.checkpoint import is_no_room
+            from mteditflow.record.files import is_disk_full
 
-            if not is_no_room(error):
+            if not is_disk_full(error):
                 raise
             fail(f"no room on the disk: free some and run again ({error})")
 

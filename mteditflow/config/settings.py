@@ -277,18 +277,21 @@ class Config:
             self.rollout.hand_off,
             "the condition has a size of its own (model.condition_height, condition_width): must be 'pixels'",
         )
-        if self.reward.judge == "vlm":
-            self._check_vlm()
+        self._check_rewards()
 
-    def _check_vlm(self) -> None:
+    def _check_rewards(self) -> None:
         num_turns, weight = self.data.num_turns, self.advantage.consistency_weight
-        require(num_turns <= 9, "data.num_turns", num_turns, "reward.judge 'vlm' scores at most 9 turns")
+        is_scored = num_turns <= 9 or self.reward.judge != "vlm"
+        require(is_scored, "data.num_turns", num_turns, "reward.judge 'vlm' scores at most 9 turns")
         require(
             weight == 0 or self.reward.consistency != "none",
             "advantage.consistency_weight",
             weight,
             "reward.consistency is 'none', so that there is nothing to weigh: must be 0",
         )
+        total = weight + sum(also.weight for also in self.reward.also_rewards)
+        remedy = f"with consistency_weight and reward.also the others weigh {total:g}: must be at most 1, or additive"
+        require(self.advantage.weights == "additive" or total <= 1, "advantage.weights", "convex", remedy)
 
     @property
     def num_held_out_turns(self) -> int:

@@ -13,7 +13,7 @@ not session by session. What is drawn for a turn, noise or edit, never depends o
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,7 @@ def _evaluate_pending(
         check_fit(subject, shapes, config.model.path)
     wide = common_lora(subjects, config)
     policy = build_policy(config.model, wide, config.run.seed, has_old=False)
-    reward = None if is_by_truth else build_reward(config.reward)
+    reward = None if is_by_truth else build_reward(replace(config, reward=replace(config.reward, also=())))
     how = {"settings": settings, "judge": "the exact verifier" if is_by_truth else f"judge {config.reward.judge!r}"}
     for subject in pending:
         line = f"evaluating {subject.word}: {subject.what}"

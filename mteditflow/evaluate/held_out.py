@@ -20,10 +20,10 @@ from mteditflow.flow import make_schedule
 from mteditflow.noise import EVALUATION
 from mteditflow.policy import AdapterName, Policy
 from mteditflow.record.files import replace_file, write_json
-from mteditflow.reward import Reward
-from mteditflow.reward.exact import ExactReward
+from mteditflow.reward import CONSISTENCY, INSTRUCTION, Rewards
+from mteditflow.reward.exact import grade_pictures, measure_consistency, quality, read_rollout
 from mteditflow.rollout import roll_out
-from mteditflow.types import EditTask
+from mteditflow.types import EditTask, Rollout, Scores
 
 NUM_TASKS = 64  # that are rolled out together
 MAY_DIFFER = ("evaluation.every", "evaluation.num_sessions_short", "data.num_turns", "data.seed")
@@ -31,14 +31,14 @@ MAY_DIFFER = ("evaluation.every", "evaluation.num_sessions_short", "data.num_tur
 
 
 def evaluate(
-    policy: Policy, tasks: list[EditTask], config: Config, adapter: AdapterName, reward: Reward | None = None
+    policy: Policy, tasks: list[EditTask], config: Config, adapter: AdapterName, reward: Rewards | None = None
 ) -> Evaluation:
     """Evaluate one trajectory of each task under an adapter, by the ODE, judged by the exact verifier where it can
     judge all tasks, and else by `reward`. ValueError where more than run.max_invalid_share could not be scored.
     """
     schedule = make_schedule(policy.sigmas(config.evaluation.num_steps))
     is_by_truth = has_truth(tasks)
-    judge = ExactReward() if is_by_truth else reward
+    judge = _by_truth if is_by_truth else reward
     assert judge is not None, "tasks without truth need a reward"
     pictures, scores = [], []
     with policy.adapters.use(adapter):
@@ -51,20 +51,28 @@ def evaluate(
             num_wanted = max(0, config.evaluation.num_strips - start)
             pictures.append(torch.stack([turn.image[:num_wanted] for turn in rollout.turns]).cpu())
     success = torch.cat([score.instruction >= SUCCESS for score in scores]).cpu()
-    consistency = torch.cat([score.consistency for score in scores]).cpu()
+    measured = [score.rewards[CONSISTENCY] for score in scores if CONSISTENCY in score.rewards]
+    consistency = torch.cat(measured).cpu() if measured else torch.full(success.shape, torch.nan)
     valid = torch.cat([score.valid for score in scores]).cpu()
     num_invalid = int((~valid).sum())
-    if not is_by_truth and num_invalid > config.run.max_invalid_share * len(valid):
+    if num_invalid > config.run.max_invalid_share * len(valid):
         raise ValueError(
             f"{num_invalid} of {len(valid)} held-out sessions could not be scored, more than "
             f"run.max_invalid_share {config.run.max_invalid_share:g}: look at the reward, judge {config.reward.judge!r}"
         )
     return Evaluation(
-        verdict=success & valid[:, None], consistency=consistency,
-        valid=valid | is_by_truth,  # a picture that the editor breaks is a failure of the editor, not of the verifier
+        verdict=success & valid[:, None], consistency=consistency, valid=valid,
         edit_types=[task.edit_types for task in tasks], images=torch.cat(pictures, dim=1),
         num_steps=config.evaluation.num_steps,
     )  # fmt: skip
+
+
+def _by_truth(rollout: Rollout) -> Scores:
+    """Score by the exact verifier. All are valid: a picture that the editor breaks is a failure of the editor."""
+    world = read_rollout(rollout)
+    rewards = {INSTRUCTION: quality(grade_pictures(*world), "five"), CONSISTENCY: measure_consistency(*world)}
+    valid = torch.ones(len(rollout.group), dtype=torch.bool)
+    return Scores(rewards=rewards, weights={}, valid=valid)
 
 
 def has_truth(tasks: list[EditTask]) -> bool:

@@ -30,7 +30,7 @@ from mteditflow.plan.flops import forward_flops
 from mteditflow.plan.memory import num_passes, num_text_tokens, read_sizes
 from mteditflow.policy import Policy, build_policy
 from mteditflow.policy.random_kontext import random_kontext
-from mteditflow.record.metrics import Timer, memory_gib
+from mteditflow.record.metrics import Timer, used_memory
 from mteditflow.reward import build_reward
 from mteditflow.types import EditTask
 
@@ -97,7 +97,7 @@ def iteration(
     own = rollout.sample_rollout(policy, objective, tasks, config, 0)
     if config.data.path == EMBEDDED and (config.model.height, config.model.width) == (SIZE, SIZE):
         with context("score"):
-            build_reward(config.reward)(own)
+            build_reward(config)(own)
     num_rows = len(own.group)
     sign = 1.0 - 2.0 * (torch.arange(num_rows) % 2)
     update.update(policy, optimizer, objective, own, sign[:, None].repeat(1, len(own.turns)), config, 0, ranks)
@@ -165,7 +165,7 @@ def measure(config: Config, folder: Path) -> dict[str, Any]:
     """All figures of a profile, as `profile.json` has them."""
     ranks = Ranks(rank=0, world_size=1, device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     policy, objective, tasks = build(config), build_objective(config), resized_tasks(config, ranks)
-    figures: dict[str, Any] = timed(policy, objective, tasks, config, ranks) | {"memory_gib": memory_gib()}
+    figures: dict[str, Any] = timed(policy, objective, tasks, config, ranks) | {"memory_gib": used_memory()[1]}
     ceiling = matmul_ceiling(policy.device, {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.model.dtype])
     batches = batch_plan(config)
     transformer = policy.pipeline.transformer

@@ -107,7 +107,8 @@ def read_outcome(folder: Path) -> Outcome:
     """Read the outcome of a finished run."""
     after = load_evaluation(folder, "after")
     assert after is not None
-    rewards = [line["reward/mean"] for line in read_lines(folder / FILE) if line["reward/mean"] is not None]
+    lines = [line["reward/instruction"] for line in read_lines(folder / FILE)]
+    rewards = [value for value in lines if value is not None]
     ends = float(np.mean(rewards[:NUM_LAST])), float(np.mean(rewards[-NUM_LAST:]))
     return Outcome(point=point_metrics(after)[:, -1], samples=resampled_metrics(after)[OVERALL, :, -1], rewards=ends)
 
