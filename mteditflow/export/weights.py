@@ -30,14 +30,13 @@ from huggingface_hub.utils import validate_repo_id
 from torch import Tensor
 
 from mteditflow.config import Config, cli
+from mteditflow.config.cli import LORA_FILE
 from mteditflow.export.card import TAG, Card, Format, write_card
 from mteditflow.export.comfyui import comfyui_keys
-from mteditflow.policy import AdapterName, Policy, model_path, stock_class
+from mteditflow.policy import DTYPES, AdapterName, Policy, model_path, stock_class
 from mteditflow.record import checkpoint
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
 Dtype = Literal["float32", "bfloat16"]
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)

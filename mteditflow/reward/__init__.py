@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mteditflow.config import EMBEDDED, Config
 from mteditflow.config.reward import RewardConfig
-from mteditflow.distributed import Ranks
+from mteditflow.distributed import Ranks, local_device
 from mteditflow.reward.exact import ExactReward
 from mteditflow.reward.simulated import SimulatedJudge
 from mteditflow.reward.vlm import VlmReward
@@ -42,7 +42,7 @@ def build_reward(config: RewardConfig) -> Reward:
 
 def _vlm_reward(config: RewardConfig) -> VlmReward:
     # Imported here: a run on the embedded world needs neither transformers' Auto classes nor the extra 'judge'.
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    device = local_device()
     if config.url:
         try:
             from mteditflow.reward.vlm_server import RemoteVlm

@@ -28,7 +28,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 from transformers.utils.logging import disable_progress_bar
 
 from mteditflow.config.reward import RewardConfig
-from mteditflow.policy.pipelines import in_chunks
+from mteditflow.policy.encoding import in_chunks
 from mteditflow.types import EditTask
 
 Box = tuple[float, float, float, float]
