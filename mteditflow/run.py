@@ -78,7 +78,7 @@ class Run:
         (self.folder / "config.yaml").write_text(to_yaml(config))
         going_on = f", going on after iteration {self.first_iteration}" if is_resumed else ""
         self.reporter.say(f"{self.policy.adapters.num_modules} modules adapted, run folder {self.folder}{going_on}")
-        if self.policy.is_distilled and self.objective.blurs_distilled:
+        if self.policy.editor.is_distilled and self.objective.blurs_distilled:
             self.reporter.say(
                 f"model.path {config.model.path!r} is distilled, and objective.name {config.objective.name} blurs such "
                 f"a model: take its base model, or another objective"

@@ -10,6 +10,7 @@ import yaml
 
 from mteditflow.config import EMBEDDED, Config
 from mteditflow.config.cli import to_yaml
+from mteditflow.policy import family_of
 from mteditflow.record.figures import METRICS, RESULTS, align_turns
 from mteditflow.record.files import read_json
 from mteditflow.record.templates import write_page
@@ -123,36 +124,17 @@ def arguments(pipeline: str, config: Config) -> dict[str, str]:
         "num_inference_steps": config.evaluation.num_steps,
         "max_sequence_length": model.max_text_tokens,
     }
-    match pipeline:
-        case "FluxKontextPipeline":
-            given |= {"guidance_scale": model.guidance_scale, "max_area": model.height * model.width}
-            given |= {"_auto_resize": False}
-        case "Flux2KleinPipeline":
-            given |= {"guidance_scale": model.cfg_scale}
-        case "Flux2Pipeline":
-            given |= {"guidance_scale": model.guidance_scale}
-        case "QwenImageEditPipeline" | "QwenImageEditPlusPipeline":
-            given |= {"true_cfg_scale": model.cfg_scale, "negative_prompt": '" "'}
-    return {name: str(value) for name, value in given.items()}
+    family = family_of(pipeline)
+    assert family is not None, pipeline
+    return {name: str(value) for name, value in (given | family.stock_arguments(pipeline, model)).items()}
 
 
 def _notes(card: Card) -> list[str]:
     """What goes wrong when it is left out."""
-    notes = []
     height, width = card.config.model.condition_size
-    if card.pipeline == "FluxKontextPipeline":
-        notes.append(
-            f"Without `_auto_resize=False` the pipeline resizes the picture to about a megapixel; it was trained "
-            f"with {width} x {height}."
-        )
-    if card.pipeline.startswith("QwenImageEdit"):
-        notes.append(
-            f"The stock pipeline encodes the picture at about a megapixel, whatever its size; it was trained "
-            f"with {width} x {height}."
-        )
-    if card.is_lora:
-        notes.append(f"alpha / rank is {card.config.lora.alpha} / {card.config.lora.rank}, and the file says so.")
-    return notes
+    family, lora = family_of(card.pipeline), card.config.lora
+    notes = [f"{family.note}; it was trained with {width} x {height}."] if family and family.note else []
+    return notes + ([f"alpha / rank is {lora.alpha} / {lora.rank}, and the file says so."] if card.is_lora else [])
 
 
 def _base_in_words(config: Config) -> str:

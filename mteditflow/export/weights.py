@@ -32,8 +32,7 @@ from mteditflow.config.cli import LORA_FILE, from_yaml
 from mteditflow.config.errors import first_line
 from mteditflow.export.card import TAG, Card, Format, write_card
 from mteditflow.export.comfyui import comfyui_keys
-from mteditflow.policy import AdapterName, Policy, model_path, stock_class
-from mteditflow.policy.pipelines import DTYPES
+from mteditflow.policy import DTYPES, AdapterName, Policy, model_path, stock_class
 from mteditflow.record import checkpoint
 
 PREFIX = "transformer."  # of a LoRA's keys in diffusers' format

@@ -13,7 +13,7 @@ from torch import Tensor
 from mteditflow.config import EMBEDDED, Config
 from mteditflow.config.reward import RewardConfig
 from mteditflow.data import training_tasks
-from mteditflow.distributed import Ranks
+from mteditflow.distributed import Ranks, local_device
 from mteditflow.reward.exact import ExactConsistency, ExactInstruction
 from mteditflow.reward.simulated import SimulatedJudge
 from mteditflow.reward.user_function import UserReward
@@ -52,7 +52,7 @@ def build_reward(config: Config) -> Rewards:
     """
     # Models are imported where they are wanted: a run on the embedded world needs neither transformers' Auto classes
     # nor the extra 'judge'.
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    device = local_device()
     rewards: dict[str, Reward] = {INSTRUCTION: _build_judge(config.reward, device)}
     match config.reward.consistency_measure:
         case "none":

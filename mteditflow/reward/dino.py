@@ -28,7 +28,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 from transformers.utils.logging import disable_progress_bar
 
 from mteditflow.config.errors import first_line
-from mteditflow.policy.pipelines import in_chunks
+from mteditflow.policy.encoding import in_chunks
 from mteditflow.types import EditTask, Rollout, Score
 
 Box = tuple[float, float, float, float]
