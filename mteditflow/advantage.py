@@ -14,8 +14,6 @@ the dtype of the scores. What the paper leaves open is ours:
   are defined.
 - 'early_stop': a turn failed if its score is below 3/4 (4 of 5), as for the binary aggregations; the failed turn keeps
   its advantage.
-- Convex weights leave instruction following what the others do not take of 1.
-- Every z has mean 0 over its group, so whitening only divides by the batch's std; a zero advantage stays exactly zero.
 """
 
 from functools import reduce
@@ -96,12 +94,6 @@ def _aggregate(rewards: dict[str, Tensor], config: AdvantageConfig) -> list[Tens
     return [aggregate_turns(first, config.turn_aggregation)[:, None], *(r.nanmean(1, keepdim=True) for r in others)]
 
 
-def _weights(scores: Scores, config: AdvantageConfig) -> list[float]:
-    """The weight of each reward, in order."""
-    first, *others = (scores.weights[name] for name in scores.rewards)
-    return [1 - sum(others) if config.weights == "convex" else first, *others]
-
-
 def _add(weights: list[float], parts: list[Tensor]) -> Tensor:
     return reduce(torch.add, (weight * part for weight, part in zip(weights, parts, strict=True)))
 
@@ -114,7 +106,7 @@ def mean_reward(scores: Scores, config: AdvantageConfig) -> Tensor:
     """
     valid = {name: values[scores.valid].double() for name, values in scores.rewards.items()}
     first, *others = (reward.nanmean() for reward in _aggregate(valid, config))
-    return _add(_weights(scores, config), [first, *(mean.nan_to_num() for mean in others)])
+    return _add([scores.weights[name] for name in scores.rewards], [first, *(mean.nan_to_num() for mean in others)])
 
 
 def advantages(scores: Scores, group: Tensor, config: AdvantageConfig) -> Tensor:
@@ -134,7 +126,10 @@ def advantages(scores: Scores, group: Tensor, config: AdvantageConfig) -> Tensor
         parts = _aggregate(rewards, config)
     else:
         parts = list(rewards.values())  # a column per turn
-    masks, weights = [counted[:, None] & ~part.isnan() for part in parts], _weights(scores, config)
+    masks, weights = (
+        [counted[:, None] & ~part.isnan() for part in parts],
+        [scores.weights[name] for name in scores.rewards],
+    )
     if config.fusion == "reward":
         filled = [torch.where(mask, r, _group_mean(r, mask, group)) for r, mask in zip(parts, masks, strict=True)]
         advantage = _z(_add(weights, filled), masks[0], group, config.std)
@@ -142,8 +137,6 @@ def advantages(scores: Scores, group: Tensor, config: AdvantageConfig) -> Tensor
         advantage = _add(weights, [_z(r, mask, group, config.std) for r, mask in zip(parts, masks, strict=True)])
     if config.credit == "broadcast":
         advantage = advantage.mean(1, keepdim=True).expand_as(instruction)
-    if config.is_whitened and bool(counted.any()):
-        advantage = advantage / (advantage[counted].std(correction=0) + STD_OFFSET)
     if config.credit == "early_stop":
         success = (instruction.double() >= SUCCESS).double()
         is_alive = torch.cat([torch.ones_like(success[:, :1]), success.cumprod(1)[:, :-1]], dim=1)  # all earlier turns

@@ -117,7 +117,7 @@ class Run:
         if config.evaluation.every and done % config.evaluation.every == 0 and done < config.run.num_iterations:
             values |= self._short_evaluation(done)
         values |= alarms.held_out_figures(values)
-        self._warn(alarms.find_alarms(values, config.alarms), values, done)
+        self._warn(alarms.find_alarms(values), values, done)
         times = self.timer.pop()
         num_images = config.rollout.num_tasks * config.rollout.group_size * config.data.num_turns
         times["time/turn_images_per_second"] = num_images / times["time/rollout_s"]
@@ -133,10 +133,9 @@ class Run:
         for name in names:
             if name not in self._warned:
                 alarm = alarms.ALARMS[name]
-                limit = getattr(self.config.alarms, alarm.threshold)
                 self.reporter.say(
                     f"iteration {done}: alarm, {alarm.title.lower()} ({alarm.meaning}) is {values[name]:.3g}, above "
-                    f"alarms.{alarm.threshold} {limit:g}: look at strips/ before trusting the reward"
+                    f"{alarm.threshold:g}: look at strips/ before trusting the reward"
                 )
         self._warned |= set(names)
 
@@ -180,7 +179,6 @@ class Run:
             iteration=done,
             config=self.config,
             state=state,
-            keep=self.config.run.keep_checkpoints,
         )
 
     def _restore(self, saved: checkpoint.Checkpoint) -> None:

@@ -116,12 +116,6 @@ def test_return_to_go_of_consistency() -> None:
     is_close(advantages(make_scores(), GROUP, config), z_by_hand(to_go[0]) + 0.3 * z_by_hand(to_go[1]), ROUNDING)
 
 
-def test_convex_weights() -> None:
-    config = paper(weights="convex")
-    expected = 0.7 * z_by_hand(IF.mean(1)) + 0.3 * z_by_hand(CC.mean(1))
-    is_close(advantages(make_scores(), GROUP, config)[:, 0], expected, ROUNDING)
-
-
 def test_global_std() -> None:
     scores, group = two_groups()
     reward = scores.instruction.mean(1)
@@ -129,18 +123,6 @@ def test_global_std() -> None:
     expected = expected / (reward.std(correction=0) + 1e-4)
     actual = advantages(replace(scores, weights={"instruction": 1.0, "consistency": 0}), group, paper(std="global"))
     is_close(actual[:, 0], expected, ROUNDING)
-
-
-def test_whitening_uses_valid_trajectories() -> None:
-    scores, group = two_groups()
-    valid = torch.ones(8, dtype=torch.bool)
-    valid[1] = False
-    scores = make_scores(scores.instruction, scores.rewards["consistency"], valid)
-    plain = advantages(scores, group, paper())
-    white = advantages(scores, group, paper(is_whitened=True))
-    expected = (plain - plain[valid].mean()) / (plain[valid].std(correction=0) + 1e-4)
-    is_close(white[valid], expected[valid], ROUNDING)
-    assert torch.equal(white[1], torch.zeros(3, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("credit", ["broadcast", "per_turn", "return_to_go", "early_stop"])
@@ -158,7 +140,7 @@ def test_group_with_one_valid_trajectory_is_dropped() -> None:
     scores, group = two_groups()
     valid = torch.tensor([True, False, False, False, True, True, True, True])
     scores = make_scores(scores.instruction, scores.rewards["consistency"], valid)
-    for config in (paper(), paper(std="global", is_whitened=True)):
+    for config in (paper(), paper(std="global")):
         advantage = advantages(scores, group, config)
         assert torch.equal(advantage[:4], torch.zeros(4, 3, dtype=torch.float64))
         assert (advantage[4:].abs() > 0.01).all()
@@ -166,7 +148,7 @@ def test_group_with_one_valid_trajectory_is_dropped() -> None:
         rest = make_scores(scores.instruction[4:], scores.rewards["consistency"][4:])
         is_close(advantage[4:], advantages(rest, GROUP, config), ROUNDING)  # no part in the batch's std either
     nobody = make_scores(scores.instruction, scores.rewards["consistency"], torch.zeros(8, dtype=torch.bool))
-    assert not advantages(nobody, group, paper(is_whitened=True)).any()
+    assert not advantages(nobody, group, paper()).any()
 
 
 def test_undefined_consistency_contributes_nothing() -> None:
@@ -199,7 +181,7 @@ def test_zero_spread_is_exactly_zero(fusion: str, std: str) -> None:
     flat = torch.tensor([[0.1, 0.7, 0.3], [0.7, 0.3, 0.1], [0.3, 0.1, 0.7], [0.1, 0.3, 0.7]], dtype=torch.float64)
     scores = make_scores(torch.cat([flat, IF]), torch.cat([flat, CC]))
     group = torch.arange(8) // 4
-    config = paper(fusion=fusion, std=std, is_whitened=True)  # pyright: ignore[reportArgumentType]
+    config = paper(fusion=fusion, std=std)  # pyright: ignore[reportArgumentType]
     advantage = advantages(scores, group, config)
     assert torch.equal(advantage[:4], torch.zeros(4, 3, dtype=torch.float64))
     assert has_no_spread(advantage, group) == [True, False]
@@ -260,13 +242,11 @@ def three(weight: float = 0.5) -> Scores:
 
 
 def test_a_third_reward_adds_its_z() -> None:
-    """By default, and with convex weights; undefined in a trajectory, it contributes nothing there."""
+    """Undefined in a trajectory, it contributes nothing there."""
     z = torch.zeros(4, dtype=torch.float64)
     z[:3] = z_by_hand(torch.tensor([0.7 / 3, 1.6 / 2, 0.3], dtype=torch.float64))
     both = z_by_hand(IF.mean(1)), z_by_hand(CC.mean(1))
     is_close(advantages(three(), GROUP, paper())[:, 0], both[0] + 0.3 * both[1] + 0.5 * z, ROUNDING)
-    convex = advantages(three(), GROUP, paper(weights="convex"))
-    is_close(convex[:, 0], 0.2 * both[0] + 0.3 * both[1] + 0.5 * z, ROUNDING)
     assert torch.equal(advantages(three(0.0), GROUP, paper()), advantages(make_scores(), GROUP, paper()))
 
 
@@ -298,7 +278,5 @@ def test_mean_reward_is_what_is_maximised() -> None:
     extra = torch.tensor([0.7 / 3, 1.6 / 2, 0.3], dtype=torch.float64).mean()
     expected = IF[:3].amin(1).mean() + 0.3 * CC[:3].mean() + 0.5 * extra
     is_close(mean_reward(scores, paper(turn_aggregation="min")), expected, 1e-15)
-    convex = 0.2 * IF[:3].mean() + 0.3 * CC[:3].mean() + 0.5 * extra
-    is_close(mean_reward(scores, paper(weights="convex")), convex, 1e-15)
     nowhere = make_scores(consistency=torch.full_like(CC, NAN))
     is_close(mean_reward(nowhere, paper()), IF.mean(), 1e-15)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from mteditflow.config import AlarmConfig, Config
+from mteditflow.config import Config
 from mteditflow.data import training_tasks
 from mteditflow.distributed import Ranks
 from mteditflow.flow import make_schedule
@@ -82,7 +82,7 @@ def test_honest_pictures_do_not_ring(config: Config) -> None:
     figures = rollout_figures(*made(honest(config), config))
     assert figures.keys() == ALARMS.keys() - {"alarm/held_out_gap"}
     assert figures["alarm/no_edit_share"] == 0 and figures["alarm/over_edit_share"] == 0
-    assert find_alarms(figures, AlarmConfig()) == []
+    assert find_alarms(figures) == []
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_a_hacked_run_rings(fault: str, expected: str, config: Config) -> None:
     rollout = replace(
         rollout, turns=[replace(turn, image=own) for turn, own in zip(rollout.turns, pictures, strict=True)]
     )
-    assert expected in find_alarms(rollout_figures(rollout, scores), AlarmConfig())
+    assert expected in find_alarms(rollout_figures(rollout, scores))
 
 
 def test_a_picture_that_is_not_finite_is_left_out(config: Config) -> None:
@@ -132,5 +132,5 @@ def test_the_gap_between_judge_and_truth() -> None:
     values: dict[str, Any] = {"reward/success_1": 0.9, "reward/success_2": 0.7, "heldout/MT_1": 50, "heldout/MT_2": 30}
     assert held_out_figures(values) == {"alarm/held_out_gap": pytest.approx(0.4)}
     assert held_out_figures({"reward/success_1": 0.9}) == {}
-    assert find_alarms(values | held_out_figures(values), AlarmConfig()) == ["alarm/held_out_gap"]
-    assert find_alarms({"alarm/held_out_gap": float("nan")}, AlarmConfig()) == []
+    assert find_alarms(values | held_out_figures(values)) == ["alarm/held_out_gap"]
+    assert find_alarms({"alarm/held_out_gap": float("nan")}) == []

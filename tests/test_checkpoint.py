@@ -155,7 +155,7 @@ def test_what_does_not_change_the_problem_may_change(tmp_path: Path) -> None:
     constant = replace(CONFIG, "optimizer", schedule="constant")
     save_one(tmp_path, 1, config=constant)
     config = replace(constant, "evaluation", every=0, num_sessions=512, num_steps=4)
-    run = RunConfig(num_iterations=99, save_every=5, keep_checkpoints=7, folder="else", max_invalid_share=0.1)
+    run = RunConfig(num_iterations=99, save_every=5, folder="else", max_ratio_error=0.1)
     assert_is(load_latest(tmp_path, dataclasses.replace(config, run=run), refuse), 1)
     with pytest.raises(ValueError, match=r"run\.seed: was 0, is 1"):
         load_latest(tmp_path, replace(constant, "run", seed=1), refuse)

@@ -253,7 +253,7 @@ def test_wrong_subjects_are_one_line(
     assert "disagree on held-out data: evaluation.num_sessions is 3 and 4; set it by an override" in line
     whole = tmp_path / "whole"
     shutil.copytree(run, whole)
-    (whole / "config.yaml").write_text(to_yaml(replace(config, lora=replace(config.lora, rank=0))))
+    (whole / "config.yaml").write_text(to_yaml(replace(config, lora=replace(config.lora, is_full=True))))
     assert "trained whole weights, not a LoRA: export it" in refused(capsys, lambda: command(whole))
     assert "--out is" in refused(capsys, lambda: main([str(run), "--out", str(file)]))
 

@@ -153,7 +153,7 @@ def test_failures_come_at_the_stated_rate(rollout: Rollout) -> None:
         ({"leniency": 1.0}, "reward.leniency is 1.0: judge 'exact' has none"),
         ({"failure_rate": 0.1}, "reward.failure_rate is 0.1: judge 'exact' has none"),
         ({"judge": "simulated_direct", "failure_rate": 1.5}, r"reward.failure_rate is 1.5: must lie in \[0, 1\]"),
-        ({"judge": "simulated_direct", "leniency": -1.0}, "reward.leniency is -1.0: must not be negative"),
+        ({"judge": "simulated_direct", "leniency": -1.0}, "reward.leniency is -1.0: must lie in"),
     ],
 )
 def test_what_is_refused(values: dict, message: str) -> None:

@@ -152,13 +152,14 @@ def cached_anew(config: Config) -> None:
 
 
 def test_damaged_images_are_named_and_replaced(
-    make: Callable[..., Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    make: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The next session of the epoch takes the slot, whether or not the damage was known before, on any rank."""
+    monkeypatch.setattr("mteditflow.data.userdata.MAX_BAD_SHARE", 0.1)
     (tmp_path / "photos" / "torn.jpg").write_bytes(photo("china.jpg").read_bytes()[:30_000])
     records = [*RECORDS, *(record("torn.jpg", i) for i in range(2))]
     assert not is_held_out("photos/torn.jpg", SHARE)
-    config = make(records, max_bad_share=0.1, num_tasks=2)
+    config = make(records, num_tasks=2)
     steps = [first(training_tasks(config, i, ranks())) for i in range(20)]
     err = capsys.readouterr().err.splitlines()
     assert len(err) == 2 and all("image photos/torn.jpg: damaged: image file is truncated" in line for line in err)
@@ -174,23 +175,29 @@ def test_damaged_images_are_named_and_replaced(
     assert parts == [[name] for step in steps[::-1] for name in step]
 
 
-def test_too_much_damage_stops_with_one_line(make: Callable[..., Config], tmp_path: Path) -> None:
+def test_too_much_damage_stops_with_one_line(
+    make: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "photos" / "torn.jpg").write_bytes(photo("china.jpg").read_bytes()[:30_000])
     missing = make([*RECORDS, record("nowhere.png", 0), record("gone.png", 0)])
-    with pytest.raises(ValueError, match=r"2 of 23 sessions are damaged, more than data.max_bad_share 0.05"):
+    with pytest.raises(ValueError, match=r"2 of 23 sessions are damaged, more than 5%"):
         check_data(missing, is_speaking=False)
     found = make([*RECORDS, record("torn.jpg", 0), record("torn.jpg", 1)], "b.jsonl")
     check_data(found, is_speaking=False)  # not known yet
     with pytest.raises(ValueError, match=r"2 of 23 sessions are damaged.*data check .*b.jsonl"):
         for i in range(9):
             training_tasks(found, i, ranks())
-    nothing = make([record("torn.jpg", i) for i in range(3)], "c.jsonl", max_bad_share=1.0)
+    monkeypatch.setattr("mteditflow.data.userdata.MAX_BAD_SHARE", 1.0)
+    nothing = make([record("torn.jpg", i) for i in range(3)], "c.jsonl")
     with pytest.raises(ValueError, match=r"none of its 3 images can be read"):
         training_tasks(nothing, 0, ranks())
 
 
-def test_check_data_says_what_is_skipped(make: Callable[..., Config], capsys: pytest.CaptureFixture[str]) -> None:
-    config = make([*RECORDS, *(record(f"gone{i}.png", 0) for i in range(12))], max_bad_share=0.5)
+def test_check_data_says_what_is_skipped(
+    make: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("mteditflow.data.userdata.MAX_BAD_SHARE", 0.5)
+    config = make([*RECORDS, *(record(f"gone{i}.png", 0) for i in range(12))])
     check_data(config, is_speaking=True)
     err = capsys.readouterr().err.splitlines()
     assert len(err) == 13 and "a.jsonl:22: no such file" in err[0] and err[10] == "mteditflow: skipped 2 more"
@@ -219,7 +226,6 @@ def test_settings_that_do_not_fit_the_data(make: Callable[..., Config]) -> None:
     wrong: list[tuple[str, Any]] = [
         ("held_out", "a.jsonl"),
         ("held_out_share", 0.0),
-        ("max_bad_share", 2.0),
         ("path", ""),
     ]
     for name, value in wrong:

@@ -3,11 +3,11 @@
 from mteditflow.config.model import EMBEDDED, LoraConfig, ModelConfig
 from mteditflow.config.reward import RewardConfig
 from mteditflow.config.settings import (
-    AdvantageConfig, AlarmConfig, Config, DataConfig, EvaluationConfig, ObjectiveConfig, OptimizerConfig, RolloutConfig,
+    AdvantageConfig, Config, DataConfig, EvaluationConfig, ObjectiveConfig, OptimizerConfig, RolloutConfig,
     RunConfig,
 )  # fmt: skip
 
 __all__ = [
-    "EMBEDDED", "AdvantageConfig", "AlarmConfig", "Config", "DataConfig", "EvaluationConfig", "LoraConfig",
+    "EMBEDDED", "AdvantageConfig", "Config", "DataConfig", "EvaluationConfig", "LoraConfig",
     "ModelConfig", "ObjectiveConfig", "OptimizerConfig", "RewardConfig", "RolloutConfig", "RunConfig",
 ]  # fmt: skip

@@ -161,11 +161,12 @@ def data(argv: Sequence[str]) -> int:
 @_fails_in_one_line
 def check(argv: Sequence[str]) -> int:
     """Count what is in the data and name what is wrong; exit code 1 if too much."""
-    default, parser = DataConfig(), _parser("data", check, "check")
+    parser = _parser("data", check, "check")
     what = "as data.path: .jsonl, EdiVal's .csv, .parquet, a folder, or owner/name of the hub"
     parser.add_argument("path", metavar="PATH", help=what)
-    parser.add_argument("--num_turns", type=int, default=default.num_turns, help="data.num_turns")
-    parser.add_argument("--max_bad_share", type=float, default=default.max_bad_share, help="data.max_bad_share")
+    parser.add_argument("--num_turns", type=int, default=DataConfig().num_turns, help="data.num_turns")
+    parser.add_argument("--max_bad_share", type=float, default=0.05,
+                        help="damaged sessions that are too many; a run stops above the default")  # fmt: skip
     values = cli.parse(parser, argv)
     from mteditflow.data.check import check as check_sessions
 

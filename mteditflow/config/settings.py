@@ -21,8 +21,6 @@ class DataConfig:
     """Share of the images of data.path that is held out, by a hash of their names, where data.held_out is empty."""
     fit: Literal["crop", "stretch"] = "crop"
     """How a picture becomes model.width x model.height: its largest centred part, or all of it, distorted (EdiVal)."""
-    max_bad_share: Share = 0.05
-    """The run stops when more than this share of the sessions has an unreadable line or image."""
     num_turns: Annotated[int, Range(1, 10)] = 3
     """K, instructions per session (paper: 3); of a user's longer session the first K, shorter ones are left out."""
     seed: Annotated[int, Range(0, 2**31 - 1)] = 0
@@ -97,20 +95,13 @@ class AdvantageConfig:
     """Where instruction following and consistency are added: after normalisation (paper's choice) or before."""
     consistency_weight: Weight = 0.1
     """Weight of the consistency reward, lambda_CC (paper: 0.3; the miniature learns faster with less: docs/log.md)."""
-    weights: Literal["additive", "convex"] = "additive"
-    """A_IF + w A_CC (paper), or (1 - w) A_IF + w A_CC. Convex is ours."""
     credit: Credit = "broadcast"
     """Who gets the advantage: every turn alike (paper's choice), or one of the baselines."""
     std: Literal["group", "global"] = "global"
     """Standard deviation that divides: of the group (paper), or of the whole batch (close groups weigh less)."""
-    is_whitened: bool = False
-    """Normalise the final advantages over the batch once more. Ours."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        is_convex = self.weights == "additive" or self.consistency_weight <= 1
-        weight, remedy = self.consistency_weight, "must be at most 1 with convex weights"
-        require(is_convex, "advantage.consistency_weight", weight, remedy)
         if self.aggregate_at == "advantage":
             is_mean, is_broadcast = self.turn_aggregation == "mean", self.credit == "broadcast"
             remedy = "aggregate_at 'advantage' averages over the turns: must be 'mean'"
@@ -127,10 +118,8 @@ class ObjectiveConfig:
     clip_range: Annotated[float, Range(0, 1, is_above=True)] = 1e-3
     """GRPO: the ratio is clipped to 1 +- this; grows as the number of latent elements falls (1e-4 at 512 px)."""
     ratio: Literal["plain", "guard"] = "plain"
-    """GRPO: ratio of the log-probs, or GRPO-Guard's, centred on 1 and of one scale at all steps (its clip_range:
-    2e-6)."""
-    step_weight: Literal["uniform", "inverse_dt"] = "uniform"
-    """GRPO: weight of a denoising step's policy term, alike or 1 / -dt (GRPO-Guard)."""
+    """GRPO: ratio of the log-probs, or GRPO-Guard's, centred on 1 and of one scale at all steps, with the policy term
+    divided by -dt (its clip_range: 2e-6)."""
     kl_beta: Weight = 0.0
     """Weight of the penalty for leaving the reference, the adapter off (GRPO's kl_beta, NFT's lambda_kl)."""
     kl_form: Literal["published", "exact"] = "published"
@@ -139,9 +128,6 @@ class ObjectiveConfig:
     """Advantages are clamped to +- this."""
     nft_beta: Annotated[float, Range(0, 1000, is_above=True)] = 1.0
     """NFT: how far the implicit positive and negative policies stand from the old one."""
-    nft_advantage: Literal["all", "positive_only", "negative_only", "one_only", "binary"] = "all"
-    """NFT: the advantage that becomes an optimality probability: as it is, of one sign only, 1 if positive, its
-    sign."""
     nft_num_times: Annotated[int, Range(1, 1000)] = 1
     """NFT: training times per turn and trajectory, drawn from the schedule's sigmas."""
     nft_old_decay: Literal["on_policy", "ramp", "late_ramp"] = "on_policy"
@@ -158,8 +144,6 @@ class OptimizerConfig:
 
     learning_rate: Annotated[float, Range(0, 1, is_above=True)] = 2e-2
     """Peak learning rate; goes with epsilon (the large editors: 3e-4 with epsilon 1e-8)."""
-    warmup_iterations: CountOrNone = 0
-    """Iterations over which the learning rate rises from 0."""
     schedule: Literal["constant", "linear"] = "linear"
     """Learning rate after the warm-up: constant, or falling to 0 at the end of the run."""
     weight_decay: Share = 1e-4
@@ -207,24 +191,6 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AlarmConfig:
-    """Alarms against reward hacking: above its threshold each warns, in the terminal and in the report. Ours."""
-
-    max_drift: Annotated[float, Range(0, 1000, is_above=True)] = 0.3
-    """Relative change of mean edge density, saturation or colourfulness from the sources to the last turn."""
-    max_no_edit_share: Annotated[float, Range(0, 1, is_above=True)] = 0.5
-    """Share of turns whose picture is their input."""
-    max_over_edit_share: Annotated[float, Range(0, 1, is_above=True)] = 0.3
-    """Share of turns with a consistency below 0.7."""
-    max_held_out_gap: Annotated[float, Range(0, 1, is_above=True)] = 0.18
-    """Success in training, by the judge, less success on held-out sessions, by the truth (docs/results/study.md: at
-    most 0.14 by a kind judge, at least 0.21 by one that is hacked)."""
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
-
-
-@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """The run itself."""
 
@@ -242,10 +208,6 @@ class RunConfig:
     """Implementation of the ops: Triton kernels for CUDA tensors where triton is installed (auto), or one by name."""
     save_every: Count = 1
     """Iterations between checkpoints."""
-    keep_checkpoints: Count = 2
-    """Newest checkpoints kept."""
-    max_invalid_share: Share = 0.5
-    """The run stops when more than this share of an iteration's trajectories could not be scored."""
     max_ratio_error: Weight = 0.0
     """The run stops when |ratio - 1| before the first update exceeds this; 0 holds at the same geometry on one
     device."""
@@ -267,31 +229,19 @@ class Config:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    alarms: AlarmConfig = field(default_factory=AlarmConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        require(
-            self.rollout.hand_off == "pixels" or self.model.condition_size == (self.model.height, self.model.width),
-            "rollout.hand_off",
-            self.rollout.hand_off,
-            "the condition has a size of its own (model.condition_height, condition_width): must be 'pixels'",
-        )
-        self._check_rewards()
-
-    def _check_rewards(self) -> None:
-        num_turns, weight = self.data.num_turns, self.advantage.consistency_weight
-        is_scored = num_turns <= 9 or self.reward.judge != "vlm"
-        require(is_scored, "data.num_turns", num_turns, "reward.judge 'vlm' scores at most 9 turns")
-        require(
-            weight == 0 or self.reward.consistency != "none",
-            "advantage.consistency_weight",
-            weight,
-            "reward.consistency is 'none', so that there is nothing to weigh: must be 0",
-        )
-        total = weight + sum(also.weight for also in self.reward.also_rewards)
-        remedy = f"with consistency_weight and reward.also the others weigh {total:g}: must be at most 1, or additive"
-        require(self.advantage.weights == "additive" or total <= 1, "advantage.weights", "convex", remedy)
+        has_one_size = self.model.condition_size == (self.model.height, self.model.width)
+        remedy = "the condition has a size of its own (model.condition_height, condition_width): must be 'pixels'"
+        is_right = self.rollout.hand_off == "pixels" or has_one_size
+        require(is_right, "rollout.hand_off", self.rollout.hand_off, remedy)
+        is_scored = self.data.num_turns <= 9 or self.reward.judge != "vlm"
+        require(is_scored, "data.num_turns", self.data.num_turns, "reward.judge 'vlm' scores at most 9 turns")
+        weight = self.advantage.consistency_weight
+        is_measured = weight == 0 or self.reward.consistency != "none"
+        remedy = "reward.consistency is 'none', so that there is nothing to weigh: must be 0"
+        require(is_measured, "advantage.consistency_weight", weight, remedy)
 
     @property
     def num_held_out_turns(self) -> int:

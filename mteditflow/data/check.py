@@ -10,13 +10,13 @@ from rich.table import Table
 
 from mteditflow.data.formats import read_sessions
 from mteditflow.data.images import read_picture
-from mteditflow.data.sessions import Fault, Sessions
+from mteditflow.data.sessions import MAX_BAD_SHARE, Fault, Sessions
 
 MAX_PLACES = 20  # faults of a kind that are listed
 ASPECTS = {"1:1": 1, "5:4": 5 / 4, "4:3": 4 / 3, "3:2": 3 / 2, "16:9": 16 / 9, "2:1": 2.0}  # and on end
 
 
-def check(path: str, *, num_turns: int, max_bad_share: float) -> int:
+def check(path: str, *, num_turns: int, max_bad_share: float = MAX_BAD_SHARE) -> int:
     """Print the tables. 0, or 1 where more than `max_bad_share` is damaged or no session has `num_turns`.
 
     ValueError, one line, where the data as a whole cannot be read.

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from mteditflow.types import Region
 
 FIELDS = ("image", "instructions", "prompt", "edit_types", "objects", "untouched_objects")
+MAX_BAD_SHARE = 0.05  # of the sessions, with an unreadable line or image, above which a run stops
 UNSPECIFIED = "unspecified"  # the edit type of an instruction that names none
 
 

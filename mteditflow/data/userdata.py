@@ -13,7 +13,7 @@ from functools import cache
 from mteditflow.config import Config, DataConfig
 from mteditflow.data.formats import read_sessions
 from mteditflow.data.images import fitted, in_frame, read_picture
-from mteditflow.data.sessions import Fault, Sessions, UserSession, digest
+from mteditflow.data.sessions import MAX_BAD_SHARE, Fault, Sessions, UserSession, digest
 from mteditflow.types import EditTask
 
 MAX_NAMED = 10  # faults that are printed; `python -m mteditflow.data check` prints them all
@@ -43,13 +43,13 @@ class Source:
         self._damaged: set[int] = set()
         self._order: tuple[str, list[int]] = ("", [])
 
-    def check(self, max_bad_share: float) -> None:
+    def check(self) -> None:
         """ValueError where too much is damaged."""
         num_bad = self.num_faults + len(self._damaged)
-        if num_bad > max_bad_share * self.total:
+        if num_bad > MAX_BAD_SHARE * self.total:
             raise ValueError(
                 f"{self.name} is {self.path!r}: {num_bad} of {self.total} sessions are damaged, more than "
-                f"data.max_bad_share {max_bad_share:g}: see python -m mteditflow.data check {self.path}"
+                f"{MAX_BAD_SHARE:.0%}: see python -m mteditflow.data check {self.path}"
             )
 
     def order(self, seed: str) -> list[int]:
@@ -69,7 +69,7 @@ class Source:
         except ValueError as error:
             self._damaged.add(place)
             print(f"mteditflow: skipped {session.place}: image {session.image}: {error}", file=sys.stderr)
-            self.check(config.data.max_bad_share)
+            self.check()
             return None
         model = config.model
         seen = fitted(picture, height=model.height, width=model.width, fit=config.data.fit)
@@ -91,7 +91,7 @@ def training_source(data: DataConfig) -> Source:
     own = [it for it in everything.found if not (is_split and is_held_out(it.image, data.held_out_share))]
     long = [it for it in own if len(it.instructions) >= data.num_turns]
     source = Source("data.path", data.path, long, everything)
-    source.check(data.max_bad_share)
+    source.check()
     if not long:
         longest = max((len(it.instructions) for it in own), default=0)
         raise ValueError(
@@ -110,7 +110,7 @@ def held_out_source(data: DataConfig, num_turns: int) -> Source:
     everything = read_named(name, path)
     own = [it for it in everything.found if data.held_out or is_held_out(it.image, data.held_out_share)]
     source = Source(name, path, [it for it in own if len(it.instructions) >= num_turns], everything)
-    source.check(data.max_bad_share)
+    source.check()
     return source
 
 

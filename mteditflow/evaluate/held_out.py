@@ -17,6 +17,7 @@ from mteditflow.advantage import SUCCESS
 from mteditflow.config import Config
 from mteditflow.evaluate.edival import Evaluation, compare, summary
 from mteditflow.flow import make_schedule
+from mteditflow.guards import MAX_INVALID_SHARE
 from mteditflow.noise import EVALUATION
 from mteditflow.policy import AdapterName, Policy
 from mteditflow.record.files import replace_file, write_json
@@ -34,7 +35,7 @@ def evaluate(
     policy: Policy, tasks: list[EditTask], config: Config, adapter: AdapterName, reward: Rewards | None = None
 ) -> Evaluation:
     """Evaluate one trajectory of each task under an adapter, by the ODE, judged by the exact verifier where it can
-    judge all tasks, and else by `reward`. ValueError where more than run.max_invalid_share could not be scored.
+    judge all tasks, and else by `reward`. ValueError where more than half could not be scored.
     """
     schedule = make_schedule(policy.sigmas(config.evaluation.num_steps))
     is_by_truth = has_truth(tasks)
@@ -55,10 +56,10 @@ def evaluate(
     consistency = torch.cat(measured).cpu() if measured else torch.full(success.shape, torch.nan)
     valid = torch.cat([score.valid for score in scores]).cpu()
     num_invalid = int((~valid).sum())
-    if num_invalid > config.run.max_invalid_share * len(valid):
+    if num_invalid > MAX_INVALID_SHARE * len(valid):
         raise ValueError(
             f"{num_invalid} of {len(valid)} held-out sessions could not be scored, more than "
-            f"run.max_invalid_share {config.run.max_invalid_share:g}: look at the reward, judge {config.reward.judge!r}"
+            f"{MAX_INVALID_SHARE:.0%}: look at the reward, judge {config.reward.judge!r}"
         )
     return Evaluation(
         verdict=success & valid[:, None], consistency=consistency, valid=valid,

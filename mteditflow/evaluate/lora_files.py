@@ -100,7 +100,7 @@ def read_subject(word: str) -> Subject:
         return Subject(word=word, what="LoRA", lora=read_lora(Path(word)))
     trained = read_run(Path(word), "ema")
     config = trained.config
-    if config.lora.rank == 0:
+    if config.lora.is_full:
         raise ValueError(
             f"{word!r} trained whole weights, not a LoRA: export it (python -m mteditflow.export {word} --format "
             f"merged) and evaluate base with model.path set to the exported folder"

@@ -38,7 +38,7 @@ class Card:
 
     @property
     def is_lora(self) -> bool:
-        return self.config.lora.rank > 0 and self.form != "merged"
+        return not self.config.lora.is_full and self.form != "merged"
 
 
 def write_card(card: Card, run: Path, out: Path) -> None:
@@ -78,7 +78,7 @@ def front_matter(card: Card) -> dict[str, Any]:
     path = card.config.model.path
     matter: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "image-to-image"}
     if path.count("/") == 1 and not Path(path).exists() and not path.startswith((".", "/", "~")):
-        relation = "adapter" if card.is_lora else "merge" if card.config.lora.rank else "finetune"
+        relation = "adapter" if card.is_lora else "finetune" if card.config.lora.is_full else "merge"
         matter |= {"base_model": path, "base_model_relation": relation}
     tags = ["lora"] if card.is_lora else []
     return matter | {"tags": [*tags, "image-to-image", "image-editing", "diffusers", "reinforcement-learning", TAG]}

@@ -1,7 +1,7 @@
 """What a run gives back, in the forms that others load: `python -m mteditflow.export RUN`.
 
     diffusers  pytorch_lora_weights.safetensors for `load_lora_weights`; of a run that trained the weights themselves
-               (lora.rank 0), the folder `transformer`
+               (lora.is_full), the folder `transformer`
     comfyui    the LoRA as one file, with ComfyUI's keys
     merged     a whole pipeline, W + (alpha / r) B A computed in float32, that `from_pretrained` loads
 
@@ -78,7 +78,7 @@ def save_result(policy: Policy, config: Config, run: Path) -> str:
     """Export a finished run's average with a card, to RUN/lora or RUN/weights; returns the line that uses it."""
     state = policy.adapters.state("ema")
     trained = Trained(config=config, iteration=config.run.num_iterations, adapter="ema", state=state)
-    if config.lora.rank:
+    if not config.lora.is_full:
         write_export(trained, run, run / "lora", "diffusers", "float32")
         return f"pipe.load_lora_weights('{run / 'lora'}')"
     write_export(trained, run, run / "weights", "diffusers", config.model.dtype)
@@ -92,9 +92,9 @@ def write_export(
     """Write an export and its card into `out`. ValueError: a base that cannot be had, or has no such export."""
     config, lora, file = trained.config, trained.config.lora, ""
     pipeline = stock_class(config.model)
-    if form == "comfyui" and not lora.rank:
+    if form == "comfyui" and lora.is_full:
         raise ValueError("--format comfyui is a LoRA, but this run trained the weights: take --format merged")
-    if lora.rank and form != "merged":
+    if not lora.is_full and form != "merged":
         state = {key: weight.to(DTYPES[dtype]).cpu() for key, weight in trained.state.items()}
         if form == "comfyui":
             keys, file = comfyui_keys(pipeline.__name__, state, alpha=lora.alpha), f"{run.resolve().name}.safetensors"
@@ -152,7 +152,7 @@ def merged_transformer(trained: Trained, folder: Path) -> Any:
     transformer = getattr(diffusers, name).from_pretrained(folder, subfolder="transformer", torch_dtype=torch.float32)
     lora, state = trained.config.lora, {key: weight.cpu() for key, weight in trained.state.items()}
     weights = dict(transformer.named_parameters())
-    if lora.rank:  # changes of weights, else the weights
+    if not lora.is_full:  # changes of weights, else the weights
         state = {f"{n}.weight": state[f"{n}.lora_B.weight"] @ state[f"{n}.lora_A.weight"] for n in _module_names(state)}
     for key, weight in state.items():
         if key not in weights or weights[key].shape != weight.shape:
@@ -161,7 +161,7 @@ def merged_transformer(trained: Trained, folder: Path) -> Any:
                 f"model.path must be the base that was trained"
             )
         with torch.no_grad():
-            if lora.rank:
+            if not lora.is_full:
                 weights[key].add_(weight, alpha=lora.alpha / lora.rank)
             else:
                 weights[key].copy_(weight)
@@ -231,7 +231,7 @@ def export_run(
     if hub_name is not None:
         check_hub(hub_name)
     trained = read_run(run, adapter)
-    is_lora = trained.config.lora.rank > 0 and form != "merged"
+    is_lora = not trained.config.lora.is_full and form != "merged"
     dtype = dtype or ("float32" if is_lora else trained.config.model.dtype)
     out = out or run / "export" / f"{form}-{dtype}-{adapter}"
     _check_out(out)

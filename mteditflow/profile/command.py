@@ -173,7 +173,7 @@ def count_work(case: Case) -> tuple[float, dict[str, float]]:
         policy.family, policy.pipeline.transformer.config, text_tokens=policy.family.num_text_tokens(config.model),
         image_tokens=policy.num_tokens + policy.num_condition_tokens,
     )  # fmt: skip
-    backward = batches.transitions * (row.backward if config.lora.rank else row.backward_full)
+    backward = batches.transitions * (row.backward_full if config.lora.is_full else row.backward)
     return row.total / 1e12, {
         "denoise": passes * batches.rollout_rows * row.total / 1e12,
         "forward, backward": passes * (batches.train_forward_rows * row.total + backward) / 1e12,

@@ -11,7 +11,6 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from mteditflow.config import AlarmConfig
 from mteditflow.types import Rollout, Scores
 
 NO_EDIT = 0.08  # of a pixel's range: the miniature's autoencoder alone moves no block of a picture by more
@@ -21,26 +20,26 @@ NUM_BLOCKS = 8  # per side of a picture
 
 @dataclass(frozen=True)
 class Alarm:
-    """What a figure of the metrics means, and the field of AlarmConfig that holds its threshold."""
+    """What a figure of the metrics means, and the threshold above which it warns."""
 
     title: str
     meaning: str
-    threshold: str
+    threshold: float
 
 
 DRIFT = "last turn against source, relative"
 ALARMS = {
-    "alarm/edge_density_drift": Alarm("Edge density", DRIFT, "max_drift"),
-    "alarm/saturation_drift": Alarm("Saturation", DRIFT, "max_drift"),
-    "alarm/colourfulness_drift": Alarm("Colourfulness", DRIFT, "max_drift"),
-    "alarm/no_edit_share": Alarm("No edit", "share of turns that return their input", "max_no_edit_share"),
+    "alarm/edge_density_drift": Alarm("Edge density", DRIFT, 0.3),
+    "alarm/saturation_drift": Alarm("Saturation", DRIFT, 0.3),
+    "alarm/colourfulness_drift": Alarm("Colourfulness", DRIFT, 0.3),
+    "alarm/no_edit_share": Alarm("No edit", "share of turns that return their input", 0.5),
     "alarm/over_edit_share": Alarm(
-        "Over-edit", f"share of turns with consistency below {OVER_EDIT}", "max_over_edit_share"
+        "Over-edit", f"share of turns with consistency below {OVER_EDIT}", 0.3
     ),
     "alarm/held_out_gap": Alarm(
         "Judge against truth",
         "success in training, by the judge, less success on held-out sessions, by the truth",
-        "max_held_out_gap",
+        0.18,  # docs/results/study.md: at most 0.14 by a kind judge, at least 0.21 by one that is hacked
     ),
 }
 
@@ -97,6 +96,6 @@ def held_out_figures(values: dict[str, float]) -> dict[str, float]:
     return {"alarm/held_out_gap": (sum(by_judge[:num]) - sum(by_truth[:num])) / num} if num else {}
 
 
-def find_alarms(values: dict[str, float], config: AlarmConfig) -> list[str]:
+def find_alarms(values: dict[str, float]) -> list[str]:
     """Name the figures that are above their thresholds."""
-    return [name for name, alarm in ALARMS.items() if values.get(name, 0.0) > getattr(config, alarm.threshold)]
+    return [name for name, alarm in ALARMS.items() if values.get(name, 0.0) > alarm.threshold]

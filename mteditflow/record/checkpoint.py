@@ -28,17 +28,15 @@ from mteditflow.config import Config
 
 VERSION = 1
 MANIFEST = "checkpoint.json"
+NUM_KEPT = 2  # newest checkpoints: one to fall back on where the last is damaged
 MAY_CHANGE = (
     "run.num_iterations",
     "run.save_every",
-    "run.keep_checkpoints",
     "run.folder",
-    "run.max_invalid_share",
     "run.max_ratio_error",
     "rollout.cuda_graph",
-    "data.max_bad_share",
 )
-"""Fields that a resumed run may change, with all of `evaluation` and `alarms`; the others change the numbers that
+"""Fields that a resumed run may change, with all of `evaluation`; the others change the numbers that
 follow."""
 
 _REPLACED = ".replaced"
@@ -61,7 +59,7 @@ class _Damaged(Exception):
     """A checkpoint that cannot be read whole."""
 
 
-def save(folder: Path, *, iteration: int, config: Config, state: State, keep: int) -> Path:
+def save(folder: Path, *, iteration: int, config: Config, state: State, keep: int = NUM_KEPT) -> Path:
     """Write the checkpoint of an iteration into `folder/checkpoints` and delete all but the newest `keep`.
 
     Raises ValueError when the disk is full; the checkpoints before it are then as they were.
@@ -141,7 +139,7 @@ def check_resume(saved: dict[str, Any], config: Config, path: Path) -> None:
         f"{name}: was {before.get(name)!r}, is {now.get(name)!r}"
         for name in dict.fromkeys([*now, *before])
         if name not in may_change
-        and not name.startswith(("evaluation.", "alarms."))
+        and not name.startswith("evaluation.")
         and before.get(name) != now.get(name)
     ]
     if changed:

@@ -161,12 +161,11 @@ def _alarms(lines: Lines, config: Config) -> list[dict[str, Any]]:
     rows = []
     for name, alarm in ALARMS.items():
         values = {line["iteration"] + 1: value for line in lines if (value := finite(line.get(name))) is not None}
-        limit = getattr(config.alarms, alarm.threshold)
         if values:
-            first = next((iteration for iteration, value in values.items() if value > limit), None)
+            first = next((iteration for iteration, value in values.items() if value > alarm.threshold), None)
             last, highest = list(values.values())[-1], max(values.values())
             what = {"title": alarm.title, "meaning": alarm.meaning}
-            rows.append(what | {"last": last, "highest": highest, "limit": limit, "first": first})
+            rows.append(what | {"last": last, "highest": highest, "limit": alarm.threshold, "first": first})
     return rows
 
 

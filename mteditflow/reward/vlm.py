@@ -23,6 +23,7 @@ from mteditflow.pictures import to_uint8
 from mteditflow.reward.exact import quality
 from mteditflow.types import EditTask, Rollout, Score
 
+IMAGE_SIZE = 512  # longest side of the images that the judge is shown, pixels; larger ones are shrunk. Ours
 SCORE = re.compile(r"<Turn(\d)Score>\s*([1-5])\s*</Turn\1Score>")
 
 RUBRIC = """You judge the work of an image editor. You see a source image and then, turn by turn, an instruction and \
@@ -127,7 +128,7 @@ class VlmJudge:
         self, tasks: Sequence[EditTask], pictures: Tensor, rows: list[int], noise: NoiseSource, attempt: int
     ) -> list[Question]:
         group_size = pictures.shape[1] // len(tasks)
-        ids, size = [task.id for task in tasks], self.config.image_size
+        ids, size = [task.id for task in tasks], IMAGE_SIZE
         keys = row_keys(ids, group_size, noise, turn=0, place=Place.VLM_QUESTION, number=attempt)
         sources = {g: to_judge_size(tasks[g].source[None], size)[0] for g in {row // group_size for row in rows}}
         edits = [to_judge_size(picture[rows], size) for picture in pictures]
