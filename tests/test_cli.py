@@ -145,22 +145,14 @@ def test_every_number_has_a_range_and_is_refused_outside(key: str) -> None:
     section_class, name = NUMBERS[key]
     allowed = ranges(section_class).get(name)
     assert allowed is not None, f"{key} has no range: annotate it, as its neighbours are"
-    assert -1e9 < allowed.low <= settings()[key].default <= allowed.high < 1e9
+    assert 0 <= allowed.low <= settings()[key].default <= allowed.high <= 2**31
     below = allowed.low if allowed.is_above else allowed.low - max(1, allowed.step)
     above = allowed.high + max(1, allowed.step)
-    for value in (
-        below,
-        above,
-        float("nan"),
-        float("inf"),
-        -float("inf"),
-        *([allowed.low + 1] if allowed.step else []),
-    ):
-        with pytest.raises(
-            ValueError, match=rf"^{re.escape(key)} is {re.escape(repr(value))}: must lie in .*\d\]"
-        ) as error:
+    between = [allowed.low + 1] if allowed.step else []
+    for value in (below, above, float("nan"), float("inf"), -float("inf"), *between):
+        with pytest.raises(ValueError) as error:
             section_class(**{name: value})
-        assert "\n" not in str(error.value)
+        assert str(error.value).startswith(f"{key} is {value!r}: must lie in ") and "\n" not in str(error.value)
 
 
 def test_every_field_has_a_sentence() -> None:
@@ -227,12 +219,9 @@ def test_print_config_of_mini_is_that_of_no_argument(capsys: pytest.CaptureFixtu
     assert print_config(["--config", str(ROOT / "configs" / "mini.yaml")], capsys) == text
     lines = text.splitlines()
     for key, setting in settings().items():
-        place = next(
-            i
-            for i in range(lines.index(f"{setting.section}:"), len(lines))
-            if lines[i].startswith(f"  {setting.name}:")
-        )
-        assert lines[place - 1].startswith("  # "), key
+        section = lines[lines.index(f"{setting.section}:") :]
+        place = next(i for i, line in enumerate(section) if line.startswith(f"  {setting.name}:"))
+        assert section[place - 1].startswith("  # "), key
 
 
 def test_print_config_and_to_yaml_are_read_back_equal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -306,7 +295,7 @@ def test_a_run_that_does_not_fit_is_refused(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_dry_run_of_no_pipeline(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"model\.path is .*without transformer/config\.json"):
+    with pytest.raises(ValueError, match=r"model\.path .* is not a diffusers pipeline"):
         dry_run(replace(Config(), model=ModelConfig(path=str(tmp_path))))
     with pytest.raises(ValueError, match=r"model\.path is 'nowhere': no folder"):
         dry_run(replace(Config(), model=ModelConfig(path="nowhere")))

@@ -3,11 +3,17 @@
 from mteditflow.config.model import EMBEDDED, LoraConfig, ModelConfig
 from mteditflow.config.reward import RewardConfig
 from mteditflow.config.settings import (
-    AdvantageConfig, Config, DataConfig, EvaluationConfig, ObjectiveConfig, OptimizerConfig, RolloutConfig,
+    AdvantageConfig,
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    RolloutConfig,
     RunConfig,
-)  # fmt: skip
+)
 
 __all__ = [
-    "EMBEDDED", "AdvantageConfig", "Config", "DataConfig", "EvaluationConfig", "LoraConfig",
-    "ModelConfig", "ObjectiveConfig", "OptimizerConfig", "RewardConfig", "RolloutConfig", "RunConfig",
+    "EMBEDDED", "AdvantageConfig", "Config", "DataConfig", "EvaluationConfig", "LoraConfig", "ModelConfig",
+    "ObjectiveConfig", "OptimizerConfig", "RewardConfig", "RolloutConfig", "RunConfig",
 ]  # fmt: skip
