@@ -19,7 +19,7 @@ OVER_EDIT = 0.7  # consistency below which a turn has changed what it should hav
 NUM_BLOCKS = 8  # per side of a picture
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Alarm:
     """What a figure of the metrics means, and the field of AlarmConfig that holds its threshold."""
 
@@ -29,19 +29,16 @@ class Alarm:
 
 
 DRIFT = "last turn against source, relative"
+NO_EDIT_SHARE = "share of turns that return their input"
+OVER_EDIT_SHARE = f"share of turns with consistency below {OVER_EDIT}"
+GAP = "success in training, by the judge, less success on held-out sessions, by the truth"
 ALARMS = {
-    "alarm/edge_density_drift": Alarm("Edge density", DRIFT, "max_drift"),
-    "alarm/saturation_drift": Alarm("Saturation", DRIFT, "max_drift"),
-    "alarm/colourfulness_drift": Alarm("Colourfulness", DRIFT, "max_drift"),
-    "alarm/no_edit_share": Alarm("No edit", "share of turns that return their input", "max_no_edit_share"),
-    "alarm/over_edit_share": Alarm(
-        "Over-edit", f"share of turns with consistency below {OVER_EDIT}", "max_over_edit_share"
-    ),
-    "alarm/held_out_gap": Alarm(
-        "Judge against truth",
-        "success in training, by the judge, less success on held-out sessions, by the truth",
-        "max_held_out_gap",
-    ),
+    "alarm/edge_density_drift": Alarm(title="Edge density", meaning=DRIFT, threshold="max_drift"),
+    "alarm/saturation_drift": Alarm(title="Saturation", meaning=DRIFT, threshold="max_drift"),
+    "alarm/colourfulness_drift": Alarm(title="Colourfulness", meaning=DRIFT, threshold="max_drift"),
+    "alarm/no_edit_share": Alarm(title="No edit", meaning=NO_EDIT_SHARE, threshold="max_no_edit_share"),
+    "alarm/over_edit_share": Alarm(title="Over-edit", meaning=OVER_EDIT_SHARE, threshold="max_over_edit_share"),
+    "alarm/held_out_gap": Alarm(title="Judge against truth", meaning=GAP, threshold="max_held_out_gap"),
 }
 
 
