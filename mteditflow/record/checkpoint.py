@@ -121,7 +121,6 @@ def load_latest(
 def check_resume(saved: dict[str, Any], config: Config, path: Path) -> None:
     """Raise ValueError, naming the fields, where `config` changes the problem that the `saved` config set."""
     before, now = _flat(saved), _flat(config_dict(config))
-    free = ("evaluation.", "alarms.")
     # Both move over the whole run, so its length matters.
     is_length_fixed = config.rollout.window_placement == "progressive" or config.optimizer.schedule == "linear"
     may_change = MAY_CHANGE - ({"run.num_iterations"} if is_length_fixed else set())
