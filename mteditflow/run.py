@@ -144,7 +144,7 @@ class Run:
             tasks = self.tasks[: self.config.evaluation.num_sessions_short]
             now = evaluate(self.policy, tasks, self.config, "ema", self.reward)
             picture = save_strips(self.folder, done, self.tasks, self.before.images, now.images)
-            self.reporter.images("strips", done, picture)
+            self.reporter.image("strips", done, picture)
             point = point_metrics(now)
             return {
                 f"heldout/{m}_{turn + 1}": float(point[i, turn])

@@ -35,7 +35,7 @@ def test_a_line_per_iteration(tmp_path: Path) -> None:
     reporter = open_reporter(tmp_path)
     reporter.write(0, VALUES)
     written = (tmp_path / "metrics.jsonl").read_text()  # before close: nothing is held back
-    reporter.images("strip", 0, torch.zeros(3, 4, 4))
+    reporter.image("strip", 0, torch.zeros(3, 4, 4))
     reporter.close()
     assert written.count("\n") == 1 and "NaN" not in written and "Infinity" not in written
     line = json.loads(written)

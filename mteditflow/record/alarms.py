@@ -18,7 +18,7 @@ OVER_EDIT = 0.7  # consistency below which a turn has changed what it should hav
 NUM_BLOCKS = 8  # per side of a picture
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Alarm:
     """What a figure of the metrics means, and the threshold above which it warns."""
 
@@ -28,19 +28,17 @@ class Alarm:
 
 
 DRIFT = "last turn against source, relative"
+NO_EDIT_SHARE = "share of turns that return their input"
+OVER_EDIT_SHARE = f"share of turns with consistency below {OVER_EDIT}"
+GAP = "success in training, by the judge, less success on held-out sessions, by the truth"
 ALARMS = {
-    "alarm/edge_density_drift": Alarm("Edge density", DRIFT, 0.3),
-    "alarm/saturation_drift": Alarm("Saturation", DRIFT, 0.3),
-    "alarm/colourfulness_drift": Alarm("Colourfulness", DRIFT, 0.3),
-    "alarm/no_edit_share": Alarm("No edit", "share of turns that return their input", 0.5),
-    "alarm/over_edit_share": Alarm(
-        "Over-edit", f"share of turns with consistency below {OVER_EDIT}", 0.3
-    ),
-    "alarm/held_out_gap": Alarm(
-        "Judge against truth",
-        "success in training, by the judge, less success on held-out sessions, by the truth",
-        0.18,  # docs/results/study.md: at most 0.14 by a kind judge, at least 0.21 by one that is hacked
-    ),
+    "alarm/edge_density_drift": Alarm(title="Edge density", meaning=DRIFT, threshold=0.3),
+    "alarm/saturation_drift": Alarm(title="Saturation", meaning=DRIFT, threshold=0.3),
+    "alarm/colourfulness_drift": Alarm(title="Colourfulness", meaning=DRIFT, threshold=0.3),
+    "alarm/no_edit_share": Alarm(title="No edit", meaning=NO_EDIT_SHARE, threshold=0.5),
+    "alarm/over_edit_share": Alarm(title="Over-edit", meaning=OVER_EDIT_SHARE, threshold=0.3),
+    # docs/results/study.md: at most 0.14 by a kind judge, at least 0.21 by one that is hacked
+    "alarm/held_out_gap": Alarm(title="Judge against truth", meaning=GAP, threshold=0.18),
 }
 
 

@@ -18,9 +18,9 @@ def replace_file(path: Path, content: bytes, *, is_durable: bool = False) -> Non
     temporary.replace(path)
 
 
-def write_json(path: Path, value: dict[str, Any]) -> None:
+def write_json(path: Path, value: dict[str, Any], *, is_durable: bool = False) -> None:
     """Write a JSON object, whole or not at all."""
-    replace_file(path, json.dumps(value, indent=1).encode())
+    replace_file(path, json.dumps(value, indent=1).encode(), is_durable=is_durable)
 
 
 def read_json(path: Path) -> dict[str, Any]:

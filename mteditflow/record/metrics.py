@@ -1,4 +1,4 @@
-"""What a run says of itself: one JSON line per iteration, TensorBoard, a progress bar, image strips.
+"""What a run says of itself: one JSON line per iteration, TensorBoard, a progress bar.
 
 The JSON lines are the truth: synced one by one, cut back on resume to the iterations that the checkpoint holds, so that
 each iteration has exactly one line after any kill. Values that depend on the clock or the machine have keys that end in
@@ -45,12 +45,9 @@ class Reporter:
         _truncate(self._path, iteration)
         self._file = self._path.open("ab", buffering=0)  # nothing is left to be written when the disk is full
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=iteration)
-        self._num_iterations = num_iterations
-        self._first = iteration
-        self._start = time.monotonic()
-        self._progress = _progress() if sys.stderr.isatty() else None
+        self._first, self._num_iterations, self._start = iteration, num_iterations, time.monotonic()
+        self._progress = _start_progress() if sys.stderr.isatty() else None
         if self._progress is not None:
-            self._progress.start()
             self._task = self._progress.add_task("", total=num_iterations, completed=iteration)
 
     def write(self, iteration: int, values: dict[str, float]) -> None:
@@ -69,19 +66,19 @@ class Reporter:
             self._board.add_scalar(name, value, iteration)
         self._show(iteration, values)
 
-    def images(self, name: str, iteration: int, tensor: Tensor) -> None:
-        """Images (3, H, W) or (N, 3, H, W) in [-1, 1], to TensorBoard."""
-        batch = tensor if tensor.ndim == 4 else tensor[None]
-        self._board.add_images(name, to_uint8(batch).cpu(), iteration)
+    def image(self, name: str, iteration: int, image: Tensor) -> None:
+        """Show an image (3, H, W) in [-1, 1] in TensorBoard."""
+        self._board.add_image(name, to_uint8(image).cpu(), iteration)
 
     def say(self, text: str) -> None:
-        """A line to the user, above the progress bar where there is one."""
+        """Print a line for the user, above the progress bar where there is one."""
         if self._progress is not None:
             self._progress.console.print(text, markup=False, highlight=False)
         else:
             print(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:
+        """Let go of the terminal and the files."""
         if self._progress is not None:
             self._progress.stop()
         self._board.close()
@@ -127,7 +124,7 @@ def used_memory() -> tuple[str, float]:
 
 
 def reduce_mean(values: dict[str, float]) -> dict[str, float]:
-    """Mean over the ranks, which must give the same names; NaN on one is NaN. One process gets its values back."""
+    """Average over the ranks, which must give the same names; NaN on one is NaN. One process gets its values back."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return values
     names = sorted(values)
@@ -139,7 +136,7 @@ def reduce_mean(values: dict[str, float]) -> dict[str, float]:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics.jsonl; one that a kill tore is left out."""
+    """Read the whole lines of a metrics.jsonl; one that a kill tore is left out."""
     return [value for value, _ in _whole_lines(path)]
 
 
@@ -172,17 +169,12 @@ def _truncate(path: Path, iteration: int) -> None:
         replace_file(path, "".join(lines).encode(), is_durable=True)
 
 
-def _progress() -> Progress:
-    return Progress(
-        MofNCompleteColumn(),
-        BarColumn(bar_width=24),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}"),
-        console=Console(stderr=True),
-        speed_estimate_period=600,  # seconds: an iteration takes many
-    )
+def _start_progress() -> Progress:
+    columns = (MofNCompleteColumn(), BarColumn(bar_width=24), TimeElapsedColumn(), TextColumn("left"),
+               TimeRemainingColumn(), TextColumn("{task.description}"))  # fmt: skip
+    progress = Progress(*columns, console=Console(stderr=True), speed_estimate_period=600)  # s: an iteration takes many
+    progress.start()
+    return progress
 
 
 def _duration(seconds: float) -> str:

@@ -58,5 +58,5 @@ class UserReward:
     def check(self, task: EditTask, num_turns: int) -> None:
         """Try the function on K turns that change nothing: what it gives of the wrong shape is found at once."""
         num_rows = num_turns + 1  # unlike K
-        sources = task.source.expand(num_rows, -1, -1, -1)
-        self.score(sources, [task.instructions[:num_turns]] * num_rows, sources.expand(num_turns, -1, -1, -1, -1))
+        sources = task.source.repeat(num_rows, 1, 1, 1)
+        self.score(sources, [task.instructions[:num_turns]] * num_rows, sources.repeat(num_turns, 1, 1, 1, 1))
