@@ -29,9 +29,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from mteditflow.config.reward import RewardConfig
 from mteditflow.policy.pipelines import in_chunks
-from mteditflow.types import EditTask
-
-Box = tuple[float, float, float, float]
+from mteditflow.types import Box, EditTask
 
 FAMILIES = ("dinov2", "dinov2_with_registers", "dinov3_vit")
 INTERPOLATION = {2: "bilinear", 3: "bicubic"}  # PIL's numbers, in which a preprocessor's file speaks
