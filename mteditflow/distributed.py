@@ -43,6 +43,11 @@ class Ranks:
             dist.barrier()
 
 
+def local_device() -> torch.device:
+    """Return this process's GPU, or else the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
 def start() -> Ranks:
     """Join the process group that torchrun has laid out; without torchrun, one rank."""
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))

@@ -87,7 +87,7 @@ def _encode_text(
     `instructions` (P); `images` of the P tasks, or of the N trajectories from the second turn on.
     """
     is_of_tasks = len(images) == len(instructions)
-    if policy.is_text_of_image and not is_of_tasks:
+    if policy.family.is_text_of_image and not is_of_tasks:
         repeated = [instruction for instruction in instructions for _ in range(group_size)]
         return policy.encode_text(repeated, images, has_cfg=has_cfg)
     text = policy.encode_text(instructions, images if is_of_tasks else images[::group_size], has_cfg=has_cfg)

@@ -19,23 +19,17 @@ from mteditflow.config import Config
 from mteditflow.config.cli import to_yaml
 from mteditflow.data import check_data, held_out_tasks
 from mteditflow.distributed import Ranks
-from mteditflow.evaluate.edival import (
-    METRICS,
-    Evaluation,
-    evaluate,
-    final_table,
-    load_evaluation,
-    point_metrics,
-    save_comparison,
-    save_evaluation,
-    save_strips,
-)
+from mteditflow.evaluate.comparison_page import final_table
+from mteditflow.evaluate.edival import Evaluation, point_metrics
+from mteditflow.evaluate.held_out import evaluate, is_comparable, load_evaluation, save_comparison, save_evaluation
 from mteditflow.export.weights import save_result
 from mteditflow.objective import Objective
 from mteditflow.policy import build_policy
 from mteditflow.record import alarms, checkpoint
-from mteditflow.record.metrics import Reporter, Timer, memory_gib, reduce_mean
-from mteditflow.report.run_page import write_report
+from mteditflow.record.figures import METRICS
+from mteditflow.record.metrics import Reporter, Timer, reduce_mean, used_memory
+from mteditflow.report.run_report import write_report
+from mteditflow.report.strips import save_strips
 from mteditflow.reward import build_reward, check_judge
 from mteditflow.update import build_optimizer
 
@@ -64,7 +58,7 @@ class Run:
         config = self.config
         check_judge(config)
         check_data(config, is_speaking=self.ranks.is_main)
-        self.reward = build_reward(config.reward)  # first: a judge that is not there is found at once
+        self.reward = build_reward(config)  # first: a judge that is not there is found at once
         if self.ranks.is_main:
             stack.enter_context(checkpoint.lock(self.folder))
         stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, self._on_sigterm))
@@ -84,20 +78,20 @@ class Run:
         (self.folder / "config.yaml").write_text(to_yaml(config))
         going_on = f", going on after iteration {self.first_iteration}" if is_resumed else ""
         self.reporter.say(f"{self.policy.adapters.num_modules} modules adapted, run folder {self.folder}{going_on}")
-        if self.policy.is_distilled and self.objective.blurs_distilled:
+        if self.policy.editor.is_distilled and self.objective.blurs_distilled:
             self.reporter.say(
                 f"model.path {config.model.path!r} is distilled, and objective.name {config.objective.name} blurs such "
                 f"a model: take its base model, or another objective"
             )
         self.tasks = held_out_tasks(config)
         before = load_evaluation(self.folder, "before")
-        if before is None or not before.is_of(config):
+        if before is None or not is_comparable(before, config):
             self.reporter.say(f"evaluating the base on {len(self.tasks)} held-out sessions")
             before = evaluate(self.policy, self.tasks, config, "off", self.reward)
             save_evaluation(self.folder, "before", before)
         self.before: Evaluation = before
         if not is_resumed:
-            save_strips(self.folder, 0, self.tasks, before, before)
+            save_strips(self.folder, 0, self.tasks, before.images, before.images)
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
@@ -123,11 +117,11 @@ class Run:
         if config.evaluation.every and done % config.evaluation.every == 0 and done < config.run.num_iterations:
             values |= self._short_evaluation(done)
         values |= alarms.held_out_figures(values)
-        self._warn(alarms.raised(values, config.alarms), values, done)
+        self._warn(alarms.find_alarms(values, config.alarms), values, done)
         times = self.timer.pop()
         num_images = config.rollout.num_tasks * config.rollout.group_size * config.data.num_turns
         times["time/turn_images_per_second"] = num_images / times["time/rollout_s"]
-        self.reporter.write(iteration, values | times | {"memory/rss_gib": memory_gib()})
+        self.reporter.write(iteration, values | times | dict([used_memory()]))
         if done % config.run.save_every == 0 or done == config.run.num_iterations or self.is_stopping:
             with self.timer("time/save"):
                 self._save(done)
@@ -150,7 +144,7 @@ class Run:
         with self.timer("time/evaluate"):
             tasks = self.tasks[: self.config.evaluation.num_sessions_short]
             now = evaluate(self.policy, tasks, self.config, "ema", self.reward)
-            picture = save_strips(self.folder, done, self.tasks, self.before, now)
+            picture = save_strips(self.folder, done, self.tasks, self.before.images, now.images)
             self.reporter.images("strips", done, picture)
             point = point_metrics(now)
             return {
@@ -165,7 +159,7 @@ class Run:
             after = evaluate(self.policy, self.tasks, self.config, "ema", self.reward)
             save_evaluation(self.folder, "after", after)
             save_comparison(self.folder, self.before, after)
-            save_strips(self.folder, self.config.run.num_iterations, self.tasks, self.before, after)
+            save_strips(self.folder, self.config.run.num_iterations, self.tasks, self.before.images, after.images)
             use = save_result(self.policy, self.config, self.folder)
             report = write_report(self.folder)
             self.reporter.close()

@@ -10,8 +10,7 @@ from conftest import TINY_MAX_TEXT_TOKENS
 from diffusers.pipelines.flux.pipeline_flux_kontext import FluxKontextPipeline, calculate_shift
 from torch import Tensor
 
-from mteditflow.config import Config, DataConfig, EvaluationConfig, LoraConfig, ModelConfig, RunConfig, cli
-from mteditflow.export import weights as export
+from mteditflow.config import Config, DataConfig, EvaluationConfig, LoraConfig, ModelConfig, RunConfig, cli, command
 from mteditflow.policy import build_policy
 from mteditflow.record import checkpoint
 from mteditflow.types import Condition
@@ -94,7 +93,7 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
     """The one line of a command that has to exit with code 2."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as caught:
-        export.main([str(word) for word in argv])
+        command.export([str(word) for word in argv])
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("mteditflow: ")]
     assert caught.value.code == 2 and len(lines) == 1
     return lines[0]

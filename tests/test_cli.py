@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from mteditflow.config import Config, ModelConfig, ObjectiveConfig, OptimizerConfig, RolloutConfig, RunConfig
-from mteditflow.config.cli import DEFAULT_TITLE, commented_yaml, from_yaml, parse, settings, to_yaml
+from mteditflow.config.cli import DEFAULT_TITLE, from_yaml, settings, to_commented_yaml, to_yaml
 from mteditflow.plan.dry_run import RowSeconds, batch_plan, dry_run, duration_plan
 
 ROOT = Path(__file__).parent.parent
@@ -23,14 +23,20 @@ def write(folder: Path, text: str) -> str:
     return str(path)
 
 
+def parse(arguments: list[str]) -> tuple[Config, bool]:
+    """The Config of a command line of `train`, and whether it has --dry_run."""
+    values = cli.parse(cli.run_parser(), arguments)
+    return cli.to_config(values), values.dry_run
+
+
 def test_no_argument_is_the_default() -> None:
-    assert parse([], prog="train") == (Config(), False)
+    assert parse([]) == (Config(), False)
 
 
 def test_override_comes_after_the_file(tmp_path: Path) -> None:
     path = write(tmp_path, "rollout:\n  group_size: 4\n  num_tasks: 3\noptimizer:\n  learning_rate: 1e-4\n")
     arguments = ["--config", path, "--rollout.group_size", "8", "--lora.targets", "[to_q, to_k]", "--dry_run"]
-    config, is_dry_run = parse(arguments, prog="train")
+    config, is_dry_run = parse(arguments)
     assert (config.rollout.group_size, config.rollout.num_tasks) == (8, 3)
     assert (config.optimizer.learning_rate, config.lora.targets, is_dry_run) == (1e-4, ("to_q", "to_k"), True)
 
@@ -85,7 +91,7 @@ def test_unreadable_file_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def assert_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        parse(arguments, prog="train")
+        command.train(arguments)
     out, err = capsys.readouterr()
     assert stop.value.code == 2
     assert out == ""
@@ -119,7 +125,7 @@ def test_every_field_has_a_sentence() -> None:
 def test_mini_is_the_default() -> None:
     text = (ROOT / "configs" / "mini.yaml").read_text()
     assert from_yaml(ROOT / "configs" / "mini.yaml") == Config()
-    assert text == commented_yaml(Config()), "regenerate it: python -m mteditflow.train --print_config"
+    assert text == to_commented_yaml(Config()), "regenerate it: python -m mteditflow.train --print_config"
     assert text.startswith(f"# {DEFAULT_TITLE}"[:80])
 
 
@@ -138,9 +144,9 @@ def test_config_file_has_every_field_with_its_comment(path: Path) -> None:
 
 def test_print_config_and_to_yaml_are_read_back_equal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--optimizer.learning_rate", "3e-5", "--lora.targets", "[to_q]", "--run.folder", "runs/a: b #c"]
-    config, _ = parse(arguments, prog="train")
+    config, _ = parse(arguments)
     with pytest.raises(SystemExit) as stop:
-        parse([*arguments, "--print_config"], prog="train")
+        command.train([*arguments, "--print_config"])
     assert stop.value.code == 0
     for text in (capsys.readouterr().out, to_yaml(config)):
         assert from_yaml(write(tmp_path, text)) == config

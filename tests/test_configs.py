@@ -10,6 +10,7 @@ import yaml
 from mteditflow.config.cli import from_yaml, settings
 from mteditflow.plan.dry_run import dry_run
 from mteditflow.plan.memory import read_sizes
+from mteditflow.policy import FAMILIES, family_of
 from mteditflow.policy.published import MODELS
 
 FOLDER = Path(__file__).parent.parent / "configs"
@@ -18,8 +19,8 @@ OWN = ("folder", "name", "num_gpus")  # say what they are by themselves
 
 
 def test_every_family_has_one() -> None:
-    classes = {MODELS[from_yaml(path).model.path].transformer_class for path in FILES}
-    assert classes == {known.transformer_class for known in MODELS.values()}
+    families = [family_of(MODELS[from_yaml(path).model.path].pipeline) for path in FILES]
+    assert all(family in families for family in FAMILIES) and None not in families
     assert {from_yaml(path).objective.name for path in FILES} == {"grpo", "nft"}
 
 

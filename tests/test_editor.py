@@ -7,7 +7,7 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.pipelines.flux.pipeline_flux_kontext import FluxKontextPipeline
 
-from mteditflow.config import Config, DataConfig, EvaluationConfig, LoraConfig, ModelConfig
+from mteditflow.config import Config, DataConfig, EvaluationConfig, LoraConfig, ModelConfig, command
 from mteditflow.data import held_out_tasks
 from mteditflow.pictures import from_pil, round_to_8_bit, to_pil
 from mteditflow.policy import build_policy
@@ -74,13 +74,13 @@ def test_pairs_are_chained_and_a_quarter_of_the_targets_is_flawed() -> None:
 def test_pretraining_makes_a_pipeline_folder_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--output", str(tmp_path), "--vae_batches", "1", "--num_pairs", "64", "--batch_size", "8"]
     arguments += ["--save_every", "1", "--num_sessions", "4", "--learning_rate", "1e-4"]
-    pretrain.main([*arguments, "--editor_batches", "2"])
+    command.pretrain([*arguments, "--editor_batches", "2"])
     assert FluxKontextPipeline.from_pretrained(tmp_path / "editor-000002").transformer.config["num_layers"] == 2
     first = (tmp_path / "editor-000001" / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes()
     second = (tmp_path / "editor-000002" / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes()
     assert first != second
     capsys.readouterr()
-    pretrain.main([*arguments, "--vae", str(tmp_path / "vae"), "--editor_batches", "3"])
+    command.pretrain([*arguments, "--vae", str(tmp_path / "vae"), "--editor_batches", "3"])
     assert str(tmp_path) not in (tmp_path / "editor-000003" / "vae" / "config.json").read_text()
     said = capsys.readouterr().out
     assert "editor 3:" in said and "editor 2:" not in said

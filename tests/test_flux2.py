@@ -23,20 +23,32 @@ from diffusers.pipelines.flux2.pipeline_flux2 import Flux2Pipeline, compute_empi
 from diffusers.pipelines.flux2.pipeline_flux2_klein import Flux2KleinPipeline
 from einops import rearrange
 from flux2_parts import MAX_TEXT_TOKENS, pixtral_processor_class, save_tiny
+from lora_export import export_average
 from torch import Tensor
 
-from mteditflow.config import Config, EvaluationConfig, LoraConfig, ModelConfig, ObjectiveConfig, RunConfig
+from mteditflow.config import (
+    Config,
+    EvaluationConfig,
+    LoraConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    RolloutConfig,
+    RunConfig,
+)
 from mteditflow.data import training_tasks
 from mteditflow.distributed import Ranks
-from mteditflow.export.weights import save_lora
-from mteditflow.flow import noisy_steps, step_table
+from mteditflow.flow import make_schedule, noisy_steps
+from mteditflow.guards import check_adapter
+from mteditflow.noise import NoiseSource
+from mteditflow.objective import build_objective
+from mteditflow.pictures import round_to_8_bit
 from mteditflow.policy import Policy, build_policy
-from mteditflow.policy.flux2 import TARGETS
+from mteditflow.policy.flux2 import FAMILY
 from mteditflow.record.metrics import Timer
-from mteditflow.rollout import roll_out, sample_rollout, round_to_8_bit
+from mteditflow.rollout import roll_out, sample_rollout
 from mteditflow.run import Run
 from mteditflow.types import Condition, EditTask
-from mteditflow.update import check_adapter, update
+from mteditflow.update import update
 
 NUM_STEPS = 4
 LORA = LoraConfig(rank=4, alpha=12, targets=())
@@ -191,11 +203,9 @@ def stock_sigmas(policy: Policy) -> Tensor:
 def test_a_rollout_s_turns_are_stock_calls(folders: dict[str, Path], klein: Policy) -> None:
     """`roll_out` itself, whose stages have other batch sizes: one turn within the tolerance."""
     tasks = [EditTask(id=0, source=pictures(1)[0], instructions=(PROMPTS[0],), edit_types=("color",))]
-    sigmas = klein.sigmas(NUM_STEPS)
-    table = step_table(sigmas, noise_level=0.9, noisy_steps=())
     made = roll_out(
-        klein, tasks, num_turns=1, group_size=2, sigmas=sigmas, table=table, trained_steps=(), hand_off="pixels",
-        microbatch_size=2, seed=0, step=0, cfg_scale=4.0,
+        klein, tasks, make_schedule(klein.sigmas(NUM_STEPS)), NoiseSource(seed=0, step=0),
+        RolloutConfig(microbatch_size=2), num_turns=1, group_size=2, cfg_scale=4.0,
     ).turns[0]  # fmt: skip
     expected = generate(stock(folders["klein"]), [PROMPTS[0]] * 2, tasks[0].source, made.latents[0], klein, 4.0)
     # rounded to 8 bits, which may go either way
@@ -223,7 +233,7 @@ def test_last_step_is_an_ode_step(tiny_config: Config, folders: dict[str, Path])
         rollout=replace(tiny_config.rollout, last_step="ode", window_size=0),
     )
     policy = build_policy(config.model, config.lora, seed=0, has_old=False)
-    made = sample_rollout(policy, training_tasks(config, 0, ONE_RANK), config, 0)
+    made = sample_rollout(policy, build_objective(config), training_tasks(config, 0, ONE_RANK), config, 0)
     assert made.schedule.trained_steps == (0, 1) and (made.schedule.table[:, 2] > 0).tolist() == [True, True, False]
     turn = made.turns[0]
     with torch.no_grad():
@@ -280,7 +290,7 @@ def test_export_gives_the_stock_pipeline_the_same_editor(
 ) -> None:
     policy, pipeline = build_policy(config_of(folders, kind), LORA, seed=3, has_old=False), stock(folders[kind])
     perturb(policy, "ema")
-    save_lora(policy, tmp_path)
+    export_average(policy, LORA, tmp_path)
     latents, source = draw(1, policy.num_tokens, 16), pictures(1)
     base = generate(pipeline, [PROMPTS[2]], source[0], latents, policy, scale)
     pipeline.load_lora_weights(tmp_path)
@@ -301,12 +311,12 @@ def test_an_iteration(folders: dict[str, Path], tiny_config: Config, kind: str, 
         model=config_of(folders, kind, width=64, cfg_scale=3.0 if kind == "klein" else 1.0),
         objective=ObjectiveConfig(name=objective, kl_beta=0.01),
     )
-    policy = build_policy(config.model, config.lora, seed=0, objective=objective)
+    policy = build_policy(config.model, config.lora, seed=0, has_old=objective == "nft")
     optimizer = torch.optim.AdamW([weight for _, weight in policy.adapters.trainable], lr=1e-3)
-    made = sample_rollout(policy, training_tasks(config, 0, ONE_RANK), config, 0)
+    made = sample_rollout(policy, build_objective(config), training_tasks(config, 0, ONE_RANK), config, 0)
     assert made.turns[0].condition.cfg_scale == config.model.cfg_scale
     advantage = torch.tensor([[1.0], [-1.0], [0.5], [-0.5]]).expand(4, 2)
-    figures = update(policy, optimizer, made, advantage, config, 0, ONE_RANK)
+    figures = update(policy, optimizer, build_objective(config), made, advantage, config, 0, ONE_RANK)
     assert figures["update/grad_norm"] > 0
     check_adapter(policy, made)  # the velocity has changed
     if objective == "grpo":
@@ -324,9 +334,9 @@ def test_a_distilled_model_under_nft_is_warned_of(
         evaluation=EvaluationConfig(num_sessions=2, num_sessions_short=2, num_strips=1, num_steps=1),
         run=RunConfig(folder=str(tmp_path)),
     )
-    with Run(config, ONE_RANK, Timer()):
+    with Run(config, build_objective(config), ONE_RANK, Timer()):
         pass
-    warning = "is distilled, and NFT blurs such a model"
+    warning = "is distilled, and objective.name nft blurs such a model"
     assert (warning in " ".join("".join(capsys.readouterr()).split())) == (kind == "distilled")
 
 
@@ -376,4 +386,4 @@ def test_targets_name_all_linears_of_the_blocks(klein: Policy) -> None:
         for name, module in klein.pipeline.transformer.named_modules()
         if isinstance(module, torch.nn.Linear) and "blocks." in name and "lora_" not in name
     }
-    assert set(klein.adapters.targets) == linears and len(TARGETS) == 14
+    assert set(klein.adapters.targets) == linears and len(FAMILY.targets) == 14

@@ -12,7 +12,7 @@ from flux2_parts import qwen_tokenizer
 
 from mteditflow.config import LoraConfig, ModelConfig
 from mteditflow.flow import step_table
-from mteditflow.policy.flux2 import Flux2Policy
+from mteditflow.policy import Policy
 from mteditflow.policy.published import FLUX2_DEV, KLEIN_4B, KLEIN_9B
 from mteditflow.world.tiny_kontext import flux_scheduler
 
@@ -25,17 +25,15 @@ FULL = {
 }
 
 
-def full_policy(name: str, pixels: int) -> Flux2Policy:
+def full_policy(name: str, pixels: int) -> Policy:
     """The true shapes, without weights; the text encoder plays no part in them."""
     with torch.device("meta"):
         parts: dict[str, Any] = {"vae": AutoencoderKLFlux2(), "transformer": Flux2Transformer2DModel(**FULL[name][0])}
     parts |= {"scheduler": flux_scheduler(), "tokenizer": qwen_tokenizer(), "text_encoder": None}
     pipeline: Any = Flux2KleinPipeline(**parts)
     config = ModelConfig(path=name, height=pixels, width=pixels, max_text_tokens=512, dtype="bfloat16")
-    return Flux2Policy(
-        name, config, LoraConfig(rank=1, alpha=1, targets=()), seed=0, has_old=False, device=torch.device("meta"),
-        loaded=pipeline,
-    )  # fmt: skip
+    lora = LoraConfig(rank=1, alpha=1, targets=())
+    return Policy(pipeline, config, lora, seed=0, has_old=False, device=torch.device("meta"))
 
 
 @pytest.mark.parametrize("name", FULL)
@@ -50,7 +48,8 @@ def test_true_sizes(name: str) -> None:
     blocks = {key for key in own if "blocks." in key and "norm" not in key}
     assert {key.removesuffix(".base_layer.weight") for key in blocks} == set(policy.adapters.targets)
     assert (policy.num_tokens, policy.num_condition_tokens, policy.num_channels) == (1024, 1024, 128)
-    assert policy._image_ids.shape == (2048, 4) and policy._text_ids.shape == (512, 4)
+    editor: Any = policy.editor
+    assert editor._image_ids.shape == (2048, 4) and editor._text_ids.shape == (512, 4)
 
 
 def test_tokens_at_1024_px_and_the_schedule_of_512() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from photos import PHOTOS, copy_photos, photo
 
-from mteditflow.data import main
+from mteditflow.config.command import data as main
 from mteditflow.data.formats import EDIVAL_COLUMNS, read_sessions
 from mteditflow.data.images import read_picture
 from mteditflow.data.sessions import Sessions

@@ -10,7 +10,7 @@ import pytest
 from photos import copy_photos
 from PIL import Image
 
-from mteditflow.data import main
+from mteditflow.config.command import data as main
 from mteditflow.data.formats import read_sessions
 from mteditflow.data.generate import (
     COLORS,

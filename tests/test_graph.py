@@ -20,10 +20,12 @@ from mteditflow import rollout
 from mteditflow.config import Config
 from mteditflow.data import training_tasks
 from mteditflow.distributed import Ranks
-from mteditflow.flow import step_table
+from mteditflow.flow import make_schedule
+from mteditflow.noise import NoiseSource
+from mteditflow.objective import build_objective
 from mteditflow.policy import Policy, build_policy
-from mteditflow.policy.cuda_graph import is_launch_bound
-from mteditflow.rollout import denoise, is_captured, roll_out, sample_rollout
+from mteditflow.policy.cuda_graph import is_captured, is_launch_bound
+from mteditflow.rollout import denoise, roll_out, sample_rollout
 from mteditflow.types import Condition, Rollout
 
 ONE_RANK = Ranks(rank=0, world_size=1, device=torch.device("cpu"))
@@ -126,17 +128,18 @@ def test_a_replay_has_the_bits_of_the_loop(
         found = []
         for iteration in range(3):
             move(policy, 0.1)
-            found.append(sample_rollout(policy, training_tasks(config, iteration, ONE_RANK), config, iteration))
+            tasks = training_tasks(config, iteration, ONE_RANK)
+            found.append(sample_rollout(policy, build_objective(config), tasks, config, iteration))
         tasks = training_tasks(config, 0, ONE_RANK)
-        found.append(sample_rollout(policy, tasks, nft, 0))
+        found.append(sample_rollout(policy, build_objective(nft), tasks, nft, 0))
         ode = roll_out(
-            policy, tasks, num_turns=2, group_size=5, sigmas=sigmas, table=step_table(sigmas, noise_level=0.0),
-            trained_steps=(), hand_off="pixels", microbatch_size=2, seed=0, step=0,
+            policy, tasks, make_schedule(sigmas), NoiseSource(seed=0, step=0), config.rollout, num_turns=2,
+            group_size=5,
         )  # fmt: skip
         return [*found, ode]
 
     eager, replayed = roll(False), roll(True)
-    assert len({own.trained_steps for own in eager[:3]}) == 2  # windows
+    assert len({made.schedule.trained_steps for made in eager[:3]}) == 2  # windows
     assert len(graphs) == 4 * 2  # two windows, the ODE of the old adapter and of the trained; two sizes of a chunk
     for own, other in zip(replayed, eager, strict=True):
         assert_equal(own, other)
@@ -165,22 +168,23 @@ def refuse(*_: Any, **__: Any) -> None:
 
 def test_no_step_needs_the_host(policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A read of a tensor's value, or an upload, would be a sync on a GPU, and has no place in a graph."""
-    sigmas = policy.sigmas(4).float()
-    table, rows = step_table(sigmas, noise_level=0.9), torch.arange(2)
+    noisy, rows = make_schedule(policy.sigmas(4), noise_level=0.9, noisy_steps=(0, 2)), torch.arange(2)
     keys = noise_keys(seed=0, step=0, task=rows, trajectory=rows, turn=0, denoising_step=0)
     image = torch.randn(2, policy.num_tokens, policy.num_channels)
     pictures = torch.zeros(2, 3, 64, 64)
     text = policy.encode_text(["make the red square blue", "remove the circle"], pictures, has_cfg=False)
-    given = [*text.values(), image, sigmas, table, keys]
+    given = [*text.values(), image, keys]
     policy.pipeline.transformer.to("meta")
     policy.device = torch.device("meta")
-    policy._text_ids, policy._image_ids = (ids.to("meta") for ids in (policy._text_ids, policy._image_ids))
-    first, second, image, sigmas, table, keys = (tensor.to("meta") for tensor in given)
+    editor = policy.editor
+    editor._text_ids, editor._image_ids = (ids.to("meta") for ids in (editor._text_ids, editor._image_ids))
+    first, second, image, keys = (tensor.to("meta") for tensor in given)
+    schedule = noisy.to(policy.device)
     with monkeypatch.context() as patch, torch.no_grad(), OnMeta() as seen:
         for name in ("tensor", "as_tensor", "from_numpy"):  # no op of theirs is seen on this device
             patch.setattr(torch, name, refuse)
         condition = Condition(text=dict(zip(text, (first, second), strict=True)), image=image)
-        path, log_prob = denoise(policy, condition, image, sigmas, table, [keys, None, keys, None], [0.0] * 4)
+        path, log_prob = denoise(policy, condition, image, schedule, [keys, None, keys, None])
     assert path.shape == (5, *image.shape) and log_prob.shape == (4, 2) and seen.num_ops > 1000
     with OnMeta(), pytest.raises(RuntimeError):
         bool(path.sum() > 0)

@@ -13,8 +13,8 @@ from conftest import TINY_MAX_TEXT_TOKENS
 from torch import Tensor
 
 from mteditflow.config import Config, LoraConfig, ModelConfig, RewardConfig, RolloutConfig
-from mteditflow.plan.memory import SAVED, memory_plan, num_image_tokens, read_sizes
-from mteditflow.policy import Policy, build_policy
+from mteditflow.plan.memory import memory_plan, num_image_tokens, read_sizes
+from mteditflow.policy import Policy, build_policy, family_of
 from mteditflow.policy.published import JUDGES, MODELS
 from mteditflow.types import Condition
 
@@ -66,7 +66,7 @@ def condition_of(policy: Policy, rows: int) -> Condition:
 
 def test_plan_is_what_a_policy_holds(config: Config) -> None:
     sizes = read_sizes(config)
-    policy = build_policy(config.model, config.lora, 0, "nft")
+    policy = build_policy(config.model, config.lora, 0, has_old=True)
     trained = [weight for _, weight in policy.adapters.trainable]
     in_transformer = sum(weight.numel() for weight in policy.pipeline.transformer.parameters())
     assert sizes.num_trained == sum(weight.numel() for weight in trained)
@@ -77,20 +77,20 @@ def test_plan_is_what_a_policy_holds(config: Config) -> None:
     # A file holds a tied weight once; running statistics of the autoencoder are no parameters.
     assert sizes.num_text_encoders == pytest.approx(text, rel=0.05)
     assert sizes.num_autoencoder == pytest.approx(counts["vae"], rel=0.01)
-    assert sum(num_image_tokens(config.model)) == policy.num_tokens + policy.num_condition_tokens
+    assert sum(num_image_tokens(config.model, policy.family)) == policy.num_tokens + policy.num_condition_tokens
 
 
 def test_what_a_backward_pass_keeps(config: Config) -> None:
     """Within 30 %: the embedders and the last layer, and what acts once per row, are not in the formula, and weigh much
     in a model of width 32; they are nothing at 3072.
     """
-    policy, rows = build_policy(config.model, config.lora, 0, "grpo"), 2
+    policy, rows = build_policy(config.model, config.lora, 0, has_old=False), 2
     condition, latents = condition_of(policy, rows), torch.randn(rows, policy.num_tokens, policy.num_channels)
     kept = bytes_kept(policy, lambda: policy.velocity(latents, torch.full((rows,), 0.5), condition))
     planned = memory_plan(config, read_sizes(config))["activations of a training microbatch"] * GIB
     num_text = next(iter(condition.text.values())).shape[1]
-    tokens = sum(num_image_tokens(config.model)) + num_text
-    estimated = sum(num_image_tokens(config.model)) + config.model.max_text_tokens
+    num_image = sum(num_image_tokens(config.model, policy.family))
+    tokens, estimated = num_image + num_text, num_image + config.model.max_text_tokens
     assert kept == pytest.approx(planned * tokens / estimated, rel=0.3) or kept == pytest.approx(planned, rel=0.3)
 
 
@@ -100,7 +100,7 @@ def test_published_models_are_planned_without_a_file() -> None:
             model=ModelConfig(path=path, height=512, width=512, max_text_tokens=512, dtype="bfloat16"), lora=LORA
         )
         sizes = read_sizes(config)
-        assert known.transformer_class in SAVED and sizes.num_trained > 0
+        assert family_of(known.pipeline) == sizes.family and sizes.num_trained > 0
         plan = memory_plan(config, sizes)
         assert plan["base: transformer"] == sizes.num_transformer * 2 / GIB
         assert plan["base: text encoders"] == round(1e9 * known.text_encoders) * 2 / GIB

@@ -14,16 +14,17 @@ from conftest import TINY_MAX_TEXT_TOKENS
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 from diffusers.pipelines.flux.pipeline_flux_kontext import FluxKontextPipeline, calculate_shift
 from huggingface_hub.errors import GatedRepoError
+from lora_export import export_average
 from torch import Tensor
 
 from mteditflow.config import Config, LoraConfig, ModelConfig, RolloutConfig
-from mteditflow.export.weights import save_lora
+from mteditflow.pictures import round_to_8_bit
 from mteditflow.policy import Policy, build_policy
-from mteditflow.policy.adapters import bound_modules
-from mteditflow.policy.flux_kontext import TARGETS
-from mteditflow.policy.pipelines import resized, token_grid
+from mteditflow.policy.adapters import find_targets
+from mteditflow.policy.encoding import resize
+from mteditflow.policy.flux_kontext import FAMILY
+from mteditflow.policy.pipelines import token_grids
 from mteditflow.policy.published import FLUX_KONTEXT
-from mteditflow.rollout import round_to_8_bit
 from mteditflow.types import Condition
 
 HEIGHT, WIDTH, NUM_STEPS = 64, 48, 5  # not square: a swap of height and width would show
@@ -164,8 +165,8 @@ def test_three_turns_are_three_stock_generations_bit_for_bit(
     source = expected = draw(1, 3, *size, seed=5).clamp(-1, 1)
     for turn, prompt in enumerate(PROMPTS):
         latents = draw(1, policy.num_tokens, 16, seed=turn)
-        condition = condition_on(policy, [prompt], tripped(resized(source, own.condition_size)), microbatch_size=1)
-        expected = generate(pipeline, [prompt], resized(expected, own.condition_size), latents, size)
+        condition = condition_on(policy, [prompt], tripped(resize(source, own.condition_size)), microbatch_size=1)
+        expected = generate(pipeline, [prompt], resize(expected, own.condition_size), latents, size)
         edit = rollout(policy, condition, latents, pipeline.scheduler.sigmas)
         assert torch.equal(edit, expected)
         source, expected = round_to_8_bit(edit * 2 - 1), round_to_8_bit(expected * 2 - 1)
@@ -209,7 +210,7 @@ def test_export_gives_the_stock_pipeline_the_same_editor(
     policy: Policy, tiny_pipeline_folder: Path, tmp_path: Path
 ) -> None:
     perturb(policy, "ema")
-    save_lora(policy, tmp_path)
+    export_average(policy, LORA, tmp_path)
     pipeline = stock(tiny_pipeline_folder)
     latents, source, prompt = draw(1, policy.num_tokens, 16), tripped(images(1)), PROMPTS[2]
     base = generate(pipeline, [prompt], images(1), latents)
@@ -314,7 +315,10 @@ def test_adapter_is_a_function_of_the_seed(config: ModelConfig) -> None:
 
 def test_bfloat16_base_has_a_float32_adapter(config: ModelConfig) -> None:
     policy = build_policy(
-        ModelConfig(path=config.path, height=HEIGHT, width=WIDTH, max_text_tokens=8, dtype="bfloat16"), LORA, 3, "grpo"
+        ModelConfig(path=config.path, height=HEIGHT, width=WIDTH, max_text_tokens=8, dtype="bfloat16"),
+        LORA,
+        3,
+        has_old=False,
     )
     assert policy.pipeline.transformer.x_embedder.weight.dtype == torch.bfloat16
     assert all(weight.dtype == torch.float32 for _, weight in policy.adapters.trainable)
@@ -380,10 +384,10 @@ def test_the_published_size() -> None:
     with torch.device("meta"):
         transformer = FluxTransformer2DModel(**FLUX_KONTEXT)
     assert sum(weight.numel() for weight in transformer.parameters()) == 11_901_408_320
-    names = bound_modules(transformer, TARGETS, is_default=True)
+    names = find_targets(transformer, (), FAMILY.targets)
     assert len(names) == 19 * 12 + 38 * 4
     for size, num_tokens in ((512, 1024), (1024, 4096)):
-        assert token_grid(ModelConfig(height=size, width=size), 16, "")[0] == (size // 16,) * 2
+        assert token_grids(ModelConfig(height=size, width=size), 16)[0] == (size // 16,) * 2
         assert (size // 16) ** 2 == num_tokens
 
 

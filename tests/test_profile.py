@@ -11,11 +11,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mteditflow.config import Config
+from mteditflow.config.command import profile as main
 from mteditflow.plan.flops import forward_flops
-from mteditflow.policy.flux_kontext import FluxKontextPolicy
+from mteditflow.policy import FAMILIES, Family, Policy
+from mteditflow.policy.flux_kontext import FAMILY
 from mteditflow.policy.published import FLUX_KONTEXT
-from mteditflow.policy.random_kontext import num_weights
-from mteditflow.profile.command import PHASES, main
+from mteditflow.profile.command import PHASES
+from mteditflow.profile.random_kontext import num_weights
 
 TINY = ["--rollout.num_tasks=1", "--rollout.group_size=2", "--data.num_turns=2", "--rollout.num_steps=2"]
 TINY += ["--rollout.window_size=1"]
@@ -26,7 +28,9 @@ TINY += ["--rollout.window_size=1"]
     [(4096, 74.4), (2 * 1024, 37.6), (2 * 4096, 165.4)],  # 1024 px without a condition; Kontext at 512 and 1024 px
 )
 def test_published_figures(image_tokens: int, tflop: float) -> None:
-    assert round(forward_flops(FLUX_KONTEXT, text_tokens=512, image_tokens=image_tokens).blocks / 1e12, 1) == tflop
+    assert (
+        round(forward_flops(FAMILY, FLUX_KONTEXT, text_tokens=512, image_tokens=image_tokens).blocks / 1e12, 1) == tflop
+    )
 
 
 TEXT, IMAGE = 5, 18  # tokens
@@ -36,13 +40,13 @@ POOLED = {"pooled_projection_dim": 20}
 
 
 @pytest.mark.parametrize("has_guidance", [True, False])
-@pytest.mark.parametrize("family", ["FluxTransformer2DModel", "Flux2Transformer2DModel", "QwenImageTransformer2DModel"])
-def test_all_that_torch_counts(family: str, has_guidance: bool) -> None:
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.transformer)
+def test_all_that_torch_counts(family: Family, has_guidance: bool) -> None:
     """Every matrix product of a forward pass, exactly."""
     guidance = torch.empty(1, device="meta") if has_guidance else None
     ids = {"txt_ids": torch.empty(TEXT, 3, device="meta"), "img_ids": torch.empty(IMAGE, 3, device="meta")}
     config: dict[str, Any] = {**SMALL, "axes_dims_rope": (4, 6, 6), "in_channels": 64}
-    match family:
+    match family.transformer:
         case "FluxTransformer2DModel":
             config |= {**SINGLE, **POOLED, "patch_size": 1, "guidance_embeds": has_guidance}
             own: dict[str, Any] = {**ids, "guidance": guidance, "pooled_projections": torch.empty(1, 20, device="meta")}
@@ -55,7 +59,7 @@ def test_all_that_torch_counts(family: str, has_guidance: bool) -> None:
             config |= {"patch_size": 2, "out_channels": 16}
             own = {"img_shapes": [[(1, 3, 3), (1, 3, 3)]]}
     with torch.device("meta"):
-        transformer = getattr(diffusers, family)(**config).requires_grad_(False)
+        transformer = getattr(diffusers, family.transformer)(**config).requires_grad_(False)
         inputs = {
             "hidden_states": torch.empty(1, IMAGE, 64),
             "timestep": torch.empty(1),
@@ -63,7 +67,7 @@ def test_all_that_torch_counts(family: str, has_guidance: bool) -> None:
         }
         with FlopCounterMode(display=False) as counter:
             transformer(**inputs, **own)
-    expected = forward_flops(transformer.config, text_tokens=TEXT, image_tokens=IMAGE, family=family)
+    expected = forward_flops(family, transformer.config, text_tokens=TEXT, image_tokens=IMAGE)
     assert counter.get_total_flops() == expected.total
 
 
@@ -76,7 +80,7 @@ def test_a_shape_that_does_not_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     memory = type("Memory", (), {"available": 10 * 2**30})
-    monkeypatch.setattr("mteditflow.policy.random_kontext.psutil.virtual_memory", lambda: memory)
+    monkeypatch.setattr("mteditflow.plan.dry_run.psutil.virtual_memory", lambda: memory)
     arguments = ["--model.path=random", "--model.dtype=bfloat16", f"--run.folder={tmp_path}"]
     with pytest.raises(SystemExit, match="2"):
         main(arguments)
@@ -86,15 +90,15 @@ def test_a_shape_that_does_not_fit(
 
 @pytest.mark.parametrize("name", ["nft", "grpo"])
 def test_a_profile(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    originals = (torch.Tensor.backward, FluxKontextPolicy.decode)
+    originals = (torch.Tensor.backward, Policy.decode)
     main([*TINY, f"--objective.name={name}", f"--run.folder={tmp_path}"])
-    assert (torch.Tensor.backward, FluxKontextPolicy.decode) == originals
+    assert (torch.Tensor.backward, Policy.decode) == originals
     figures = json.loads((tmp_path / "profile.json").read_text())
     assert list(figures["seconds"]) == list(PHASES)
     assert 0 < sum(figures["seconds"].values()) <= figures["total_s"]
     assert figures["turn_images"] == 4 and figures["turn_images_per_second"] > 0
     row = forward_flops(
-        json.loads((Path(__file__).parents[1] / "mteditflow/world/editor/transformer/config.json").read_text()),
+        FAMILY, json.loads((Path(__file__).parents[1] / "mteditflow/world/editor/transformer/config.json").read_text()),
         text_tokens=Config().model.max_text_tokens, image_tokens=32,
     )  # fmt: skip
     # 2 turns x 2 trajectories: x 2 steps rolled out; 1 step trained

@@ -10,15 +10,31 @@ import tiny_qwen
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
+from lora_export import export_average
 from PIL import Image
-from tiny_qwen import LARGE, LORA, PROMPTS, SQUARE, WIDE, build, condition_on, config_of, images, noise, perturb
+from tiny_qwen import (
+    LARGE,
+    LORA,
+    PROMPTS,
+    SQUARE,
+    WIDE,
+    build,
+    condition_on,
+    config_of,
+    editor_of,
+    images,
+    noise,
+    perturb,
+)
 from torch import Tensor
 
-from mteditflow.config import ModelConfig
-from mteditflow.export.weights import save_lora
-from mteditflow.flow import step_table
-from mteditflow.policy.qwen_image_edit import QwenImageEditPolicy, schedule
-from mteditflow.rollout import roll_out, round_to_8_bit
+from mteditflow.config import ModelConfig, RolloutConfig
+from mteditflow.flow import make_schedule
+from mteditflow.noise import NoiseSource
+from mteditflow.pictures import round_to_8_bit
+from mteditflow.policy import Policy
+from mteditflow.policy.qwen_image_edit import schedule
+from mteditflow.rollout import roll_out
 from mteditflow.types import Condition, EditTask
 
 NUM_STEPS = 4
@@ -62,7 +78,7 @@ def picture(source: Tensor) -> Image.Image:
 
 
 @torch.no_grad()
-def rollout(policy: QwenImageEditPolicy, condition: Condition, latents: Tensor, sigmas: Tensor) -> Tensor:
+def rollout(policy: Policy, condition: Condition, latents: Tensor, sigmas: Tensor) -> Tensor:
     """An ODE rollout of one turn: images (N, 3, H, W) in [0, 1]."""
     for sigma, sigma_next in pairwise(sigmas):
         velocity = policy.velocity(latents, sigma.expand(len(latents)), condition)
@@ -97,7 +113,10 @@ def test_padding_changes_nothing_but_the_order_of_sums(
     config = config_of(folders[variant], max_text_tokens=40)
     pipeline, policy, source = stock(config, monkeypatch), build(config), images(1)
     own, latents = condition_on(policy, [PROMPTS[2]], source, rows=1), noise(policy, 1)
-    assert own.text["mask"].sum() == policy.num_text_tokens - 36 and not own.text["text"][~own.text["mask"]].any()
+    assert (
+        own.text["mask"].sum() == editor_of(policy).num_text_tokens - 36
+        and not own.text["text"][~own.text["mask"]].any()
+    )
     unpadded = generate(pipeline, config, PROMPTS[2], source, latents)
     result = rollout(policy, own, latents, pipeline.scheduler.sigmas)
     torch.testing.assert_close(result, unpadded, rtol=0, atol=PADDING_TOLERANCE)
@@ -134,15 +153,14 @@ def test_three_turns_are_three_stock_calls(
 
 @pytest.mark.parametrize("hand_off", ["pixels", "latents"])
 def test_roll_out_is_three_stock_calls(
-    folders: dict[str, Path], hand_off: str, monkeypatch: pytest.MonkeyPatch
+    folders: dict[str, Path], hand_off: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = config_of(folders["2511"])
     pipeline, policy = stock(config, monkeypatch), build(config)
     tasks = [EditTask(id=7, source=images(1)[0], instructions=(*PROMPTS[:2], PROMPTS[0]), edit_types=("",) * 3)]
-    sigmas = policy.sigmas(NUM_STEPS)
     result = roll_out(
-        policy, tasks, num_turns=3, group_size=2, sigmas=sigmas, table=step_table(sigmas, noise_level=0.0),
-        trained_steps=(), hand_off=hand_off, microbatch_size=2, seed=1, step=0, cfg_scale=4.0,
+        policy, tasks, make_schedule(policy.sigmas(NUM_STEPS)), NoiseSource(seed=1, step=0),
+        RolloutConfig(microbatch_size=2, hand_off=hand_off), num_turns=3, group_size=2, cfg_scale=4.0,
     )  # fmt: skip
     source = tasks[0].source[None]
     for index, turn in enumerate(result.turns):
@@ -164,7 +182,7 @@ def test_export_gives_the_stock_pipeline_the_same_editor(
     config = config_of(folders[variant])
     pipeline, policy, source = stock(config, monkeypatch), build(config), images(1)
     perturb(policy, "ema")
-    save_lora(policy, tmp_path)
+    export_average(policy, LORA, tmp_path)
     latents, prompt = noise(policy, 1), PROMPTS[1]
     base = generate(pipeline, config, prompt, source, latents)
     pipeline.load_lora_weights(tmp_path)

@@ -13,19 +13,22 @@ import tiny_qwen
 import torch
 from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformer2DModel
 from PIL import Image
-from tiny_qwen import PROMPTS, WIDE, build, condition_on, config_of, draw, images, noise, perturb
+from tiny_qwen import PROMPTS, WIDE, build, condition_on, config_of, draw, editor_of, images, noise, perturb
 from torch import nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessor
 
 from mteditflow.config import Config, DataConfig, LoraConfig, ObjectiveConfig, OptimizerConfig, RolloutConfig
 from mteditflow.distributed import Ranks
+from mteditflow.guards import check_adapter
+from mteditflow.objective import build_objective
 from mteditflow.policy import build_policy, qwen_image_edit
-from mteditflow.policy.adapters import bound_modules
+from mteditflow.policy.adapters import find_targets
+from mteditflow.policy.cuda_graph import is_captured
 from mteditflow.policy.published import QWEN_IMAGE_EDIT
-from mteditflow.policy.qwen_image_edit import TARGETS, calculate_dimensions
-from mteditflow.rollout import is_captured, sample_rollout
+from mteditflow.policy.qwen_image_edit import FAMILY, calculate_dimensions
+from mteditflow.rollout import sample_rollout
 from mteditflow.types import Condition, EditTask
-from mteditflow.update import check_adapter, update
+from mteditflow.update import update
 
 folders = tiny_qwen.folders
 # One row differs from the same within a batch by the order of float32 sums: see test_qwen.PADDING_TOLERANCE.
@@ -37,14 +40,14 @@ def test_shapes(folders: dict[str, Path], variant: str) -> None:
     policy = build(config_of(folders[variant], condition=(32, 48), vision_pixels=4096, max_text_tokens=9))
     assert (policy.num_tokens, policy.num_condition_tokens, policy.num_channels) == (4 * 6, 2 * 3, 16)
     # 4096 pixels of 64 x 96's aspect are 52 x 78, 64 x 64 in whole tiles of 32, 56 x 56 in tiles of 28: 2 x 2 tokens.
-    assert policy.vision_size == (64, 64)
+    assert editor_of(policy).vision_size == (64, 64)
     # <|vision_start|>, 4 tokens, <|vision_end|>; before it 'Picture 1: ' of 5 tokens where there may be several; after
     # the instruction <|im_end|>, line, <|im_start|>, 'assistant', line.
     picture = 0 if variant == "edit" else 5
-    assert policy.num_text_tokens == picture + 6 + 9 + 5
+    assert editor_of(policy).num_text_tokens == picture + 6 + 9 + 5
     condition = condition_on(policy, list(PROMPTS), images(3))
     shapes = {name: tuple(value.shape) for name, value in condition.text.items()}
-    tokens = policy.num_text_tokens
+    tokens = editor_of(policy).num_text_tokens
     assert shapes == {"text": (3, tokens, 32), "mask": (3, tokens), "negative": (3, tokens - 8, 32)}
     assert condition.text["mask"].sum(dim=1).tolist() == [tokens - 4, tokens - 4, tokens - 5]
     assert condition.image.shape == (3, 6, 16)
@@ -55,8 +58,8 @@ def test_shapes(folders: dict[str, Path], variant: str) -> None:
 
 
 def test_the_stock_sizes_are_the_default(folders: dict[str, Path]) -> None:
-    assert build(config_of(folders["edit"], (64, 64), vision_pixels=0)).vision_size == (1024, 1024)
-    assert build(config_of(folders["2511"], (64, 64), vision_pixels=0)).vision_size == (384, 384)
+    assert editor_of(build(config_of(folders["edit"], (64, 64), vision_pixels=0))).vision_size == (1024, 1024)
+    assert editor_of(build(config_of(folders["2511"], (64, 64), vision_pixels=0))).vision_size == (384, 384)
 
 
 @pytest.mark.parametrize("variant", tiny_qwen.VARIANTS)
@@ -115,9 +118,11 @@ def test_encoding_does_not_depend_on_the_batch(folders: dict[str, Path], monkeyp
 
 def test_a_long_instruction_is_cut(folders: dict[str, Path]) -> None:
     policy = build(config_of(folders["2509"], max_text_tokens=4))
-    assert policy._cut("remove the big blue circle") == "remove the big blue"
-    assert policy._cut("add a blue circle") == "add a blue circle"
-    assert len(policy.pipeline.tokenizer(policy._cut("\U0001f3a8" * 3))["input_ids"]) <= 4  # 4 bytes each, 3 tokens cut
+    assert editor_of(policy)._cut("remove the big blue circle") == "remove the big blue"
+    assert editor_of(policy)._cut("add a blue circle") == "add a blue circle"
+    assert (
+        len(policy.pipeline.tokenizer(editor_of(policy)._cut("\U0001f3a8" * 3))["input_ids"]) <= 4
+    )  # 4 bytes each, 3 tokens cut
     text = policy.encode_text(["remove the big blue circle"], images(1), has_cfg=False)
     assert text["mask"].all()
 
@@ -155,13 +160,14 @@ def test_an_iteration_of_training(folders: dict[str, Path], variant: str, is_gui
     """The ratio is 1 exactly before the first update, and the update moves the policy."""
     config = iteration_config(folders[variant], name)
     config = replace(config, rollout=replace(config.rollout, is_guided=is_guided))
-    policy = build_policy(config.model, config.lora, seed=0, objective=name)
+    policy = build_policy(config.model, config.lora, seed=0, has_old=name == "nft")
+    objective = build_objective(config)
     tasks = [
         EditTask(id=n, source=images(2, (32, 48))[n], instructions=PROMPTS[:2], edit_types=("", "")) for n in (0, 1)
     ]
-    perturb(policy, "current")  # pyright: ignore[reportArgumentType]
+    perturb(policy, "current")
     policy.adapters.copy("current", "old" if name == "nft" else "ema")
-    rollout = sample_rollout(policy, tasks, config, iteration=0)
+    rollout = sample_rollout(policy, objective, tasks, config, iteration=0)
     assert ("negative" in rollout.turns[0].condition.text) == is_guided
     texts = rollout.turns[0].condition.text["text"], rollout.turns[1].condition.text["text"]
     assert torch.equal(texts[0][0], texts[0][1]) and not torch.equal(texts[1][0], texts[1][1])
@@ -169,7 +175,7 @@ def test_an_iteration_of_training(folders: dict[str, Path], variant: str, is_gui
     optimizer = torch.optim.SGD([own for _, own in policy.adapters.trainable], lr=1e-3)
     advantages = torch.tensor([[1.0, 1.0], [-1.0, -1.0], [0.5, 0.5], [-0.5, -0.5]])
     ranks = Ranks(rank=0, world_size=1, device=torch.device("cpu"))
-    figures = update(policy, optimizer, rollout, advantages, config, 0, ranks)
+    figures = update(policy, optimizer, objective, rollout, advantages, config, 0, ranks)
     if name == "grpo":
         assert figures["update/first_ratio_error"] == 0
     assert figures["update/grad_norm"] > 0
@@ -230,7 +236,7 @@ def test_errors(
         scheduler.read_text().replace('"time_shift_type": "exponential"', '"time_shift_type": "linear"')
     )
     expect_error("has time_shift_type 'linear': .* has 'exponential'", folder)
-    monkeypatch.setattr(qwen_image_edit, "is_torchvision_available", lambda: False)
+    monkeypatch.setattr("mteditflow.policy.pipelines.find_spec", lambda name: None)
     expect_error("install the torchvision", folders["2511"])
 
 
@@ -245,9 +251,9 @@ def test_the_true_transformer(zero_cond_t: bool) -> None:
         transformer = QwenImageTransformer2DModel(**QWEN_IMAGE_EDIT, zero_cond_t=zero_cond_t)
     # Two bytes each in bfloat16: the 40,860,802,176 bytes of its safetensors index.
     assert num_weights(transformer) == 20_430_401_088
-    bound = bound_modules(transformer, TARGETS, is_default=True)
+    bound = find_targets(transformer, (), FAMILY.targets)
     assert len(bound) == 60 * 12
-    assert all(sum(name.endswith(f".{target}") for name in bound) == 60 for target in TARGETS)
+    assert all(sum(name.endswith(f".{target}") for name in bound) == 60 for target in FAMILY.targets)
     # d = 3072: eight linears of attention d x d, four of the feed-forwards d x 4d
     sizes = (sum(transformer.get_submodule(name).weight.shape) for name in bound)  # pyright: ignore[reportArgumentType, reportCallIssue]
     assert sum(sizes) == 60 * 3072 * (8 * 2 + 4 * 5)

@@ -18,14 +18,15 @@ import safetensors.torch
 import torch
 from conftest import TINY_MAX_TEXT_TOKENS
 from diffusers.pipelines.flux.pipeline_flux_kontext import FluxKontextPipeline
+from timed import is_timed
 from torch import Tensor
 
 from mteditflow.config import cli
+from mteditflow.config.command import train as main
 from mteditflow.record import checkpoint
 from mteditflow.record.alarms import ALARMS
-from mteditflow.record.metrics import is_timed, read_lines
+from mteditflow.record.metrics import read_lines
 from mteditflow.reward import ExactReward
-from mteditflow.config.command import train as main
 from mteditflow.types import Rollout, Scores
 from mteditflow.update import GRPO_FIGURES
 

@@ -27,9 +27,9 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 from transformers.utils.import_utils import is_torchvision_available
 
 from mteditflow.config import LoraConfig, ModelConfig
-from mteditflow.policy import build_policy
-from mteditflow.policy.qwen_image_edit import PICTURE, QwenImageEditPolicy
-from mteditflow.rollout import round_to_8_bit
+from mteditflow.pictures import round_to_8_bit
+from mteditflow.policy import Policy, build_policy
+from mteditflow.policy.qwen_image_edit import PICTURE, QwenImageEdit
 from mteditflow.types import Condition
 
 VARIANTS = ("edit", "2509", "2511")
@@ -188,7 +188,7 @@ def without_torchvision(patch: pytest.MonkeyPatch) -> None:
     mapping = type(module.MODALITY_TO_AUTOPROCESSOR_MAPPING)
     own = mapping.__getitem__
     patch.setattr(mapping, "__getitem__", lambda self, key: NoVideoProcessor if key == VIDEO else own(self, key))
-    patch.setattr("mteditflow.policy.qwen_image_edit.is_torchvision_available", lambda: True)
+    patch.setattr("mteditflow.policy.pipelines.find_spec", lambda name: True)
 
 
 def save(variant: str, prompts: Sequence[str], folder: Path) -> Path:
@@ -219,10 +219,13 @@ def config_of(
     )  # fmt: skip
 
 
-def build(config: ModelConfig, objective: str = "nft") -> QwenImageEditPolicy:
-    policy = build_policy(config, LORA, seed=3, objective=objective)
-    assert isinstance(policy, QwenImageEditPolicy)
-    return policy
+def build(config: ModelConfig) -> Policy:
+    return build_policy(config, LORA, seed=3, has_old=True)
+
+
+def editor_of(policy: Policy) -> QwenImageEdit:
+    assert isinstance(policy.editor, QwenImageEdit)
+    return policy.editor
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -234,17 +237,17 @@ def images(num: int, size: tuple[int, int] = WIDE) -> Tensor:
     return round_to_8_bit(coarse.clamp(-1, 1))
 
 
-def noise(policy: QwenImageEditPolicy, num: int, seed: int = 0) -> Tensor:
+def noise(policy: Policy, num: int, seed: int = 0) -> Tensor:
     return draw(num, policy.num_tokens, policy.num_channels, seed=seed)
 
 
-def condition_on(policy: QwenImageEditPolicy, prompts: list[str], source: Tensor, rows: int = 16) -> Condition:
+def condition_on(policy: Policy, prompts: list[str], source: Tensor, rows: int = 16) -> Condition:
     scale = policy.config.cfg_scale
     text = policy.encode_text(prompts, source, has_cfg=scale != 1)
     return Condition(text=text, image=policy.encode_image(source, microbatch_size=rows), cfg_scale=scale)
 
 
-def perturb(policy: QwenImageEditPolicy, name: Any, seed: int = 1) -> None:
+def perturb(policy: Policy, name: Any, seed: int = 1) -> None:
     state = policy.adapters.state(name)
     changed = {key: own + 0.2 * draw(*own.shape, seed=seed + i) for i, (key, own) in enumerate(state.items())}
     policy.adapters.load(name, changed)

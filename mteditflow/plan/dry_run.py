@@ -70,7 +70,7 @@ LEVERS = {  # what makes a part of the memory smaller
 def dry_run(config: Config) -> Plan:
     """The plan of a run. ValueError: a model that is not there and whose sizes are not known."""
     memory = memory_plan(config, read_sizes(config))
-    total, free = sum(memory.values()), _free_gib()
+    total, free = sum(memory.values()), free_gib()
     limit, name = (config.run.gpu_gib, "run.gpu_gib") if config.run.gpu_gib else (free, "free on this machine now")
     lines = ["Batches of an iteration", *_batch_rows(config, batch_plan(config)), "", "Memory of a GPU, estimated, GiB"]
     lines += [_row(part, f"{value:.3f}") for part, value in memory.items()]
@@ -185,7 +185,7 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
 
 
-def _free_gib() -> float:
+def free_gib() -> float:
     """Memory free for the model: the GPU's, else the host's."""
     free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
     return free / GIB

@@ -1,165 +1,135 @@
-"""The editor that is trained: one file per family of editors, one Protocol that the rest of the trainer sees."""
+"""The editor that is trained: one file per family of editors, and one `Policy` that the rest of the trainer sees."""
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import diffusers
 import torch
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from huggingface_hub.errors import GatedRepoError
-from torch import Tensor, nn
+from torch import Tensor
 
-from mteditflow.config import EMBEDDED, LoraConfig, ModelConfig
-from mteditflow.config.model import EMBEDDED_FOLDER
+from mteditflow.config import LoraConfig, ModelConfig
+from mteditflow.distributed import local_device
+from mteditflow.policy import flux2, flux_kontext, qwen_image_edit
 from mteditflow.policy.adapters import AdapterName, Adapters
-from mteditflow.policy.flux2 import Flux2Policy
-from mteditflow.policy.flux_kontext import FluxKontextPolicy
-from mteditflow.policy.qwen_image_edit import QwenImageEditPolicy
+from mteditflow.policy.encoding import in_chunks
+from mteditflow.policy.family import Base, Family
+from mteditflow.policy.full_weights import full_weights
+from mteditflow.policy.lora import lora_adapters
+from mteditflow.policy.pipelines import (
+    DTYPES,
+    check_scheduler,
+    linear_shapes,
+    load_pipeline,
+    model_path,
+    prepare_pipeline,
+    read_index,
+    stock_class,
+    token_grids,
+)
 from mteditflow.types import Condition
 
-__all__ = ["AdapterName", "Adapters", "Policy", "build_policy", "linear_shapes", "model_path", "stock_class"]
+__all__ = [
+    "DTYPES", "AdapterName", "Adapters", "Family", "Policy", "build_policy", "configured_family", "family_of",
+    "linear_shapes", "model_path", "stock_class",
+]  # fmt: skip
+
+FAMILIES = (flux_kontext.FAMILY, flux2.FAMILY, qwen_image_edit.FAMILY)
 
 
-class Policy(Protocol):
-    """An editor with adapters, of one family."""
+class Policy:
+    """An editor with adapters.
 
-    has_cfg: bool
-    """Whether the model takes true classifier-free guidance."""
-    is_distilled: bool
-    """Whether the model is distilled to few steps, which NFT blurs."""
-    is_text_of_image: bool
-    """Whether the text encoder sees the image that is edited too, so that each trajectory has a text of its own."""
-    adapters: Adapters
-    """The weights that are trained, and which ones `velocity` uses."""
+    Rows of images and latents go through the autoencoder `microbatch_size` at a time, so that the bits of a row do not
+    depend on how many there are.
+    """
 
-    @property
-    def num_tokens(self) -> int:
-        """L, latent tokens of an edit."""
-        ...
+    def __init__(
+        self, pipeline: Any, config: ModelConfig, lora: LoraConfig, *, seed: int, has_old: bool, device: torch.device
+    ) -> None:
+        """Take over a pipeline of a known family. seed: of the adapter's initial weights. has_old: with an adapter
+        `old` besides `current` and `ema`. ValueError for a size, a scheduler or a target that cannot be.
+        """
+        family = family_of(type(pipeline).__name__)
+        assert family is not None, type(pipeline)
+        prepare_pipeline(pipeline, config, device)
+        check_scheduler(pipeline, config, family.scheduler)
+        pixels = 2 * getattr(pipeline, "vae_scale_factor", family.pixels_per_token // 2)
+        grid, condition_grid = token_grids(config, pixels)
+        base = Base(pipeline=pipeline, config=config, device=device, grid=grid, condition_grid=condition_grid)
+        self.family, self.config, self.device = family, config, device
+        self.pipeline: Any = pipeline  # with the adapters in its transformer
+        self.num_tokens = grid[0] * grid[1]  # L, latent tokens of an edit
+        self.num_condition_tokens = condition_grid[0] * condition_grid[1]  # L', of the image that is edited
+        self.num_channels: int = pipeline.transformer.config.in_channels  # C, of a latent token
+        self.editor = family.editor(base)
+        if lora.rank == 0:
+            self.adapters = full_weights(pipeline.transformer, lora, has_old=has_old)
+        else:
+            self.adapters = lora_adapters(pipeline.transformer, lora, family.targets, seed=seed, has_old=has_old)
 
-    @property
-    def num_condition_tokens(self) -> int:
-        """L', latent tokens of the image that is edited."""
-        ...
-
-    @property
-    def num_channels(self) -> int:
-        """C, channels of a latent token."""
-        ...
-
-    @property
-    def device(self) -> torch.device: ...
-
-    @property
-    def pipeline(self) -> Any:
-        """The diffusers pipeline, with the adapters in its transformer."""
-        ...
-
+    @torch.no_grad()
     def encode_text(self, instructions: Sequence[str], images: Tensor, *, has_cfg: bool) -> dict[str, Tensor]:
-        """What a condition has of N instructions on images (N, 3, H, W): tensors (N, ...), by the family's names.
+        """Encode N instructions on images (N, 3, H, W): a dict of tensors with leading dimension N.
 
         has_cfg: with what the unconditional half of classifier-free guidance needs.
         """
-        ...
+        assert self.editor.has_cfg or not has_cfg, "the model takes no guidance: the config allows none"
+        return self.editor.encode_text(instructions, images, has_cfg=has_cfg)
 
+    @torch.no_grad()
     def encode_image(self, images: Tensor, microbatch_size: int = 16) -> Tensor:
-        """Images (N, 3, H, W) in [-1, 1], resized to the condition's size, to clean latents (N, L', C), float32."""
-        ...
+        """Encode images (N, 3, H, W) in [-1, 1], resized to the condition's size: clean latents (N, L', C), float32."""
+        return in_chunks(lambda rows: self.editor.encode_image(rows).float(), images, microbatch_size)
 
+    @torch.no_grad()
     def decode(self, latents: Tensor, microbatch_size: int = 16) -> Tensor:
-        """Latents (N, L, C) to images (N, 3, H, W) clamped to [-1, 1], float32, not rounded to 8 bits."""
-        ...
+        """Decode latents (N, L, C): images (N, 3, H, W) clamped to [-1, 1], float32, not rounded to 8 bits."""
+        assert latents.shape[1:] == (self.num_tokens, self.num_channels), latents.shape
+
+        def decode(rows: Tensor) -> Tensor:
+            return self.editor.decode(rows.to(DTYPES[self.config.dtype])).float().clamp(-1, 1)
+
+        return in_chunks(decode, latents, microbatch_size)
 
     def velocity(self, latents: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
-        """Velocity (B, L, C), float32, of latents (B, L, C) at noise level sigma (B,), under the selected adapter and
-        with the condition's guidance.
+        """Predict the velocity (B, L, C), float32, of latents (B, L, C) at noise level sigma (B,), under the selected
+        adapter and with the condition's guidance.
         """
-        ...
+        num_tokens = (latents.shape[1], condition.image.shape[1])
+        assert num_tokens == (self.num_tokens, self.num_condition_tokens), num_tokens
+        return self.editor.velocity(self.adapters.transformer, latents, sigma, condition)
 
     def sigmas(self, num_steps: int) -> Tensor:
-        """The model's own schedule of noise levels (S+1,), float64 on the host."""
-        ...
+        """Return the model's own schedule of noise levels (S+1,), float64 on the host."""
+        return self.editor.sigmas(num_steps)
+
+
+def family_of(pipeline_class: str) -> Family | None:
+    """Find the family of a pipeline by the name of its diffusers class."""
+    return next((family for family in FAMILIES if pipeline_class in family.pipelines), None)
+
+
+def configured_family(config: ModelConfig) -> Family:
+    """Find the family of `config.path` by its model_index.json. ValueError where there is none."""
+    path = model_path(config)
+    name = read_index(path)["_class_name"]
+    family = family_of(name)
+    if family is None:
+        supported = ", ".join(name for family in FAMILIES for name in family.pipelines)
+        raise ValueError(f"model.path {path!r} is a {name}, which cannot be trained here: supported are {supported}")
+    return family
 
 
 def build_policy(config: ModelConfig, lora: LoraConfig, seed: int, *, has_old: bool) -> Policy:
-    """The policy of `config.path`, by the class that its model_index.json names, on this process's GPU or else the CPU.
-
-    seed: of the adapter's initial weights. has_old: with an adapter `old` besides `current` and `ema`.
-    """
-    path = model_path(config)
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    match _pipeline_class(path):
-        case "FluxKontextPipeline":
-            family = FluxKontextPolicy
-        case "Flux2Pipeline" | "Flux2KleinPipeline":
-            family = Flux2Policy
-        case "QwenImageEditPipeline" | "QwenImageEditPlusPipeline":
-            family = QwenImageEditPolicy
-        case other:
-            raise ValueError(
-                f"model.path {path!r} is a {other}, which cannot be trained here: supported are FluxKontextPipeline, "
-                f"Flux2Pipeline, Flux2KleinPipeline, QwenImageEditPipeline, QwenImageEditPlusPipeline"
-            )
+    """Build the policy of `config.path` on this process's GPU or else the CPU; the rest as for `Policy`."""
+    family, path = configured_family(config), model_path(config)
     if config.vision_pixels and not family.is_text_of_image:
         raise ValueError(
             f"model.vision_pixels is {config.vision_pixels}: the text encoder of {path!r} sees no image; it must be 0"
         )
-    policy = family(path, config, lora, seed=seed, has_old=has_old, device=device)
-    if config.cfg_scale != 1 and not policy.has_cfg:
-        reason = "is distilled and takes no guidance" if policy.is_distilled else "has its guidance embedded"
-        remedy = "" if policy.is_distilled else "; set model.guidance_scale"
+    pipeline = load_pipeline(config, family.packages)
+    policy = Policy(pipeline, config, lora, seed=seed, has_old=has_old, device=local_device())
+    if config.cfg_scale != 1 and not policy.editor.has_cfg:
+        reason = "is distilled and takes no guidance" if policy.editor.is_distilled else "has its guidance embedded"
+        remedy = "" if policy.editor.is_distilled else "; set model.guidance_scale"
         raise ValueError(f"model.cfg_scale is {config.cfg_scale:g}: {path!r} {reason}, so it must be 1{remedy}")
     return policy
-
-
-def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """Outputs and inputs of every linear of the editor's transformer, by full name; no weight is read."""
-    path = model_path(config)
-    _pipeline_class(path)  # says what is wrong with the path
-    index: Any = DiffusionPipeline.load_config(path)
-    transformer_class: Any = getattr(diffusers, index["transformer"][1])
-    with torch.device("meta"):
-        transformer = transformer_class.from_config(transformer_class.load_config(path, subfolder="transformer"))
-    return {
-        name: (module.out_features, module.in_features)
-        for name, module in transformer.named_modules()
-        if isinstance(module, nn.Linear)
-    }
-
-
-def model_path(config: ModelConfig) -> str:
-    """The folder or hub name of the configured pipeline."""
-    return str(EMBEDDED_FOLDER) if config.path == EMBEDDED else config.path
-
-
-def stock_class(config: ModelConfig) -> Any:
-    """The diffusers class of the configured pipeline. ValueError where there is no such pipeline."""
-    return getattr(diffusers, _pipeline_class(model_path(config)))
-
-
-def _pipeline_class(path: str) -> str:
-    """The pipeline's class by its model_index.json, from a folder or the hub."""
-    folder = Path(path)
-    if folder.is_dir():
-        if not (folder / "model_index.json").is_file():
-            raise ValueError(f"model.path {path!r} is not a diffusers pipeline: the folder has no model_index.json")
-    elif folder.exists():
-        raise ValueError(
-            f"model.path {path!r} is a file: give the folder of a diffusers pipeline, or its name on the hub"
-        )
-    elif path.startswith((".", "/", "~")) or path.count("/") != 1:  # a hub name is owner/name
-        raise ValueError(
-            f"model.path {path!r} does not exist: give the folder of a diffusers pipeline, or its name on the hub"
-        )
-    try:
-        index: Any = DiffusionPipeline.load_config(path)
-    except OSError as error:
-        if any(isinstance(cause, GatedRepoError) for cause in (error, error.__cause__, error.__context__)):
-            raise ValueError(
-                f"model.path {path!r} is gated: accept its licence on huggingface.co/{path}, then log in with hf auth "
-                f"login"
-            ) from error
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"model.path {path!r} is no folder, and no hub name that can be reached: {reason}") from error
-    return str(index["_class_name"])

@@ -1,7 +1,7 @@
 """CUDA graphs of functions of tensors: what the host would launch one by one is replayed at once, with the same bits.
 
-Capture freezes every Python value that the function uses and every address that it reads: the caller's signature has to
-name the values, and weights may change in place only.
+Capture freezes every Python value the function uses and every address it reads: the caller's signature has to name the
+values, and weights may change in place only.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -47,8 +47,8 @@ class Graphs:
         if key not in self._captured:
             self._captured[key] = self._capture(function, inputs)
         captured = self._captured[key]
-        for own, given in zip(captured.inputs, inputs, strict=True):
-            own.copy_(given)
+        for copy, given in zip(captured.inputs, inputs, strict=True):
+            copy.copy_(given)
         captured.graph.replay()
         return tuple(output.clone() for output in captured.outputs)
 
@@ -88,13 +88,14 @@ def is_captured(policy: Policy, num_rows: int, condition: Condition, cuda_graph:
     is_cuda = policy.device.type == "cuda"
     if cuda_graph == "on" and not is_cuda:
         raise ValueError(f"rollout.cuda_graph is 'on': there are no graphs on {policy.device}, take 'auto' or 'off'")
-    # Qwen-Image-Edit-2511's transformer makes a tensor of Python numbers in every forward pass: that waits for the host
-    if is_cuda and policy.pipeline.transformer.config.get("zero_cond_t", False):
+    transformer = policy.pipeline.transformer
+    flag = next((name for name in policy.family.uncapturable if transformer.config.get(name)), None)
+    if is_cuda and flag:
         if cuda_graph == "on":
-            raise ValueError("rollout.cuda_graph is 'on': a model with zero_cond_t has no graph, take 'auto' or 'off'")
+            raise ValueError(f"rollout.cuda_graph is 'on': a model with {flag} has no graph, take 'auto' or 'off'")
         return False
     if cuda_graph != "auto" or not is_cuda:
         return cuda_graph == "on"
     num_text = max(value.shape[1] for value in condition.text.values() if value.ndim == 3)  # (N, T, E)
     num_tokens = num_rows * (policy.num_tokens + policy.num_condition_tokens + num_text)
-    return is_launch_bound(policy.pipeline.transformer, num_tokens, policy.pipeline.transformer.dtype)
+    return is_launch_bound(transformer, num_tokens, transformer.dtype)

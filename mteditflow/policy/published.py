@@ -4,7 +4,7 @@ Transformers: as in their transformer/config.json; the parameters follow from it
 Text encoders and autoencoders: parameters of the published weights, in billions.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 FLUX_KONTEXT: dict[str, Any] = {
@@ -48,39 +48,39 @@ QWEN_IMAGE_EDIT: dict[str, Any] = {
 }
 
 
+RANDOM = "random"
+"""The `model.path` of FLUX.1-Kontext-dev's shape with random weights, for profiles."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """A published pipeline: class and config of its transformer, billions of parameters of the other parts."""
+    """A published pipeline: its class, the config of its transformer, billions of parameters of the other parts."""
 
-    transformer_class: str
+    pipeline: str
     transformer: dict[str, Any]
     text_encoders: float
-    autoencoder: float
+    autoencoder: float = 0.084
 
 
-def _of_flux2(transformer: dict[str, Any], text_encoders: float) -> Published:
-    return Published(
-        transformer_class="Flux2Transformer2DModel", transformer=transformer, text_encoders=text_encoders,
-        autoencoder=0.084,
-    )  # fmt: skip
-
-
+KONTEXT = Published(pipeline="FluxKontextPipeline", transformer=FLUX_KONTEXT, text_encoders=4.885)
+BASE_4B = Published(pipeline="Flux2KleinPipeline", transformer=KLEIN_4B, text_encoders=4.02)  # Qwen3-4B
+BASE_9B = Published(pipeline="Flux2KleinPipeline", transformer=KLEIN_9B, text_encoders=8.19)  # Qwen3-8B
+DEV = Published(pipeline="Flux2Pipeline", transformer=FLUX2_DEV, text_encoders=24.01)  # Mistral-Small-3.2-24B
 QWEN = Published(
-    transformer_class="QwenImageTransformer2DModel", transformer=QWEN_IMAGE_EDIT, text_encoders=8.292, autoencoder=0.127
+    pipeline="QwenImageEditPlusPipeline", transformer=QWEN_IMAGE_EDIT, text_encoders=8.292, autoencoder=0.127
 )
 
 MODELS = {
-    "black-forest-labs/FLUX.1-Kontext-dev": Published(
-        transformer_class="FluxTransformer2DModel", transformer=FLUX_KONTEXT, text_encoders=4.885, autoencoder=0.084
-    ),
-    "black-forest-labs/FLUX.2-klein-base-4B": _of_flux2(KLEIN_4B, 4.02),  # Qwen3-4B
-    "black-forest-labs/FLUX.2-klein-4B": _of_flux2(KLEIN_4B, 4.02),
-    "black-forest-labs/FLUX.2-klein-base-9B": _of_flux2(KLEIN_9B, 8.19),  # Qwen3-8B
-    "black-forest-labs/FLUX.2-klein-9B": _of_flux2(KLEIN_9B, 8.19),
-    "black-forest-labs/FLUX.2-dev": _of_flux2(FLUX2_DEV, 24.01),  # Mistral-Small-3.2-24B
-    "Qwen/Qwen-Image-Edit": QWEN,
+    "black-forest-labs/FLUX.1-Kontext-dev": KONTEXT,
+    "black-forest-labs/FLUX.2-klein-base-4B": BASE_4B,
+    "black-forest-labs/FLUX.2-klein-4B": BASE_4B,
+    "black-forest-labs/FLUX.2-klein-base-9B": BASE_9B,
+    "black-forest-labs/FLUX.2-klein-9B": BASE_9B,
+    "black-forest-labs/FLUX.2-dev": DEV,
+    "Qwen/Qwen-Image-Edit": replace(QWEN, pipeline="QwenImageEditPipeline"),
     "Qwen/Qwen-Image-Edit-2509": QWEN,
     "Qwen/Qwen-Image-Edit-2511": QWEN,
+    RANDOM: KONTEXT,
 }
 
 JUDGES = {  # billions of parameters

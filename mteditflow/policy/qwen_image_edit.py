@@ -1,5 +1,5 @@
-"""Qwen-Image-Edit, -2509 and -2511 as a policy: what the stock QwenImageEditPipeline (the first) and
-QwenImageEditPlusPipeline (the others) compute, cut at the places where a trainer needs it.
+"""Qwen-Image-Edit, -2509 and -2511: what the stock QwenImageEditPipeline (the first) and QwenImageEditPlusPipeline (the
+others) compute, cut at the places where a trainer needs it.
 
 Text, latents, shapes, guidance and timestep are made by the pipelines' own methods or in their order of operations. An
 image enters as a picture file holds it, in 8 bits, and is resized as the pipelines resize a PIL image, but to the
@@ -15,11 +15,10 @@ float32; text embeddings, which are only ever an input of the base, have its dty
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import (
     CONDITION_IMAGE_SIZE,
     VAE_IMAGE_SIZE,
@@ -29,83 +28,41 @@ from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import (
 )
 from PIL import Image
 from torch import Tensor
-from transformers.utils.import_utils import is_torchvision_available
 
-from mteditflow.config import LoraConfig, ModelConfig
+from mteditflow.config import ModelConfig
 from mteditflow.pictures import to_pil, to_uint8
-from mteditflow.policy.full_weights import build_adapters
-from mteditflow.policy.pipelines import DTYPES, encoders_on, in_chunks, opened, token_grid
+from mteditflow.policy.encoding import encoders_on
+from mteditflow.policy.family import ATTENTION, FLOW_MATCHING, Base, Family, Saved, width_of
 from mteditflow.types import Condition
 
-TARGETS = (
-    *(f"attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")),
-    *(f"attn.{name}" for name in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")),
-    *(f"{name}.net.{layer}" for name in ("img_mlp", "txt_mlp") for layer in ("0.proj", "2")),
-)
 NEGATIVE_PROMPT = " "  # of the model cards; the pipelines have none of their own
 PICTURE = "Picture 1: <|vision_start|><|image_pad|><|vision_end|>"  # before an instruction, by the Plus pipeline
-
-# What `schedule` assumes; the shift's constants are taken from the scheduler's own config.
-SCHEDULER = {
-    "num_train_timesteps": 1000,
-    "use_dynamic_shifting": True,
-    "time_shift_type": "exponential",
-    "use_karras_sigmas": False,
-    "use_exponential_sigmas": False,
-    "use_beta_sigmas": False,
-    "invert_sigmas": False,
-    "stochastic_sampling": False,
-}
+VISION_TOKEN = 28  # pixels per side of a vision token of Qwen2.5-VL
+NUM_TEMPLATE_TOKENS = 20  # about, of the template around the instruction
 
 
-class QwenImageEditPolicy:
-    """See `mteditflow.policy.Policy`. The text of a condition: 'text' (N, T, E) with 'mask' (N, T) bool, and for true
-    guidance 'negative' (N, T', E).
+class QwenImageEdit:
+    """See `family.Editor`. The text of a condition: 'text' (N, T, E) with 'mask' (N, T) bool, and for true guidance
+    'negative' (N, T', E).
     """
 
     has_cfg = True
-    is_text_of_image = True
     is_distilled = False
 
-    def __init__(
-        self,
-        path: str,
-        config: ModelConfig,
-        lora: LoraConfig,
-        *,
-        seed: int,
-        has_old: bool,
-        device: torch.device,
-        loaded: DiffusionPipeline | None = None,
-    ) -> None:
-        if not is_torchvision_available():
-            raise ValueError(
-                f"model.path {path!r} has a processor that transformers loads with torchvision only: install the "
-                f"torchvision of this torch"
-            )
-        self.device = device
-        self.dtype = DTYPES[config.dtype]
-        self.config = config
-        pipeline: Any = opened(DiffusionPipeline, path, config, device, SCHEDULER, loaded)
-        self.pipeline = pipeline
-        self._is_plus = isinstance(pipeline, QwenImageEditPlusPipeline)
-        grid, condition_grid = token_grid(config, 2 * pipeline.vae_scale_factor, path)
-        self.num_tokens = grid[0] * grid[1]
-        self.num_condition_tokens = condition_grid[0] * condition_grid[1]
-        self.num_channels: int = pipeline.transformer.config.in_channels
-        self._shapes = [(1, *grid), (1, *condition_grid)]  # frames, rows, columns of the output and of the condition
+    def __init__(self, base: Base) -> None:
+        self.base, self.config = base, base.config
+        self.pipeline: Any = base.pipeline
+        self._is_plus = isinstance(self.pipeline, QwenImageEditPlusPipeline)
+        self._shapes = [(1, *base.grid), (1, *base.condition_grid)]  # frames, rows, columns
         self.vision_size = self._vision_size()
-        self.num_text_tokens = self._num_template_tokens() + config.max_text_tokens  # T
+        self.num_text_tokens = self._num_template_tokens() + self.config.max_text_tokens  # T
         # as the pipelines make them: mean, and one over the standard deviation rounded to the base's dtype
-        vae = pipeline.vae.config
+        vae = self.pipeline.vae.config
         mean, std = (
-            torch.tensor(value).view(1, -1, 1, 1, 1).to(device, self.dtype)
+            torch.tensor(value).view(1, -1, 1, 1, 1).to(base.device, base.dtype)
             for value in (vae.latents_mean, vae.latents_std)
         )
         self._latents_mean, self._latents_scale = mean, 1.0 / std
-        self.adapters = build_adapters(pipeline.transformer, lora, TARGETS, seed=seed, has_old=has_old)
-
-    # Text and images
 
     def _vision_size(self) -> tuple[int, int]:
         """Height and width at which the text encoder is given the image, of the edit's aspect."""
@@ -121,7 +78,6 @@ class QwenImageEditPolicy:
         tokens = self.pipeline.processor(text=[text], images=[blank], return_tensors="pt")["input_ids"]
         return tokens.shape[1] - self.pipeline.prompt_template_encode_start_idx
 
-    @torch.no_grad()
     def encode_text(self, instructions: Sequence[str], images: Tensor, *, has_cfg: bool) -> dict[str, Tensor]:
         """Embeddings (N, T, E) of N instructions on images (N, 3, H, W), in the base's dtype, and their mask.
 
@@ -132,7 +88,7 @@ class QwenImageEditPolicy:
         seen = [self._resize(picture) for picture in _pictures(images)]
         keys = [(prompt, picture.tobytes()) for prompt, picture in zip(prompts, seen, strict=True)]
         unique = {key: row for row, key in enumerate(keys)}
-        with encoders_on(self.pipeline, self.device):
+        with encoders_on(self.pipeline, self.base.device):
             encoded = {key: self._encode_row(prompts[row], seen[row], has_cfg) for key, row in unique.items()}
         rows = [encoded[key] for key in keys]
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
@@ -143,14 +99,14 @@ class QwenImageEditPolicy:
         assert missing >= 0, (len(text), self.num_text_tokens)
         row = {
             "text": torch.nn.functional.pad(text, (0, 0, 0, missing)),
-            "mask": torch.arange(self.num_text_tokens, device=self.device) < len(text),
+            "mask": torch.arange(self.num_text_tokens, device=self.base.device) < len(text),
         }
         return row | ({"negative": self._embed(NEGATIVE_PROMPT, picture)} if has_cfg else {})
 
     def _embed(self, prompt: str, picture: Image.Image) -> Tensor:
         """The pipeline's embeddings (T', E) of a prompt on a picture."""
         image = [picture] if self._is_plus else picture
-        return self.pipeline.encode_prompt(prompt, image=image, device=self.device)[0][0]
+        return self.pipeline.encode_prompt(prompt, image=image, device=self.base.device)[0][0]
 
     def _cut(self, prompt: str) -> str:
         """The instruction, or as much of its beginning as has no more than max_text_tokens."""
@@ -164,72 +120,47 @@ class QwenImageEditPolicy:
     def _resize(self, picture: Image.Image) -> Image.Image:
         return self.pipeline.image_processor.resize(picture, *self.vision_size)
 
-    @torch.no_grad()
-    def encode_image(self, images: Tensor, microbatch_size: int = 16) -> Tensor:
-        """Images (N, 3, H, W) in [-1, 1] to clean latents (N, L', C), float32: rounded to 8 bits, resized, and the mode
-        of the VAE, normalised and packed. Always `microbatch_size` rows at a time: bits do not depend on N.
-        """
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Images rounded to 8 bits and resized; then the mode of the VAE, normalised and packed."""
+        pictures = self.pipeline.image_processor.preprocess(_pictures(images), *self.config.condition_size)
+        pictures = pictures.unsqueeze(2).to(self.base.device, self.base.dtype)  # (B, 3, 1, H', W'): video of one frame
+        latents = self.pipeline._encode_vae_image(image=pictures, generator=None)  # the mode uses no generator
+        batch, channels, _, height, width = latents.shape
+        return self.pipeline._pack_latents(latents, batch, channels, height, width)
 
-        def encode(rows: Tensor) -> Tensor:
-            pictures = self.pipeline.image_processor.preprocess(_pictures(rows), *self.config.condition_size)
-            pictures = pictures.unsqueeze(2).to(self.device, self.dtype)  # (B, 3, 1, H', W'): a video of one frame
-            latents = self.pipeline._encode_vae_image(image=pictures, generator=None)  # the mode uses no generator
-            batch, channels, _, height, width = latents.shape
-            return self.pipeline._pack_latents(latents, batch, channels, height, width).float()
-
-        return in_chunks(encode, images, microbatch_size)
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor, microbatch_size: int = 16) -> Tensor:
-        """Latents (N, L, C) to images (N, 3, H, W) clamped to [-1, 1], float32, not rounded.
-
-        Always `microbatch_size` rows at a time: bits do not depend on N.
-        """
-        assert latents.shape[1:] == (self.num_tokens, self.num_channels), latents.shape
+    def decode(self, latents: Tensor) -> Tensor:
+        """The VAE's pictures of latents unpacked, with their own mean and scale."""
         size, factor = (self.config.height, self.config.width), self.pipeline.vae_scale_factor
+        unpacked = self.pipeline._unpack_latents(latents, *size, factor)
+        unpacked = unpacked / self._latents_scale + self._latents_mean
+        return self.pipeline.vae.decode(unpacked, return_dict=False)[0][:, :, 0]
 
-        def decode(rows: Tensor) -> Tensor:
-            unpacked = self.pipeline._unpack_latents(rows, *size, factor).to(self.dtype)
-            unpacked = unpacked / self._latents_scale + self._latents_mean
-            return self.pipeline.vae.decode(unpacked, return_dict=False)[0][:, :, 0].float().clamp(-1, 1)
-
-        return in_chunks(decode, latents, microbatch_size)
-
-    # Velocity
-
-    def velocity(self, latents: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
-        """Velocity (B, L, C), float32, of latents (B, L, C) at noise level sigma (B,), under the selected adapter.
+    def velocity(self, transformer: Any, latents: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+        """Velocity (B, L, C), float32, of latents (B, L, C) at noise level sigma (B,).
 
         With guidance s: v' = v- + s (v+ - v-), then each token scaled to the norm of v+.
         """
-        tokens = (latents.shape[1], condition.image.shape[1])
-        assert tokens == tuple(math.prod(shape) for shape in self._shapes), (tokens, self._shapes)
-        # rounded to the base's dtype on this scale, as the pipelines do
-        timestep = (sigma.float() * 1000).to(self.dtype) / 1000
-        hidden = torch.cat([latents.to(self.dtype), condition.image.to(self.dtype)], dim=1)
 
         def predict(text: Tensor, mask: Tensor | None) -> Tensor:
-            predicted = self.adapters.transformer(
-                hidden_states=hidden,
-                timestep=timestep,
-                encoder_hidden_states=text,
-                encoder_hidden_states_mask=mask,
-                img_shapes=[self._shapes] * len(hidden),
-                return_dict=False,
-            )[0]
-            return predicted[:, : tokens[0]].float().contiguous()
+            inputs = {
+                "encoder_hidden_states": text,
+                "encoder_hidden_states_mask": mask,
+                "img_shapes": [self._shapes] * len(latents),
+            }
+            return self.base.predict(transformer, latents, sigma, condition.image, inputs)
 
         velocity = predict(condition.text["text"], condition.text["mask"])
         if condition.cfg_scale == 1:
             return velocity
         negative = predict(condition.text["negative"], None)
         guided = negative + condition.cfg_scale * (velocity - negative)
-        norm, guided_norm = (torch.norm(own, dim=-1, keepdim=True) for own in (velocity, guided))
+        norm, guided_norm = (torch.norm(value, dim=-1, keepdim=True) for value in (velocity, guided))
         return guided * (norm / guided_norm)
 
     def sigmas(self, num_steps: int) -> Tensor:
         """The pipeline's schedule of noise levels (S+1,), float64 on the host."""
-        return schedule(self.pipeline.scheduler.config, num_steps, self.num_tokens)
+        rows, columns = self.base.grid
+        return schedule(self.pipeline.scheduler.config, num_steps, rows * columns)
 
 
 def schedule(config: Any, num_steps: int, num_tokens: int) -> Tensor:
@@ -256,3 +187,39 @@ def schedule(config: Any, num_steps: int, num_tokens: int) -> Tensor:
 def _pictures(images: Tensor) -> list[Image.Image]:
     """Images (N, 3, H, W) in [-1, 1] as PIL has them, in 8 bits."""
     return [to_pil(pixels) for pixels in to_uint8(images)]
+
+
+def _num_text_tokens(model: ModelConfig) -> int:
+    """With the image's vision tokens, at -2509's size where the config leaves it open."""
+    return model.max_text_tokens + (model.vision_pixels or 384**2) // VISION_TOKEN**2 + NUM_TEMPLATE_TOKENS
+
+
+def _row_weights(transformer: Mapping[str, Any]) -> int:
+    """Of modulation: of both streams in each block, and of the output."""
+    return (12 * transformer["num_layers"] + 2) * width_of(transformer) ** 2
+
+
+def _stock_arguments(_: str, model: ModelConfig) -> dict[str, Any]:
+    return {"true_cfg_scale": model.cfg_scale, "negative_prompt": f'"{NEGATIVE_PROMPT}"'}
+
+
+FAMILY = Family(
+    pipelines=("QwenImageEditPipeline", "QwenImageEditPlusPipeline"),
+    editor=QwenImageEdit,
+    transformer="QwenImageTransformer2DModel",
+    targets=(*ATTENTION, *(f"{name}.net.{layer}" for name in ("img_mlp", "txt_mlp") for layer in ("0.proj", "2"))),
+    scheduler=FLOW_MATCHING,  # the shift's constants are taken from the scheduler's own config
+    saved=Saved(double=(18.1, 6.0), full_double=24.1),
+    block_weights=12,  # 4 of attention, 8 of a feed-forward of 4 d
+    row_weights=_row_weights,
+    stock_arguments=_stock_arguments,
+    note="The stock pipeline encodes the picture at about a megapixel, whatever its size",
+    comfyui=(  # each module of a model whose names are diffusers' own
+        rf"transformer_blocks\.\d+\.({'|'.join(ATTENTION)}|(img|txt)_mod\.1|(img|txt)_mlp\.net\.(0\.proj|2))",
+        r"img_in|txt_in|proj_out|norm_out\.linear|time_text_embed\.timestep_embedder\.linear_[12]",
+    ),
+    uncapturable=("zero_cond_t",),  # of -2511: makes a tensor of Python numbers in every forward pass
+    is_text_of_image=True,
+    packages=("torchvision",),  # transformers loads the processor's class with it only
+    num_text_tokens=_num_text_tokens,
+)

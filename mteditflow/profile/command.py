@@ -10,7 +10,7 @@ import json
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,55 +18,76 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torch.nn.functional import interpolate
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from mteditflow import rollout, update
-from mteditflow.config import EMBEDDED, Config, cli
+from mteditflow.config import EMBEDDED, Config
 from mteditflow.data import SIZE, training_tasks
-from mteditflow.distributed import Ranks
+from mteditflow.distributed import Ranks, local_device
 from mteditflow.objective import Objective, build_objective
-from mteditflow.plan.dry_run import batch_plan, dry_run
+from mteditflow.plan.dry_run import batch_plan
 from mteditflow.plan.flops import forward_flops
-from mteditflow.plan.memory import num_passes, num_text_tokens, read_sizes
-from mteditflow.policy import Policy, build_policy
-from mteditflow.policy.random_kontext import random_kontext
-from mteditflow.record.metrics import Timer, memory_gib
+from mteditflow.plan.memory import num_passes
+from mteditflow.policy import DTYPES, Policy, build_policy
+from mteditflow.policy.published import RANDOM
+from mteditflow.profile.random_kontext import random_kontext
+from mteditflow.record.metrics import Timer, used_memory
 from mteditflow.reward import build_reward
 from mteditflow.types import EditTask
 
-RANDOM = "random"
 PHASES = ("encode text", "encode images", "denoise", "decode", "score", "forward, backward", "optimizer")
 SYNCS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx", "cudaGraphLaunch")
 Context = Callable[[str], AbstractContextManager[Any]]
 
 
-def build(config: Config) -> Policy:
-    """The configured policy, or one of random weights."""
-    has_old = build_objective(config).has_old
-    if config.model.path != RANDOM:
-        return build_policy(config.model, config.lora, config.run.seed, has_old=has_old)
-    return random_kontext(config, has_old=has_old)
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """What is profiled: the configured policy, or one of random weights, and the tasks of iteration 0."""
+
+    config: Config
+    policy: Policy
+    objective: Objective
+    tasks: list[EditTask]
+    ranks: Ranks
+
+    def run(self, context: Context) -> None:
+        """A rollout, its scores where the pictures are the world's, and an update with an advantage for every row."""
+        policy, objective, config = self.policy, self.objective, self.config
+        optimizer = torch.optim.AdamW([parameter for _, parameter in policy.adapters.trainable], lr=1e-9)
+        made = rollout.sample_rollout(policy, objective, self.tasks, config, 0)
+        if config.data.path == EMBEDDED and (config.model.height, config.model.width) == (SIZE, SIZE):
+            with context("score"):
+                build_reward(config)(made)
+        sign = 1.0 - 2.0 * (torch.arange(len(made.group)) % 2)
+        advantages = sign[:, None].repeat(1, len(made.turns))
+        update.update(policy, optimizer, objective, made, advantages, config, 0, self.ranks)
 
 
-def resized_tasks(config: Config, ranks: Ranks) -> list[EditTask]:
-    """The tasks of iteration 0, the world's pictures at the size of the config."""
-    size = (config.model.height, config.model.width)
-    tasks = training_tasks(config, 0, ranks)
-    sources = torch.nn.functional.interpolate(torch.stack([task.source for task in tasks]), size, mode="bilinear")
-    return [replace(task, source=source) for task, source in zip(tasks, sources, strict=True)]
+def build_case(config: Config) -> Case:
+    """Build the policy; the world's pictures are brought to the size of the config. ValueError as for a run."""
+    ranks, objective = Ranks(rank=0, world_size=1, device=local_device()), build_objective(config)
+    if config.model.path == RANDOM:
+        policy = random_kontext(config, has_old=objective.has_old)
+    else:
+        policy = build_policy(config.model, config.lora, config.run.seed, has_old=objective.has_old)
+    tasks, size = training_tasks(config, 0, ranks), (config.model.height, config.model.width)
+    sources = interpolate(torch.stack([task.source for task in tasks]), size, mode="bilinear")
+    tasks = [replace(task, source=source) for task, source in zip(tasks, sources, strict=True)]
+    return Case(config=config, policy=policy, objective=objective, tasks=tasks, ranks=ranks)
 
 
 @contextmanager
-def phases(policy: Policy, objective: Objective, context: Context) -> Iterator[None]:
+def phases(case: Case, context: Context) -> Iterator[None]:
     """Within it, each phase of a rollout and an update runs in its own `context(name)`."""
     parts: list[tuple[Any, str, str]] = [
-        (policy, "encode_text", "encode text"),
-        (policy, "encode_image", "encode images"),
+        (case.policy, "encode_text", "encode text"),
+        (case.policy, "encode_image", "encode images"),
         (rollout, "denoise", "denoise"),
         (rollout, "denoise_by_graph", "denoise"),
-        (policy, "decode", "decode"),
-        (objective, "loss", "forward, backward"),
+        (case.policy, "decode", "decode"),
+        (case.objective, "loss", "forward, backward"),
         (Tensor, "backward", "forward, backward"),
         (update, "step", "optimizer"),
     ]
@@ -89,20 +110,6 @@ def phases(policy: Policy, objective: Objective, context: Context) -> Iterator[N
         yield
 
 
-def iteration(
-    policy: Policy, objective: Objective, tasks: list[EditTask], config: Config, ranks: Ranks, context: Context
-) -> None:
-    """A rollout, its scores where the pictures are the world's, and an update with an advantage for every row."""
-    optimizer = torch.optim.AdamW([parameter for _, parameter in policy.adapters.trainable], lr=1e-9)
-    own = rollout.sample_rollout(policy, objective, tasks, config, 0)
-    if config.data.path == EMBEDDED and (config.model.height, config.model.width) == (SIZE, SIZE):
-        with context("score"):
-            build_reward(config.reward)(own)
-    num_rows = len(own.group)
-    sign = 1.0 - 2.0 * (torch.arange(num_rows) % 2)
-    update.update(policy, optimizer, objective, own, sign[:, None].repeat(1, len(own.turns)), config, 0, ranks)
-
-
 def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
     """TFLOP/s of a square matrix product in this precision, median of 10."""
     size = 8192 if device.type == "cuda" else 1024
@@ -116,22 +123,20 @@ def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / statistics.median(seconds[3:]) / 1e12
 
 
-def timed(policy: Policy, objective: Objective, tasks: list[EditTask], config: Config, ranks: Ranks) -> dict[str, Any]:
-    """Seconds by phase and in all, and peak memory, of one iteration after two to warm up."""
+def time_phases(case: Case) -> dict[str, Any]:
+    """Seconds by phase and in all, of one iteration after two to warm up; peak memory is counted from there."""
     timer = Timer()
     for _ in range(2):
-        iteration(policy, objective, tasks, config, ranks, Timer())
+        case.run(Timer())
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    with timer("all"), phases(policy, objective, timer):
-        iteration(policy, objective, tasks, config, ranks, timer)
+    with timer("all"), phases(case, timer):
+        case.run(timer)
     seconds = {name.removesuffix("_s"): value for name, value in timer.pop().items()}
     return {"seconds": {name: seconds[name] for name in PHASES if name in seconds}, "total_s": seconds["all"]}
 
 
-def traced(
-    policy: Policy, objective: Objective, tasks: list[EditTask], config: Config, ranks: Ranks, path: Path
-) -> dict[str, Any]:
+def trace(case: Case, path: Path) -> dict[str, Any]:
     """Launches and host syncs of an iteration, by phase; the trace goes to `path`.
 
     A sync is a wait of the host for the GPU. On a CPU there are none, and what would be one is counted: a number of a
@@ -139,8 +144,8 @@ def traced(
     """
     is_cuda = torch.cuda.is_available()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if is_cuda else [])]
-    with profile(activities=activities) as profiler, phases(policy, objective, record_function):
-        iteration(policy, objective, tasks, config, ranks, record_function)
+    with profile(activities=activities) as profiler, phases(case, record_function):
+        case.run(record_function)
     profiler.export_chrome_trace(str(path))
     events = profiler.events() or []
     spans = {phase: [e.time_range for e in events if e.name == phase] for phase in PHASES}
@@ -148,8 +153,8 @@ def traced(
     def count(names: Sequence[str]) -> dict[str, int]:
         starts = [e.time_range.start for e in events if e.name in names]
         within = {
-            phase: sum(any(span.start <= start < span.end for span in own) for start in starts)
-            for phase, own in spans.items()
+            phase: sum(any(span.start <= start < span.end for span in of_phase) for start in starts)
+            for phase, of_phase in spans.items()
         }
         return within | {"all": len(starts)}
 
@@ -161,37 +166,39 @@ def traced(
     }
 
 
+def count_work(case: Case) -> tuple[float, dict[str, float]]:
+    """TFLOP of a forward pass of one row, and of the phases that are matrix products."""
+    config, policy, batches, passes = case.config, case.policy, batch_plan(case.config), num_passes(case.config)
+    row = forward_flops(
+        policy.family, policy.pipeline.transformer.config, text_tokens=policy.family.num_text_tokens(config.model),
+        image_tokens=policy.num_tokens + policy.num_condition_tokens,
+    )  # fmt: skip
+    backward = batches.transitions * (row.backward if config.lora.rank else row.backward_full)
+    return row.total / 1e12, {
+        "denoise": passes * batches.rollout_rows * row.total / 1e12,
+        "forward, backward": passes * (batches.train_forward_rows * row.total + backward) / 1e12,
+    }
+
+
 def measure(config: Config, folder: Path) -> dict[str, Any]:
     """All figures of a profile, as `profile.json` has them."""
-    ranks = Ranks(rank=0, world_size=1, device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    policy, objective, tasks = build(config), build_objective(config), resized_tasks(config, ranks)
-    figures: dict[str, Any] = timed(policy, objective, tasks, config, ranks) | {"memory_gib": memory_gib()}
-    ceiling = matmul_ceiling(policy.device, {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.model.dtype])
-    batches = batch_plan(config)
-    transformer = policy.pipeline.transformer
-    row = forward_flops(
-        transformer.config, text_tokens=num_text_tokens(config.model, read_sizes(config)),
-        image_tokens=policy.num_tokens + policy.num_condition_tokens, family=type(transformer).__name__,
-    )  # fmt: skip
-    backward = row.backward if config.lora.rank else row.backward_full
-    passes = num_passes(config)
-    work = {
-        "denoise": passes * batches.rollout_rows * row.total / 1e12,
-        "forward, backward": passes * (batches.train_forward_rows * row.total + batches.transitions * backward) / 1e12,
-    }
-    seconds, num_threads = figures["seconds"], torch.get_num_threads()
+    case = build_case(config)
+    device, num_images = case.policy.device, batch_plan(config).turn_images
+    figures: dict[str, Any] = time_phases(case) | {"memory_gib": used_memory()[1]}
+    ceiling, (forward, work) = matmul_ceiling(device, DTYPES[config.model.dtype]), count_work(case)
+    seconds = figures["seconds"]
     rollout_s = sum(seconds[phase] for phase in ("encode text", "encode images", "denoise", "decode"))
     return figures | {
-        "device": torch.cuda.get_device_name() if policy.device.type == "cuda" else f"CPU, threads: {num_threads}",
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, threads: {torch.get_num_threads()}",
         "torch": torch.__version__,
-        "turn_images": batches.turn_images,
-        "turn_images_per_second": batches.turn_images / rollout_s,
-        "forward_tflop": row.total / 1e12,
+        "turn_images": num_images,
+        "turn_images_per_second": num_images / rollout_s,
+        "forward_tflop": forward,
         "tflop": work,
         "tflop_per_second": {phase: value / seconds[phase] for phase, value in work.items()},
         "ceiling_tflop_per_second": ceiling,
         "floor_s": {phase: value / ceiling for phase, value in work.items()},
-        **traced(policy, objective, tasks, config, ranks, folder / "trace.json.gz"),
+        **trace(case, folder / "trace.json.gz"),
     }  # fmt: skip
 
 
@@ -221,18 +228,11 @@ def tables(figures: dict[str, Any]) -> list[Table | str]:
     ]
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line: every field of a run; writes `profile.json` and `trace.json.gz` into `run.folder`."""
-    config, is_dry_run = cli.parse(argv, prog="python -m mteditflow.profile")
+def write_profile(config: Config) -> None:
+    """Profile an iteration, show the tables, and write `profile.json` and `trace.json.gz` into `run.folder`."""
     folder = Path(config.run.folder)
-    try:
-        if is_dry_run:
-            print(dry_run(config).table)
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        figures = measure(config, folder)
-    except ValueError as error:
-        cli.fail(error)
+    folder.mkdir(parents=True, exist_ok=True)
+    figures = measure(config, folder)
     (folder / "profile.json").write_text(json.dumps(figures, indent=1))
     console = Console(width=None if Console().is_terminal else 120)
     for part in tables(figures):

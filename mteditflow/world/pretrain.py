@@ -13,6 +13,13 @@ minutes, the pairs 2.5 and every 1,000 batches of stage two 3.5 with `--compile`
 ships came to be.
 """
 
+import sys
+
+from mteditflow.config import command
+
+if __name__ == "__main__":  # before torch is imported: --help and wrong arguments answer at once
+    sys.exit(command.main(["pretrain", *sys.argv[1:]]))
+
 import math
 import time
 from copy import deepcopy
@@ -26,7 +33,7 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.pipelines.flux.pipeline_flux_kontext import FluxKontextPipeline
 from einops import rearrange
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 from torch import Tensor
 
 from mteditflow.flow import sigma_schedule
@@ -288,26 +295,8 @@ def save(pipeline: FluxKontextPipeline, folder: Path) -> None:
     small.save_pretrained(folder)
 
 
-def main(argv: list[str] | None = None) -> None:
+def pretrain(args: Namespace) -> None:
     """Train from nothing, or from a trained autoencoder; the same command goes on after a kill."""
-    parser = ArgumentParser(prog="python -m mteditflow.world.pretrain", description=__doc__)
-    parser.add_argument("--output", type=Path, required=True, help="folder for the checkpoints")
-    parser.add_argument("--vae", type=Path, help="take this trained autoencoder instead of training one")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--vae_batches", type=int, default=2000, help="of 32 pictures")
-    parser.add_argument("--num_pairs", type=int, default=120_000)
-    parser.add_argument("--editor_batches", type=int, default=8000)
-    parser.add_argument("--flawed_batches", type=int, default=1500, help="the last of them, with flawed targets")
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--learning_rate", type=float, default=1.5e-3)
-    parser.add_argument("--save_every", type=int, default=500)
-    parser.add_argument("--num_sessions", type=int, default=400, help="held-out edits per measurement")
-    parser.add_argument(
-        "--compile",
-        action="store_true",
-        help="torch.compile the editor: 1.6 times as fast on a CPU, needs a C++ compiler",
-    )
-    args = parser.parse_args(argv)
     pipeline = new_pipeline(args.seed)
     if args.vae:
         pipeline.vae = AutoencoderKL.from_pretrained(args.vae)
@@ -320,7 +309,3 @@ def main(argv: list[str] | None = None) -> None:
     pairs = make_pairs(pipeline.vae, args.num_pairs, args.seed)
     print(f"{len(pairs.instructions)} single edits made in {time.monotonic() - started:.0f} s", flush=True)
     train_editor(pipeline, pairs, args)
-
-
-if __name__ == "__main__":
-    main()

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import psutil
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
@@ -11,8 +10,11 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from mteditflow.config import Config
-from mteditflow.policy.flux_kontext import FluxKontextPolicy
-from mteditflow.policy.published import FLUX_KONTEXT
+from mteditflow.distributed import local_device
+from mteditflow.plan.dry_run import free_gib
+from mteditflow.plan.memory import GIB
+from mteditflow.policy import DTYPES, Policy
+from mteditflow.policy.published import FLUX_KONTEXT, RANDOM
 from mteditflow.world.tiny_kontext import clip_tokenizer, flux_scheduler, t5_tokenizer
 
 # As in the published vae/config.json.
@@ -49,37 +51,31 @@ def _parts(max_text_tokens: int) -> dict[str, nn.Module]:
 
 
 def num_weights() -> int:
-    """Of the whole pipeline; nothing is allocated."""
+    """Count the weights of the whole pipeline; nothing is allocated."""
     with torch.device("meta"):
         return sum(weight.numel() for part in _parts(77).values() for weight in part.parameters())
 
 
-def random_kontext(config: Config, *, has_old: bool) -> FluxKontextPolicy:
-    """The policy. ValueError where the weights alone do not fit into what is free."""
-    is_cuda = torch.cuda.is_available()
-    device = torch.device("cuda", torch.cuda.current_device()) if is_cuda else torch.device("cpu")
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.model.dtype]
-    needed = num_weights() * dtype.itemsize / 2**30
-    free = (torch.cuda.mem_get_info()[0] if is_cuda else psutil.virtual_memory().available) / 2**30
+def random_kontext(config: Config, *, has_old: bool) -> Policy:
+    """Make the policy. ValueError where the weights alone do not fit into what is free."""
+    model, device, dtype = config.model, local_device(), DTYPES[config.model.dtype]
+    needed, free = num_weights() * dtype.itemsize / GIB, free_gib()
     if needed > free:
         raise ValueError(
-            f"model.path is 'random': FLUX.1-Kontext's weights take {needed:.1f} GiB as {config.model.dtype}, but only "
+            f"model.path is {RANDOM!r}: FLUX.1-Kontext's weights take {needed:.1f} GiB as {model.dtype}, but only "
             f"{free:.1f} GiB are free: take another machine, or model.path embedded"
         )
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with device:
-            parts = _parts(config.model.max_text_tokens)
+            parts = _parts(model.max_text_tokens)
     finally:
         torch.set_default_dtype(before)
-    tokens = config.model.max_text_tokens
-    pipeline: Any = FluxKontextPipeline(
+    pipeline = FluxKontextPipeline(
         scheduler=flux_scheduler(),
-        tokenizer=clip_tokenizer(WORDS, min(tokens + 1, 77)),  # pyright: ignore[reportArgumentType]
-        tokenizer_2=t5_tokenizer(WORDS, tokens),  # pyright: ignore[reportArgumentType]
+        tokenizer=clip_tokenizer(WORDS, min(model.max_text_tokens + 1, 77)),  # pyright: ignore[reportArgumentType]
+        tokenizer_2=t5_tokenizer(WORDS, model.max_text_tokens),  # pyright: ignore[reportArgumentType]
         **parts,  # pyright: ignore[reportArgumentType]
     )
-    return FluxKontextPolicy(
-        "random", config.model, config.lora, seed=config.run.seed, has_old=has_old, device=device, loaded=pipeline
-    )  # fmt: skip
+    return Policy(pipeline, model, config.lora, seed=config.run.seed, has_old=has_old, device=device)

@@ -1,0 +1,153 @@
+"""What a family of editors is: the facts that plans, cards, exports and CUDA graphs ask for, and the editor itself."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from mteditflow.config import ModelConfig
+from mteditflow.policy.pipelines import DTYPES
+from mteditflow.types import Condition
+
+ATTENTION = (  # the projections of a block with a stream for the image and one for the text, as diffusers names them
+    *(f"attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")),
+    *(f"attn.{name}" for name in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")),
+)
+FLOW_MATCHING = {  # what every schedule here assumes of the stock scheduler's config
+    "num_train_timesteps": 1000,
+    "use_dynamic_shifting": True,
+    "time_shift_type": "exponential",
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "invert_sigmas": False,
+    "stochastic_sampling": False,
+}
+
+
+def width_of(transformer: Mapping[str, Any]) -> int:
+    """d, the width of a transformer's blocks, from its config."""
+    return transformer["num_attention_heads"] * transformer["attention_head_dim"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """Activations that autograd saves per token and block: (a, b) is a d + b r, of width d and LoRA's rank r.
+
+    Counted with saved-tensor hooks (diffusers 0.42) at d 128 and 256, r 8 and 32, where the formula is within 0.1 %.
+    """
+
+    double: tuple[float, float]
+    single: tuple[float, float] = (0.0, 0.0)
+    full_double: float  # in units of d, where the weights themselves are trained
+    full_single: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Base:
+    """A pipeline, frozen and on its device, with the settings of the run: what an editor computes with."""
+
+    pipeline: Any
+    config: ModelConfig
+    device: torch.device
+    grid: tuple[int, int]  # rows and columns of the L tokens of an edit
+    condition_grid: tuple[int, int]  # of the L' tokens of the image that is edited
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of the pipeline and of its forward passes."""
+        return DTYPES[self.config.dtype]
+
+    def predict(
+        self, transformer: Any, latents: Tensor, sigma: Tensor, image: Tensor, inputs: Mapping[str, Any]
+    ) -> Tensor:
+        """Run the transformer on noisy tokens (B, L, C), then the image's (B, L', C): velocity (B, L, C), float32.
+
+        The timestep is rounded to the base's dtype on the scale of 1000, as the stock pipelines do.
+        """
+        predicted = transformer(
+            hidden_states=torch.cat([latents.to(self.dtype), image.to(self.dtype)], dim=1),
+            timestep=(sigma.float() * 1000).to(self.dtype) / 1000,
+            return_dict=False,
+            **inputs,
+        )[0]
+        return predicted[:, : latents.shape[1]].float().contiguous()
+
+    def embedded_guidance(self, latents: Tensor) -> Tensor:
+        """`model.guidance_scale` for each of B rows, float32."""
+        scale = torch.full([1], self.config.guidance_scale, device=latents.device, dtype=torch.float32)
+        return scale.expand(len(latents))
+
+
+class Editor(Protocol):
+    """A model of one family, by the methods of its stock pipeline; `Policy` cuts rows into chunks and lends adapters.
+
+    A row's bits must not depend on its companions, nor on whether gradients are taken.
+    """
+
+    has_cfg: bool
+    """Whether the model takes true classifier-free guidance."""
+    is_distilled: bool
+    """Whether the model is distilled to few steps, which NFT blurs."""
+
+    def encode_text(self, instructions: Sequence[str], images: Tensor, *, has_cfg: bool) -> dict[str, Tensor]:
+        """Encode N instructions on images (N, 3, H, W): a dict of tensors with leading dimension N.
+
+        has_cfg: with what the unconditional half of classifier-free guidance needs.
+        """
+        ...
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Encode images (B, 3, H, W) in [-1, 1], at the condition's size, to clean latents (B, L', C)."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode latents (B, L, C) in the base's dtype to images (B, 3, H, W) in about [-1, 1]."""
+        ...
+
+    def velocity(self, transformer: Any, latents: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+        """Predict the velocity (B, L, C), float32, at noise level sigma (B,), with the condition's guidance."""
+        ...
+
+    def sigmas(self, num_steps: int) -> Tensor:
+        """Return the model's own schedule of noise levels (S+1,), float64 on the host."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """Editors that compute alike."""
+
+    pipelines: tuple[str, ...]
+    """Names of the diffusers classes, as model_index.json has them."""
+    editor: Callable[[Base], Editor]
+    """The class of the editor. ValueError for a setting that it cannot have."""
+    transformer: str
+    """Name of the transformer's diffusers class."""
+    targets: tuple[str, ...]
+    """Linears that are adapted where `lora.targets` is empty."""
+    scheduler: Mapping[str, object]
+    """Constants of the stock scheduler that `Editor.sigmas` assumes: with others it would sample at other levels."""
+    saved: Saved
+    block_weights: int
+    """A block of width d has this many times d^2 weights per token, double (each stream its own) and single alike."""
+    row_weights: Callable[[Mapping[str, Any]], int]
+    """Weights that act once per row, from the transformer's config: modulation, pooled text; embedded times aside."""
+    stock_arguments: Callable[[str, ModelConfig], dict[str, Any]]
+    """Arguments of a call of the stock pipeline, by its class, that make the edit the one that was trained."""
+    note: str = ""
+    """What the stock pipeline does with the picture's size unless it is told not to."""
+    comfyui: tuple[str, ...] = ()
+    """Patterns of the modules for which ComfyUI has keys, each of a whole name; (): unknown."""
+    uncapturable: tuple[str, ...] = ()
+    """Flags of the transformer's config under which its forward pass waits for the host: no CUDA graph."""
+    is_text_of_image: bool = False
+    """Whether the text encoder sees the image too, so that each trajectory has a text of its own."""
+    packages: tuple[str, ...] = ()
+    """Packages without which the pipeline cannot be loaded, and diffusers does not say so."""
+    pixels_per_token: int = 16
+    """Per side: an autoencoder of 8, and patches of 2."""
+    num_text_tokens: Callable[[ModelConfig], int] = lambda model: model.max_text_tokens
+    """T, for the plan."""
