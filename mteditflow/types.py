@@ -14,12 +14,16 @@ from mteditflow.flow import Schedule
 from mteditflow.noise import NoiseSource, Place, row_keys
 
 
+Box = tuple[float, float, float, float]
+"""Left, top, right, bottom in shares of width and height."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Region:
-    """An object of the source image: its name, and its box (left, top, right, bottom) in shares of width and height."""
+    """An object of the source image."""
 
     name: str
-    box: tuple[float, float, float, float] | None = None  # None: unknown
+    box: Box | None = None  # None: unknown
 
 
 @dataclass(frozen=True, kw_only=True)

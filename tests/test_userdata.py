@@ -16,8 +16,8 @@ from PIL import Image
 from mteditflow.config import Config, DataConfig, EvaluationConfig, ModelConfig, RewardConfig, RolloutConfig, cli
 from mteditflow.config.command import train
 from mteditflow.data import check_data, held_out_tasks, training_tasks
-from mteditflow.data.images import fitted, read_picture
-from mteditflow.data.userdata import is_held_out
+from mteditflow.data.images import fit_picture, read_picture
+from mteditflow.data.userdata import is_held_out_image
 from mteditflow.distributed import Ranks
 from mteditflow.flow import make_schedule
 from mteditflow.noise import NoiseSource
@@ -58,7 +58,7 @@ def first(tasks: list[EditTask]) -> list[str]:
 
 
 RECORDS = [record(name, i) for i in range(3) for name in PHOTOS]
-HELD_OUT = {name for name in PHOTOS if is_held_out(f"photos/{name}", SHARE)}
+HELD_OUT = {name for name in PHOTOS if is_held_out_image(f"photos/{name}", SHARE)}
 
 
 def test_a_task_is_the_picture_and_its_instructions(make: Callable[..., Config]) -> None:
@@ -68,7 +68,7 @@ def test_a_task_is_the_picture_and_its_instructions(make: Callable[..., Config])
     own["objects"] = [{"name": "b", "box": box}, "c"]
     config = make([own], num_tasks=1)
     (task,) = training_tasks(config, 5, ranks())
-    seen = fitted(read_picture(photo(name)), height=64, width=64, fit="crop")
+    seen = fit_picture(read_picture(photo(name)), height=64, width=64, fit="crop")
     assert torch.equal(task.source, seen.image) and task.id == 5 and task.truth is None
     assert task.instructions == (f"session 0 of {name}", "b") and task.edit_types == ("unspecified",) * 2
     assert [it.name for it in task.untouched[0]] == ["a", "b"] and task.untouched[1] == () and len(task.untouched) == 2
@@ -122,9 +122,9 @@ def test_held_out_are_whole_images_and_stay_so(make: Callable[..., Config]) -> N
     assert [task.id for task in tasks] == list(range(3 * len(HELD_OUT)))
     assert first(held_out_tasks(config)) == first(tasks)[:2]
     more = make([*RECORDS, record("../photos/chelsea.png", 9)], "b.jsonl")
-    assert {it for it in PHOTOS if is_held_out(f"photos/{it}", 0.9)} >= HELD_OUT  # a larger share adds
+    assert {it for it in PHOTOS if is_held_out_image(f"photos/{it}", 0.9)} >= HELD_OUT  # a larger share adds
     assert len(held_out_tasks(more)) == 2
-    share = np.mean([is_held_out(f"{i}.jpg", 0.2) for i in range(10_000)])
+    share = np.mean([is_held_out_image(f"{i}.jpg", 0.2) for i in range(10_000)])
     assert abs(share - 0.2) < 4 * (0.2 * 0.8 / 10_000) ** 0.5  # four standard deviations
 
 
@@ -146,8 +146,8 @@ def cached_anew(config: Config) -> None:
     """As in another process: files are read once."""
     from mteditflow.data import userdata
 
-    for own in (userdata.read_named, userdata.training_source, userdata.held_out_source):
-        own.cache_clear()
+    for function in (userdata.read_named, userdata.training_source, userdata.held_out_source):
+        function.cache_clear()
     check_data(config, is_speaking=True)
 
 
@@ -158,7 +158,7 @@ def test_damaged_images_are_named_and_replaced(
     monkeypatch.setattr("mteditflow.data.userdata.MAX_BAD_SHARE", 0.1)
     (tmp_path / "photos" / "torn.jpg").write_bytes(photo("china.jpg").read_bytes()[:30_000])
     records = [*RECORDS, *(record("torn.jpg", i) for i in range(2))]
-    assert not is_held_out("photos/torn.jpg", SHARE)
+    assert not is_held_out_image("photos/torn.jpg", SHARE)
     config = make(records, num_tasks=2)
     steps = [first(training_tasks(config, i, ranks())) for i in range(20)]
     err = capsys.readouterr().err.splitlines()
@@ -166,7 +166,7 @@ def test_damaged_images_are_named_and_replaced(
     assert {line.split()[2] for line in err} == {"a.jsonl:22:", "a.jsonl:23:"}
     assert not any("torn.jpg" in name for step in steps for name in step)
     whole = make([it for it in records if "torn" not in it["image"]], "whole.jsonl", num_tasks=2)
-    num = sum(not is_held_out(it["image"], SHARE) for it in records)
+    num = sum(not is_held_out_image(it["image"], SHARE) for it in records)
     counts = Counter(name for step in steps for name in step)
     assert set(counts) == {n for i in range(20) for n in first(training_tasks(whole, i, ranks()))}
     assert sum(counts.values()) == 40 > num

@@ -29,9 +29,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from mteditflow.config.errors import first_line
 from mteditflow.policy.encoding import in_chunks
-from mteditflow.types import EditTask, Rollout, Score
-
-Box = tuple[float, float, float, float]
+from mteditflow.types import Box, EditTask, Rollout, Score
 
 FAMILIES = ("dinov2", "dinov2_with_registers", "dinov3_vit")
 INTERPOLATION = {2: "bilinear", 3: "bicubic"}  # PIL's numbers, in which a preprocessor's file speaks
