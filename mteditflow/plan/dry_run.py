@@ -25,7 +25,7 @@ TABLE_WIDTH = 46
 
 @dataclass(frozen=True, kw_only=True)
 class Batches:
-    """The batch arithmetic of an iteration, and of the run's optimizer."""
+    """The batch arithmetic of an iteration."""
 
     trajectories: int
     turn_images: int
@@ -35,7 +35,6 @@ class Batches:
     train_forward_rows: int
     train_microbatches: int
     optimizer_steps: int
-    optimizer_steps_in_run: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,23 +67,28 @@ LEVERS = {  # what makes a part of the memory smaller
 
 
 def dry_run(config: Config) -> Plan:
-    """The plan of a run. ValueError: a model that is not there and whose sizes are not known."""
+    """Make the plan of a run. ValueError: a model that is not there and whose sizes are not known."""
     memory = memory_plan(config, read_sizes(config))
     total, free = sum(memory.values()), free_gib()
     limit, name = (config.run.gpu_gib, "run.gpu_gib") if config.run.gpu_gib else (free, "free on this machine now")
-    lines = ["Batches of an iteration", *_batch_rows(config, batch_plan(config)), "", "Memory of a GPU, estimated, GiB"]
-    lines += [_row(part, f"{value:.3f}") for part, value in memory.items()]
-    lines += [_row("sum", f"{total:.3f}"), _row(name, f"{limit:.3f}"), "", "Duration, expected"]
-    if total > limit:
-        lines.append(_row("not measured", "the run does not fit"))
-        return Plan(table="\n".join(lines), problem=_excess(memory, limit))
-    if total > free or folder_of(config.model.path) is None:
-        lines.append(_row("not measured", "the model is not on this machine"))
-        return Plan(table="\n".join(lines), problem=None)
-    policy = build_policy(config.model, config.lora, config.run.seed, has_old=build_objective(config).has_old)
-    seconds = measure(policy, config)
-    lines += [_row(part, _duration(value)) for part, value in duration_plan(config, seconds).items()]
-    return Plan(table="\n".join(lines), problem=None)
+    gib = {part: f"{value:.3f}" for part, value in (memory | {"sum": total, name: limit}).items()}
+    problem = _excess(memory, limit) if total > limit else None
+    if problem:
+        durations = {"not measured": "the run does not fit"}
+    elif total > free or folder_of(config.model.path) is None:
+        durations = {"not measured": "the model is not on this machine"}
+    else:
+        policy = build_policy(config.model, config.lora, config.run.seed, has_old=build_objective(config).has_old)
+        durations = {part: _duration(value) for part, value in duration_plan(config, measure(policy, config)).items()}
+    sections = {
+        "Batches of an iteration": _batch_rows(config, batch_plan(config)),
+        "Memory of a GPU, estimated, GiB": gib,
+        "Duration, expected": durations,
+    }
+    lines = []
+    for title, rows in sections.items():
+        lines += [title, *(f"  {name:<{TABLE_WIDTH}}{value}" for name, value in rows.items()), ""]
+    return Plan(table="\n".join(lines[:-1]), problem=problem)
 
 
 def _excess(memory: dict[str, float], limit: float) -> str:
@@ -96,21 +100,19 @@ def _excess(memory: dict[str, float], limit: float) -> str:
 
 def batch_plan(config: Config) -> Batches:
     """Counts over all ranks; rows are trajectories in a forward pass."""
-    rollout, turns = config.rollout, config.data.num_turns
+    rollout, turns, objective = config.rollout, config.data.num_turns, build_objective(config)
     trajectories = rollout.num_tasks * rollout.group_size
-    turn_images = trajectories * turns
-    objective = build_objective(config)
-    steps, forwards = objective.num_draws, objective.num_forwards
+    transitions = trajectories * turns * objective.num_draws
+    chunks, train_chunks = (math.ceil(trajectories / c.microbatch_size) for c in (rollout, config.optimizer))
     return Batches(
         trajectories=trajectories,
-        turn_images=turn_images,
-        rollout_rows=turn_images * rollout.num_steps,
-        rollout_microbatches=turns * rollout.num_steps * math.ceil(trajectories / rollout.microbatch_size),
-        transitions=turn_images * steps,
-        train_forward_rows=turn_images * steps * forwards,
-        train_microbatches=turns * steps * math.ceil(trajectories / config.optimizer.microbatch_size),
+        turn_images=trajectories * turns,
+        rollout_rows=trajectories * turns * rollout.num_steps,
+        rollout_microbatches=turns * rollout.num_steps * chunks,
+        transitions=transitions,
+        train_forward_rows=transitions * objective.num_forwards,
+        train_microbatches=turns * objective.num_draws * train_chunks,
         optimizer_steps=config.optimizer.num_updates,
-        optimizer_steps_in_run=config.optimizer.num_updates * config.run.num_iterations,
     )
 
 
@@ -153,32 +155,24 @@ def duration_plan(config: Config, seconds: RowSeconds) -> dict[str, float]:
     }
 
 
-def _batch_rows(config: Config, batches: Batches) -> list[str]:
-    """The batch arithmetic as lines of the table, each with where it comes from."""
+def _batch_rows(config: Config, batches: Batches) -> dict[str, str]:
+    """The batch arithmetic, each number with where it comes from."""
     p, g, k, s = config.rollout.num_tasks, config.rollout.group_size, config.data.num_turns, config.rollout.num_steps
-    steps = batches.transitions // batches.turn_images
-    forwards = batches.train_forward_rows // batches.transitions
-    microbatch, train_microbatch = config.rollout.microbatch_size, config.optimizer.microbatch_size
-    return [
-        _row("tasks P", f"{p}"),
-        _row("trajectories N = P G", f"{batches.trajectories} = {p} x {g}"),
-        _row("turn-images N K", f"{batches.turn_images} = {batches.trajectories} x {k}"),
-        _row("rollout forwards, rows N K S", f"{batches.rollout_rows} = {batches.turn_images} x {s}"),
-        _row("rollout forwards, microbatches", f"{batches.rollout_microbatches} of at most {microbatch} rows"),
-        _row("transitions trained", f"{batches.transitions} = {batches.turn_images} x {steps} steps"),
-        _row("training forwards, rows", f"{batches.train_forward_rows} = {batches.transitions} x {forwards}"),
-        _row("training backwards, rows", f"{batches.transitions}"),
-        _row("training backwards, microbatches", f"{batches.train_microbatches} of at most {train_microbatch} rows"),
-        _row("optimizer steps", f"{batches.optimizer_steps}"),
-        _row(
-            "optimizer steps in the run",
-            f"{batches.optimizer_steps_in_run} = {config.run.num_iterations} x {batches.optimizer_steps}",
-        ),
-    ]
-
-
-def _row(name: str, value: str) -> str:
-    return f"  {name:<{TABLE_WIDTH}}{value}"
+    b, iterations, objective = batches, config.run.num_iterations, build_objective(config)
+    sizes = config.rollout.microbatch_size, config.optimizer.microbatch_size
+    return {
+        "tasks P": f"{p}",
+        "trajectories N = P G": f"{b.trajectories} = {p} x {g}",
+        "turn-images N K": f"{b.turn_images} = {b.trajectories} x {k}",
+        "rollout forwards, rows N K S": f"{b.rollout_rows} = {b.turn_images} x {s}",
+        "rollout forwards, microbatches": f"{b.rollout_microbatches} of at most {sizes[0]} rows",
+        "transitions trained": f"{b.transitions} = {b.turn_images} x {objective.num_draws} steps",
+        "training forwards, rows": f"{b.train_forward_rows} = {b.transitions} x {objective.num_forwards}",
+        "training backwards, rows": f"{b.transitions}",
+        "training backwards, microbatches": f"{b.train_microbatches} of at most {sizes[1]} rows",
+        "optimizer steps": f"{b.optimizer_steps}",
+        "optimizer steps in the run": f"{b.optimizer_steps * iterations} = {iterations} x {b.optimizer_steps}",
+    }
 
 
 def _duration(seconds: float) -> str:

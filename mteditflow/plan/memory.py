@@ -7,7 +7,6 @@ model itself.
 
 import json
 import math
-import struct
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import diffusers
 import torch
 from huggingface_hub import try_to_load_from_cache
+from safetensors import safe_open
 from torch import nn
 
 from mteditflow.config import EMBEDDED, Config, ModelConfig
@@ -55,13 +55,13 @@ def read_sizes(config: Config) -> Sizes:
         assert family is not None, known
         others = {"text_encoder": round(1e9 * known.text_encoders), "vae": round(1e9 * known.autoencoder)}
     else:
-        family, others = configured_family(replace(config.model, path=str(folder))), _weights_by_part(folder)
         try:
             transformer = json.loads((folder / "transformer" / "config.json").read_text())
         except OSError:
             raise ValueError(
                 f"model.path is {path!r}, without transformer/config.json: must be the folder of a diffusers pipeline"
             ) from None
+        family, others = configured_family(replace(config.model, path=str(folder))), _weights_by_part(folder)
     with torch.device("meta"):
         model: nn.Module = getattr(diffusers, family.transformer).from_config(transformer)
     return Sizes(
@@ -180,7 +180,6 @@ def _weights_by_part(folder: Path) -> dict[str, int]:
 
 
 def _num_weights(path: Path) -> int:
-    """Of a safetensors file: eight bytes of length, then a JSON header."""
-    with path.open("rb") as file:
-        header: dict[str, Any] = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
-    return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+    """Count the numbers of a safetensors file, by its header."""
+    with safe_open(path, "pt") as file:
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118

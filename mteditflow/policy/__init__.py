@@ -55,7 +55,7 @@ class Policy:
         pixels = 2 * getattr(pipeline, "vae_scale_factor", family.pixels_per_token // 2)
         grid, condition_grid = token_grids(config, pixels)
         base = Base(pipeline=pipeline, config=config, device=device, grid=grid, condition_grid=condition_grid)
-        self.family, self.config, self.device = family, config, device
+        self.family, self.config, self.device, self.dtype = family, config, device, base.dtype
         self.pipeline: Any = pipeline  # with the adapters in its transformer
         self.num_tokens = grid[0] * grid[1]  # L, latent tokens of an edit
         self.num_condition_tokens = condition_grid[0] * condition_grid[1]  # L', of the image that is edited
@@ -86,7 +86,7 @@ class Policy:
         assert latents.shape[1:] == (self.num_tokens, self.num_channels), latents.shape
 
         def decode(rows: Tensor) -> Tensor:
-            return self.editor.decode(rows.to(DTYPES[self.config.dtype])).float().clamp(-1, 1)
+            return self.editor.decode(rows.to(self.dtype)).float().clamp(-1, 1)
 
         return in_chunks(decode, latents, microbatch_size)
 

@@ -13,7 +13,7 @@ Unlike FLUX.1's, the schedule depends on the number of steps and not on that of 
 evaluation at different numbers of steps see different noise levels; and its last step is large.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,6 @@ from diffusers.pipelines.flux2.pipeline_flux2 import Flux2Pipeline, compute_empi
 from einops import rearrange
 from torch import Tensor
 
-from mteditflow.config import ModelConfig
 from mteditflow.policy.encoding import Prompts, resize
 from mteditflow.policy.family import ATTENTION, FLOW_MATCHING, Base, Family, Saved, width_of
 from mteditflow.types import Condition
@@ -123,15 +122,6 @@ class Flux2:
             )
 
 
-def _row_weights(transformer: Mapping[str, Any]) -> int:
-    """Of modulation, once for all blocks: of both streams, of the one, and of the output."""
-    return (12 + 3 + 2) * width_of(transformer) ** 2
-
-
-def _stock_arguments(pipeline: str, model: ModelConfig) -> dict[str, Any]:
-    return {"guidance_scale": model.guidance_scale if pipeline == "Flux2Pipeline" else model.cfg_scale}
-
-
 FAMILY = Family(
     pipelines=("Flux2Pipeline", "Flux2KleinPipeline"),
     editor=Flux2,
@@ -145,8 +135,11 @@ FAMILY = Family(
     scheduler=FLOW_MATCHING | {"shift_terminal": None, "use_flow_sigmas": False},
     saved=Saved(double=(22.1, 6.0), single=(21.1, 2.0), full_double=28.1, full_single=25.1),
     block_weights=13,  # 4 of attention, 9 of a gated feed-forward of 3 d
-    row_weights=_row_weights,
-    stock_arguments=_stock_arguments,
+    # of modulation, once for all blocks: of both streams, of the one, and of the output
+    row_weights=lambda transformer: (12 + 3 + 2) * width_of(transformer) ** 2,
+    stock_arguments=lambda pipeline, model: {
+        "guidance_scale": model.guidance_scale if pipeline == "Flux2Pipeline" else model.cfg_scale
+    },
     comfyui=(  # its class Flux2 is a Flux there: `flux_to_diffusers` holds for it too
         rf"transformer_blocks\.\d+\.({'|'.join(ATTENTION)}|ff(_context)?\.linear_(in|out))",
         r"single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)",

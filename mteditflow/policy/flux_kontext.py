@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mteditflow.config import ModelConfig
 from mteditflow.flow import sigma_schedule
 from mteditflow.policy.encoding import Prompts, resize
 from mteditflow.policy.family import ATTENTION, FLOW_MATCHING, Base, Family, Saved, width_of
@@ -85,14 +84,6 @@ def _row_weights(transformer: Mapping[str, Any]) -> int:
     return (transformer["pooled_projection_dim"] + width) * width + modulation * width**2
 
 
-def _stock_arguments(_: str, model: ModelConfig) -> dict[str, Any]:
-    return {
-        "guidance_scale": model.guidance_scale,
-        "max_area": model.height * model.width,
-        "_auto_resize": False,
-    }
-
-
 FAMILY = Family(
     pipelines=("FluxKontextPipeline",),
     editor=FluxKontext,
@@ -113,7 +104,11 @@ FAMILY = Family(
     saved=Saved(double=(18.1, 6.0), single=(12.1, 4.0), full_double=24.1, full_single=21.1),
     block_weights=12,  # 4 of attention, 8 of a feed-forward of 4 d
     row_weights=_row_weights,
-    stock_arguments=_stock_arguments,
+    stock_arguments=lambda _, model: {
+        "guidance_scale": model.guidance_scale,
+        "max_area": model.height * model.width,
+        "_auto_resize": False,
+    },
     note="Without `_auto_resize=False` the pipeline resizes the picture to about a megapixel",
     comfyui=(  # comfy/utils.py, `flux_to_diffusers`: q, k and v are thirds of a joint weight, proj_mlp the rest of one
         rf"transformer_blocks\.\d+\.({'|'.join(ATTENTION)}|norm1(_context)?\.linear|ff(_context)?\.net\.(0\.proj|2))",

@@ -15,7 +15,7 @@ float32; text embeddings, which are only ever an input of the base, have its dty
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -194,15 +194,6 @@ def _num_text_tokens(model: ModelConfig) -> int:
     return model.max_text_tokens + (model.vision_pixels or 384**2) // VISION_TOKEN**2 + NUM_TEMPLATE_TOKENS
 
 
-def _row_weights(transformer: Mapping[str, Any]) -> int:
-    """Of modulation: of both streams in each block, and of the output."""
-    return (12 * transformer["num_layers"] + 2) * width_of(transformer) ** 2
-
-
-def _stock_arguments(_: str, model: ModelConfig) -> dict[str, Any]:
-    return {"true_cfg_scale": model.cfg_scale, "negative_prompt": f'"{NEGATIVE_PROMPT}"'}
-
-
 FAMILY = Family(
     pipelines=("QwenImageEditPipeline", "QwenImageEditPlusPipeline"),
     editor=QwenImageEdit,
@@ -211,8 +202,9 @@ FAMILY = Family(
     scheduler=FLOW_MATCHING,  # the shift's constants are taken from the scheduler's own config
     saved=Saved(double=(18.1, 6.0), full_double=24.1),
     block_weights=12,  # 4 of attention, 8 of a feed-forward of 4 d
-    row_weights=_row_weights,
-    stock_arguments=_stock_arguments,
+    # of modulation: of both streams in each block, and of the output
+    row_weights=lambda transformer: (12 * transformer["num_layers"] + 2) * width_of(transformer) ** 2,
+    stock_arguments=lambda _, model: {"true_cfg_scale": model.cfg_scale, "negative_prompt": f'"{NEGATIVE_PROMPT}"'},
     note="The stock pipeline encodes the picture at about a megapixel, whatever its size",
     comfyui=(  # each module of a model whose names are diffusers' own
         rf"transformer_blocks\.\d+\.({'|'.join(ATTENTION)}|(img|txt)_mod\.1|(img|txt)_mlp\.net\.(0\.proj|2))",
