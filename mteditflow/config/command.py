@@ -165,8 +165,7 @@ def check(argv: Sequence[str]) -> int:
     what = "as data.path: .jsonl, EdiVal's .csv, .parquet, a folder, or owner/name of the hub"
     parser.add_argument("path", metavar="PATH", help=what)
     parser.add_argument("--num_turns", type=int, default=DataConfig().num_turns, help="data.num_turns")
-    parser.add_argument("--max_bad_share", type=float, default=0.05,
-                        help="damaged sessions that are too many; a run stops above the default")  # fmt: skip
+    parser.add_argument("--max_bad_share", type=float, help="damaged sessions that are too many; left out: a run's")
     values = cli.parse(parser, argv)
     from mteditflow.data.check import check as check_sessions
 

@@ -17,13 +17,15 @@ FAULTS = {"line": "lines that cannot be read", "fields": "wrong fields", "image"
 ASPECTS = {"1:1": 1, "5:4": 5 / 4, "4:3": 4 / 3, "3:2": 3 / 2, "16:9": 16 / 9, "2:1": 2.0}  # and on end
 
 
-def check(path: str, *, num_turns: int, max_bad_share: float = MAX_BAD_SHARE) -> int:
-    """Print the tables; returns 1 where more than `max_bad_share` is damaged or no session has `num_turns`, else 0.
+def check(path: str, *, num_turns: int, max_bad_share: float | None = None) -> int:
+    """Print the tables; returns 1 where more than `max_bad_share` (None: what a run allows) is damaged, or no session
+    has `num_turns`, else 0.
 
     ValueError, one line, where the data as a whole cannot be read.
     """
     if num_turns < 1:
         raise ValueError(f"--num_turns is {num_turns}: must be at least 1")
+    max_bad_share = MAX_BAD_SHARE if max_bad_share is None else max_bad_share
     if not 0 <= max_bad_share <= 1:
         raise ValueError(f"--max_bad_share is {max_bad_share}: must lie in [0, 1]")
     try:
