@@ -13,10 +13,10 @@ from mteditflow.record.alarms import (
     ALARMS,
     colourfulness,
     edge_density,
-    is_unedited,
     held_out_figures,
-    rollout_figures,
+    is_unedited,
     raised,
+    rollout_figures,
     saturation,
 )
 from mteditflow.rollout import round_to_8_bit

@@ -13,11 +13,11 @@ from diffusers.models.transformers.transformer_flux import FluxTransformer2DMode
 from torch import Tensor
 
 from mteditflow.config import Config, LoraConfig, ModelConfig
+from mteditflow.config.command import train as main
 from mteditflow.plan.memory import memory_plan, read_sizes
 from mteditflow.policy import Policy, build_policy
 from mteditflow.policy.full_weights import FullWeights
 from mteditflow.record.metrics import is_timed, read_lines
-from mteditflow.config.command import train as main
 from mteditflow.types import Condition
 
 SIZE = 64

@@ -20,11 +20,11 @@ from PIL import Image
 from tiny_judge import colour_question, save_dino
 
 from mteditflow.config import RewardConfig
+from mteditflow.config.command import train as main
 from mteditflow.record.metrics import read_lines
 from mteditflow.reward import build_reward
 from mteditflow.reward.vlm import RUBRIC, VlmReward
 from mteditflow.reward.vlm_server import API_KEY, NUM_ATTEMPTS, RemoteVlm
-from mteditflow.config.command import train as main
 from mteditflow.types import EditTask
 
 Reply = tuple[int, Any]  # status and body: JSON, or text as it is
