@@ -71,7 +71,7 @@ def test_the_guide_s_family_learns(guide: Any, objective: Any) -> None:
     before = policy.adapters.state("current")
     optimizer = torch.optim.AdamW([weight for _, weight in policy.adapters.trainable], lr=1e-3)
     sign = 1.0 - 2.0 * (torch.arange(4) % 2)
-    figures = update(policy, optimizer, rollout, sign[:, None].repeat(1, 2), config, 0, RANKS)
+    figures = update(policy, optimizer, rollout, sign[:, None].repeat(1, 2), config, RANKS)
     assert figures.get("update/first_ratio_error", 0.0) == 0 and figures["update/grad_norm"] > 0
     after = policy.adapters.state("current")
     assert any(not torch.equal(after[name], weight) for name, weight in before.items())

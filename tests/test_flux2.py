@@ -33,7 +33,7 @@ from mteditflow.flow import noisy_steps, step_table
 from mteditflow.policy import Policy, build_policy
 from mteditflow.policy.flux2 import TARGETS
 from mteditflow.record.metrics import Timer
-from mteditflow.rollout import roll_out, sample_rollout, round_to_8_bit
+from mteditflow.rollout import roll_out, round_to_8_bit, sample_rollout
 from mteditflow.run import Run
 from mteditflow.types import Condition, EditTask
 from mteditflow.update import check_adapter, update
@@ -306,7 +306,7 @@ def test_an_iteration(folders: dict[str, Path], tiny_config: Config, kind: str, 
     made = sample_rollout(policy, training_tasks(config, 0, ONE_RANK), config, 0)
     assert made.turns[0].condition.cfg_scale == config.model.cfg_scale
     advantage = torch.tensor([[1.0], [-1.0], [0.5], [-0.5]]).expand(4, 2)
-    figures = update(policy, optimizer, made, advantage, config, 0, ONE_RANK)
+    figures = update(policy, optimizer, made, advantage, config, ONE_RANK)
     assert figures["update/grad_norm"] > 0
     check_adapter(policy, made)  # the velocity has changed
     if objective == "grpo":

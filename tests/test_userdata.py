@@ -14,13 +14,13 @@ from photos import PHOTOS, copy_photos, photo
 from PIL import Image
 
 from mteditflow.config import Config, DataConfig, EvaluationConfig, ModelConfig, RewardConfig, RolloutConfig, cli
+from mteditflow.config.command import train as main
 from mteditflow.data import check_data, held_out_tasks, training_tasks
 from mteditflow.data.images import fitted, read_picture
 from mteditflow.data.userdata import is_held_out
 from mteditflow.distributed import Ranks
 from mteditflow.record.metrics import read_lines
 from mteditflow.reward import ExactReward
-from mteditflow.config.command import train as main
 from mteditflow.types import EditTask, Rollout, Scores
 
 SHARE = 0.6

@@ -100,7 +100,7 @@ def iteration(
             build_reward(config)(own)
     num_rows = len(own.group)
     sign = 1.0 - 2.0 * (torch.arange(num_rows) % 2)
-    update.update(policy, optimizer, objective, own, sign[:, None].repeat(1, len(own.turns)), config, 0, ranks)
+    update.update(policy, optimizer, objective, own, sign[:, None].repeat(1, len(own.turns)), config, ranks)
 
 
 def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
