@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from diffusers.pipelines.flux.pipeline_flux_kontext import FluxKontextPipeline
 from timed import is_timed
 from torch import Tensor
 
-from mteditflow.config import cli
+from mteditflow.config import Config, cli
 from mteditflow.config.command import train as main
 from mteditflow.objective.grpo import Grpo
 from mteditflow.record import checkpoint
@@ -201,7 +202,7 @@ def test_sigterm_saves_and_the_rest_goes_on(
         calls.append(len(calls))
         if len(calls) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return ExactReward()(rollout)
+        return build_reward(Config())(rollout)
 
     before = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
@@ -242,7 +243,7 @@ def test_all_groups_without_spread_say_so(
 ) -> None:
     def constant(rollout: Rollout) -> Scores:
         half = torch.full((4, 2), 0.5)
-        return Scores(instruction=half, consistency=half, valid=torch.ones(4, dtype=torch.bool))
+        return Scores(rewards={"instruction": half}, weights={"instruction": 1}, valid=torch.ones(4, dtype=torch.bool))
 
     monkeypatch.setattr("mteditflow.run.build_reward", lambda *_: constant)
     main(arguments(tmp_path, run__num_iterations=2, evaluation__every=0))
@@ -266,10 +267,10 @@ def test_too_many_failures_of_the_reward_stop_the_run(
 
     def failing(rollout: Rollout) -> Scores:
         calls.append(len(calls))
-        scores, bad = ExactReward()(rollout), 1 if len(calls) == 1 else 3
+        scores, bad = build_reward(Config())(rollout), 1 if len(calls) == 1 else 3
         valid = torch.arange(4) >= bad
         instruction = scores.instruction.masked_fill(~valid[:, None], math.nan)
-        return Scores(instruction=instruction, consistency=scores.consistency, valid=valid)
+        return replace(scores, rewards=scores.rewards | {"instruction": instruction}, valid=valid)
 
     with monkeypatch.context() as patch:
         patch.setattr("mteditflow.run.build_reward", lambda *_: failing)
@@ -302,11 +303,11 @@ def test_an_adapter_that_does_nothing_stops_the_run(
 def test_a_full_disk_is_one_line(
     arguments: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     short = arguments(tmp_path, run__num_iterations=1, evaluation__every=0)
-    for place in ("mteditflow.evaluate.edival._replace", "mteditflow.record.checkpoint._write_file"):
+    for place in ("mteditflow.evaluate.edival._replace", "mteditflow.record.checkpoint.replace_file"):
         with monkeypatch.context() as patch:
             patch.setattr(place, full)
             assert "no room on the disk" in refused(capsys, short)
