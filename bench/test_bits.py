@@ -10,9 +10,9 @@ from mteditflow_kernels import grpo_loss, nft_loss, sde_log_prob, sde_step, use_
 from near import make_keys
 from torch import Tensor
 
+from mteditflow.config.command import train as main
 from mteditflow.flow import sigma_schedule, step_table
 from mteditflow.record.metrics import read_lines
-from mteditflow.config.command import train as main
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="no CUDA GPU: only static figures and eager CPU times"

@@ -24,8 +24,10 @@ from torch import Tensor
 from mteditflow.config import Config, ObjectiveConfig
 from mteditflow.data import training_tasks
 from mteditflow.distributed import Ranks
+from mteditflow.noise import Place
+from mteditflow.objective import build_objective
 from mteditflow.policy import Policy, build_policy
-from mteditflow.rollout import denoise, denoise_by_graph, row_keys, sample_rollout
+from mteditflow.rollout import denoise, denoise_by_graph, sample_rollout
 from mteditflow.types import Rollout
 
 FOLDER = Path(__file__).parent
@@ -122,7 +124,8 @@ def time_rollout(policy: Policy, config: Config, choices: tuple[str, str]) -> di
     tasks = training_tasks(config, 0, Ranks(rank=0, world_size=1, device=policy.device))
 
     def roll(choice: Any) -> Rollout:
-        return sample_rollout(policy, tasks, replace(config, rollout=replace(config.rollout, cuda_graph=choice)), 0)
+        chosen = replace(config, rollout=replace(config.rollout, cuda_graph=choice))
+        return sample_rollout(policy, build_objective(chosen), tasks, chosen, 0)
 
     for own, other in zip(*(roll(choice).turns for choice in choices), strict=True):
         assert torch.equal(own.latents, other.latents) and torch.equal(own.image, other.image)
@@ -132,12 +135,10 @@ def time_rollout(policy: Policy, config: Config, choices: tuple[str, str]) -> di
 
 def denoise_without_sync(policy: Policy, rollout: Rollout, run: Callable[..., tuple[Tensor, Tensor]]) -> None:
     """The denoising steps of the first turn, noisy ones and others, once to warm up and once with syncs forbidden."""
-    turn, num_rows = rollout.turns[0], len(rollout.group)
-    group_size = num_rows // len(rollout.tasks)
-    keys = row_keys(rollout.tasks, group_size, seed=0, step=0, turn=0, denoising_step=0).to(policy.device)
-    drawn = [keys if step in rollout.schedule.trained_steps else None for step in range(len(rollout.schedule.table))]
-    euler = [0.0] * len(drawn)
-    arguments = (policy, turn.condition, turn.latents[0], rollout.schedule.sigmas, rollout.schedule.table, drawn, euler)
+    turn, schedule = rollout.turns[0], rollout.schedule
+    keys = rollout.keys(turn=0, place=Place.DENOISING_STEP).to(policy.device)
+    step_keys = [keys if step in schedule.trained_steps else None for step in range(len(schedule.table))]
+    arguments = (policy, turn.condition, turn.latents[0], schedule, step_keys)
     with torch.no_grad():
         run(*arguments)
         with measure.no_syncs(policy.device):
@@ -150,6 +151,6 @@ def test_rollout_by_graph(session: Session) -> None:
     policy = build_policy(config.model, config.lora, seed=0, has_old=False)
     session.rollout_s |= time_rollout(policy, config, ("on", "off"))
     tasks = training_tasks(config, 0, Ranks(rank=0, world_size=1, device=policy.device))
-    rollout = sample_rollout(policy, tasks, config, 0)
+    rollout = sample_rollout(policy, build_objective(config), tasks, config, 0)
     for run in (denoise, denoise_by_graph):
         denoise_without_sync(policy, rollout, run)

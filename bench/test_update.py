@@ -9,6 +9,7 @@ import torch
 from mteditflow.config import Config
 from mteditflow.data import training_tasks
 from mteditflow.distributed import Ranks
+from mteditflow.objective import build_objective
 from mteditflow.policy import build_policy
 from mteditflow.rollout import sample_rollout
 from mteditflow.update import update
@@ -26,16 +27,17 @@ def test_groups_without_spread(name: str, capsys: pytest.CaptureFixture[str]) ->
         data=replace(config.data, num_turns=1),
         objective=replace(config.objective, name=name),
     )
-    policy = build_policy(config.model, config.lora, 0, name)
+    objective = build_objective(config)
+    policy = build_policy(config.model, config.lora, 0, has_old=objective.has_old)
     tasks = training_tasks(config, 0, RANKS)
-    rollout = sample_rollout(policy, tasks, config, 0)
+    rollout = sample_rollout(policy, objective, tasks, config, 0)
     optimizer = torch.optim.SGD([parameter for _, parameter in policy.adapters.trainable], lr=1e-12)
     full = torch.linspace(-1, 1, len(rollout.group))[:, None]
     half = full * (rollout.group % 2 == 0)[:, None]
 
     def seconds(advantage: torch.Tensor) -> tuple[float, float]:
         start = perf_counter()
-        figures = update(policy, optimizer, rollout, advantage, config, 0, RANKS)
+        figures = update(policy, optimizer, objective, rollout, advantage, config, RANKS)
         return perf_counter() - start, figures["update/grad_norm"]
 
     seconds(full)

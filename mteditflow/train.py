@@ -31,7 +31,7 @@ from mteditflow.record.metrics import Timer, score_figures
 from mteditflow.reward import gather_scores
 from mteditflow.rollout import sample_rollout
 from mteditflow.run import Run
-from mteditflow.update import update
+from mteditflow.update import set_learning_rate, update
 
 
 def train(config: Config, ranks: Ranks) -> None:
@@ -54,8 +54,9 @@ def train(config: Config, ranks: Ranks) -> None:
 
             # 3. Update the adapter; the old policy follows it.
             with timer("time/update"):
+                set_learning_rate(optimizer, config, iteration)
                 of_rank = advantage.chunk(ranks.world_size)[ranks.rank]
-                figures = update(policy, optimizer, objective, rollout, of_rank, config, iteration, ranks)
+                figures = update(policy, optimizer, objective, rollout, of_rank, config, ranks)
             if objective.has_old:
                 num_updates = (iteration + 1) * config.optimizer.num_updates
                 policy.adapters.copy("current", "old", decay=objective.old_decay(num_updates))

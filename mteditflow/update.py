@@ -26,6 +26,12 @@ def build_optimizer(policy: Policy, config: Config) -> torch.optim.AdamW:
     return torch.optim.AdamW(parameters, lr=o.learning_rate, eps=o.epsilon, weight_decay=o.weight_decay)
 
 
+def set_learning_rate(optimizer: torch.optim.Optimizer, config: Config, iteration: int) -> None:
+    """Give the optimizer the learning rate of an iteration."""
+    for parameters in optimizer.param_groups:
+        parameters["lr"] = learning_rate(config, iteration)
+
+
 def learning_rate(config: Config, iteration: int) -> float:
     """The learning rate of an iteration: constant, or falling linearly to 0 at the end of the run."""
     optimizer, end = config.optimizer, config.run.num_iterations
@@ -72,15 +78,12 @@ def update(
     rollout: Rollout,
     advantages: Tensor,
     config: Config,
-    iteration: int,
     ranks: Ranks,
 ) -> dict[str, float]:
     """Make the optimizer steps of an iteration; returns diagnostics over the microbatches.
 
     Every rank has all the keys: they are NaN where no microbatch was run. Raises GuardError before any harm is done.
     """
-    for parameters in optimizer.param_groups:
-        parameters["lr"] = learning_rate(config, iteration)
     figures: dict[str, list[Tensor]] = {}
     for number, microbatches in enumerate(minibatches(rollout, advantages, objective, config, ranks.world_size)):
         losses = [torch.zeros((), device=policy.device)]

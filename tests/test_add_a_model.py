@@ -99,7 +99,7 @@ def test_it_rolls_out_and_learns(guide: Any, folder: Path, name: str) -> None:
     assert not is_captured(policy, 2, rollout.turns[0].condition, "auto")
     optimizer = torch.optim.AdamW([weight for _, weight in policy.adapters.trainable], lr=1e-3)
     advantages = (1.0 - 2.0 * (torch.arange(4) % 2))[:, None].repeat(1, 2)
-    figures = update(policy, optimizer, objective, rollout, advantages, config, 0, RANKS)
+    figures = update(policy, optimizer, objective, rollout, advantages, config, RANKS)
     assert figures.get("update/first_ratio_error", 0.0) == 0 and figures["update/grad_norm"] > 0
     check_adapter(policy, rollout)
     assert policy.adapters.num_modules == 3 + 4  # to_q, to_k, to_v of both blocks, proj_mlp of the single one

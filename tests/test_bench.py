@@ -18,6 +18,7 @@ from torch import Tensor
 from mteditflow.config import Config, DataConfig
 from mteditflow.data import training_tasks
 from mteditflow.distributed import Ranks
+from mteditflow.objective import build_objective
 from mteditflow.policy import build_policy
 from mteditflow.rollout import denoise, sample_rollout
 
@@ -62,7 +63,7 @@ def test_a_rollout_runs(tiny_config: Config) -> None:
     seconds = time_rollout(policy, config, ("auto", "off"))
     assert seconds.keys() == {"auto", "off"} and min(seconds.values()) > 0
     tasks = training_tasks(config, 0, Ranks(rank=0, world_size=1, device=CPU))
-    rollout = sample_rollout(policy, tasks, config, 0)
+    rollout = sample_rollout(policy, build_objective(config), tasks, config, 0)
     denoise_without_sync(policy, rollout, denoise)
 
 

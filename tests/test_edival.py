@@ -213,15 +213,15 @@ def test_an_evaluation_written_before_there_were_invalid_sessions_is_read(tmp_pa
 class Judge:
     """Scores that depend on a task alone; every third task gets none."""
 
-    def __call__(self, rollout: Rollout, iteration: int) -> Scores:
+    def __call__(self, rollout: Rollout) -> Scores:
         ids, num_turns = torch.tensor([task.id for task in rollout.tasks]), len(rollout.turns)
         instruction = torch.stack([(ids + turn) % 5 / 4 for turn in range(num_turns)], dim=1)
         valid = ids % 3 > 0
-        return Scores(
-            instruction=instruction.masked_fill(~valid[:, None], torch.nan),
-            consistency=torch.full_like(instruction, 0.5),
-            valid=valid,
-        )
+        rewards = {
+            "instruction": instruction.masked_fill(~valid[:, None], torch.nan),
+            "consistency": torch.full_like(instruction, 0.5),
+        }
+        return Scores(rewards=rewards, weights={}, valid=valid)
 
 
 def test_tasks_without_truth_are_judged_by_the_reward(

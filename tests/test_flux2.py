@@ -306,7 +306,7 @@ def test_an_iteration(folders: dict[str, Path], tiny_config: Config, kind: str, 
     made = sample_rollout(policy, build_objective(config), training_tasks(config, 0, ONE_RANK), config, 0)
     assert made.turns[0].condition.cfg_scale == config.model.cfg_scale
     advantage = torch.tensor([[1.0], [-1.0], [0.5], [-0.5]]).expand(4, 2)
-    figures = update(policy, optimizer, build_objective(config), made, advantage, config, 0, ONE_RANK)
+    figures = update(policy, optimizer, build_objective(config), made, advantage, config, ONE_RANK)
     assert figures["update/grad_norm"] > 0
     check_adapter(policy, made)  # the velocity has changed
     if objective == "grpo":

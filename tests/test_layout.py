@@ -1,6 +1,7 @@
 """The order of the house: imports point one way, words are the house's, files stay short, `kernels` is not ours."""
 
 import ast
+import inspect
 import os
 import re
 import subprocess
@@ -10,8 +11,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from mteditflow_kernels import reference
 
 ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "mteditflow"
 LIST = """
     pictures config flow noise types distributed world data policy objective rollout reward advantage guards update
     record export report evaluate plan profile run train study
@@ -102,6 +105,47 @@ def test_files_and_functions_are_short(path: Path) -> None:
         if isinstance(node, ast.FunctionDef):
             length = (node.end_lineno or node.lineno) - node.lineno + 1
             assert length < 60, f"{node.name} has {length} lines"
+
+
+def num_lines(*paths: Path) -> int:
+    return sum(len(path.read_text().splitlines()) for path in paths)
+
+
+def test_the_paper_is_short() -> None:
+    """A newcomer reads it in ten minutes: the flat files, and the objectives."""
+    flat = [
+        PACKAGE / f"{name}.py"
+        for name in ["train", "types", "flow", "noise", "rollout", "advantage", "update", "guards"]
+    ]
+    assert num_lines(*flat, *(PACKAGE / "objective").glob("*.py")) <= 1300
+
+
+@pytest.mark.parametrize("family", ["flux_kontext", "flux2", "qwen_image_edit"])
+def test_a_family_is_short(family: str) -> None:
+    assert num_lines(PACKAGE / "policy" / f"{family}.py") <= 250
+
+
+def test_no_room_is_crowded() -> None:
+    folders = [PACKAGE, *(path for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__")]
+    for folder in folders:
+        files = [path.name for path in folder.iterdir() if path.is_file()]
+        assert len(files) <= 12, (folder.name, files)
+
+
+def test_the_clipped_ratio_is_two_hops_from_train() -> None:
+    """train.py names the objective's file, and that names the function whose text is the equation."""
+    train, grpo = ((PACKAGE / name).read_text() for name in ("train.py", "objective/grpo.py"))
+    assert "objective/grpo.py" in train and "mteditflow_kernels.reference.grpo_loss" in grpo
+    equation = "torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip_range, 1 + clip_range))"
+    assert equation in inspect.getsource(reference.grpo_loss)
+
+
+def test_an_objective_is_named_in_its_file_alone() -> None:
+    """But for the setting that chooses it, and the one place that reads the setting."""
+    allowed = {PACKAGE / "objective" / name for name in ("__init__.py", "grpo.py", "nft.py")}
+    allowed.add(PACKAGE / "config" / "settings.py")
+    found = [path for path in FILES if re.search(r"""["'](nft|grpo)["']|is_nft|is_grpo""", path.read_text())]
+    assert [str(path) for path in found if path not in allowed and PACKAGE in path.parents] == []
 
 
 @pytest.mark.parametrize("path", [*FILES, *TESTS], ids=lambda path: path.name)

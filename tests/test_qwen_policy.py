@@ -175,7 +175,7 @@ def test_an_iteration_of_training(folders: dict[str, Path], variant: str, is_gui
     optimizer = torch.optim.SGD([own for _, own in policy.adapters.trainable], lr=1e-3)
     advantages = torch.tensor([[1.0, 1.0], [-1.0, -1.0], [0.5, 0.5], [-0.5, -0.5]])
     ranks = Ranks(rank=0, world_size=1, device=torch.device("cpu"))
-    figures = update(policy, optimizer, objective, rollout, advantages, config, 0, ranks)
+    figures = update(policy, optimizer, objective, rollout, advantages, config, ranks)
     if name == "grpo":
         assert figures["update/first_ratio_error"] == 0
     assert figures["update/grad_norm"] > 0

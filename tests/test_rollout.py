@@ -12,9 +12,12 @@ from mteditflow_kernels import counter_normal
 from mteditflow.config import Config, DataConfig, ObjectiveConfig
 from mteditflow.data import training_tasks
 from mteditflow.distributed import Ranks
-from mteditflow.flow import step_table, window_steps
+from mteditflow.flow import make_schedule, window_steps
+from mteditflow.noise import NoiseSource, Place, row_keys
+from mteditflow.objective import build_objective
+from mteditflow.pictures import round_to_8_bit
 from mteditflow.policy import Policy, build_policy
-from mteditflow.rollout import INITIAL_NOISE, roll_out, row_keys, sample_rollout, round_to_8_bit
+from mteditflow.rollout import roll_out, sample_rollout
 from mteditflow.types import EditTask, Rollout
 
 ONE_RANK = Ranks(rank=0, world_size=1, device=torch.device("cpu"))
@@ -38,7 +41,8 @@ def with_rollout(config: Config, **values: Any) -> Config:
 
 
 def roll(policy: Policy, config: Config, tasks: list[EditTask] | None = None, iteration: int = 0) -> Rollout:
-    return sample_rollout(policy, tasks or training_tasks(config, iteration, ONE_RANK), config, iteration)
+    tasks = tasks or training_tasks(config, iteration, ONE_RANK)
+    return sample_rollout(policy, build_objective(config), tasks, config, iteration)
 
 
 def test_same_seed_same_bits_and_another_iteration_others(policy: Policy, config: Config) -> None:
@@ -72,13 +76,13 @@ def test_noise_is_that_of_the_keys(policy: Policy, config: Config) -> None:
     config = with_rollout(config, window_size=0)
     tasks = training_tasks(config, 3, ONE_RANK)
     rollout = roll(policy, config, tasks, 3)
-    shape = (policy.num_tokens, policy.num_channels)
+    shape, source = (policy.num_tokens, policy.num_channels), NoiseSource(seed=config.run.seed, step=3)
     assert [task.id for task in tasks] == [6, 7]
     for number, turn in enumerate(rollout.turns):
-        keys = row_keys(tasks, 2, seed=config.run.seed, step=3, turn=number, denoising_step=INITIAL_NOISE)
+        keys = row_keys([6, 7], 2, source, turn=number, place=Place.INITIAL_LATENTS)
         assert torch.equal(turn.latents[0], counter_normal(keys, shape))
         for step, row in enumerate(rollout.schedule.table):
-            keys = row_keys(tasks, 2, seed=config.run.seed, step=3, turn=number, denoising_step=step)
+            keys = row_keys([6, 7], 2, source, turn=number, place=Place.DENOISING_STEP, number=step)
             with torch.no_grad():
                 sigma = rollout.schedule.sigmas[step].expand(4)
                 velocity = policy.velocity(turn.latents[step], sigma, turn.condition)
@@ -174,12 +178,9 @@ def test_nft_rolls_out_the_ode_of_the_old_adapter(policy: Policy, config: Config
     policy.adapters.load("old", moved)
     assert not torch.equal(roll(policy, config, tasks).turns[0].latents[1], before.turns[0].latents[1])
     assert all(turn.old_log_prob.isnan().all() for turn in before.turns)
-    sigmas = policy.sigmas(3)
+    schedule, source = make_schedule(policy.sigmas(3)), NoiseSource(seed=0, step=0)
     with policy.adapters.use("off"):
-        ode = roll_out(
-            policy, tasks, num_turns=2, group_size=2, sigmas=sigmas, table=step_table(sigmas, noise_level=0.0),
-            trained_steps=(), hand_off="pixels", microbatch_size=128, seed=0, step=0,
-        )  # fmt: skip
+        ode = roll_out(policy, tasks, schedule, source, config.rollout, num_turns=2, group_size=2)
     assert torch.equal(ode.turns[1].latents, before.turns[1].latents)  # B is 0: the old adapter was none
 
 
@@ -193,10 +194,10 @@ def test_8_bits() -> None:
 def test_second_order_rollout(policy: Policy, config: Config) -> None:
     """Turn 1 of NFT's rollout by dpm2 is what diffusers' scheduler makes of the same velocities."""
     tasks, sigmas = training_tasks(config, 0, ONE_RANK), policy.sigmas(5)
-    rollout = roll_out(
-        policy, tasks, num_turns=1, group_size=1, sigmas=sigmas, table=step_table(sigmas, noise_level=0.0),
-        trained_steps=(), hand_off="pixels", microbatch_size=4, seed=0, step=0, solver="dpm2",
-    )  # fmt: skip
+    source, schedules = NoiseSource(seed=0, step=0), [make_schedule(sigmas, is_second_order=i) for i in (True, False)]
+    rollout, euler = (
+        roll_out(policy, tasks, schedule, source, config.rollout, num_turns=1, group_size=1) for schedule in schedules
+    )
     scheduler = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, solver_order=2)
     scheduler.set_timesteps(5)
     scheduler.sigmas = sigmas
@@ -208,18 +209,4 @@ def test_second_order_rollout(policy: Policy, config: Config) -> None:
         latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
     # 5 steps of about 10 float32 roundings of latents below 16, and what the velocity makes of them, less than twice
     torch.testing.assert_close(turn.latents[-1], latents, rtol=0, atol=5 * 10 * 2**-24 * 16 * 2)
-    euler = roll_out(
-        policy, tasks, num_turns=1, group_size=1, sigmas=sigmas, table=step_table(sigmas, noise_level=0.0),
-        trained_steps=(), hand_off="pixels", microbatch_size=4, seed=0, step=0,
-    )  # fmt: skip
     assert (euler.turns[0].latents[-1] - latents).abs().max() > 1e-3
-
-
-def test_a_table_of_another_schedule_is_refused(policy: Policy, config: Config) -> None:
-    sigmas = policy.sigmas(5)
-    with pytest.raises(ValueError, match="table has 4 rows: must have 5, one for each step of sigmas"):
-        roll_out(
-            policy, training_tasks(config, 0, ONE_RANK), num_turns=1, group_size=1, sigmas=sigmas,
-            table=step_table(policy.sigmas(4), noise_level=0.0), trained_steps=(), hand_off="pixels",
-            microbatch_size=4, seed=0, step=0,
-        )  # fmt: skip

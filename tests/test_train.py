@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +22,18 @@ from diffusers.pipelines.flux.pipeline_flux_kontext import FluxKontextPipeline
 from timed import is_timed
 from torch import Tensor
 
-from mteditflow.config import cli
+from mteditflow.config import Config, cli
 from mteditflow.config.command import train as main
+from mteditflow.objective.grpo import Grpo
 from mteditflow.record import checkpoint
 from mteditflow.record.alarms import ALARMS
 from mteditflow.record.metrics import read_lines
-from mteditflow.reward import ExactReward
+from mteditflow.reward import build_reward
 from mteditflow.types import Rollout, Scores
-from mteditflow.update import GRPO_FIGURES
 
 NUM_ITERATIONS = 4
 PATIENCE = 120  # seconds for another process
-RUN = "import sys, torch; torch.set_num_threads(1); from mteditflow.config.command import train as main; main(sys.argv[1:])"
+RUN = "import sys, torch; torch.set_num_threads(1); from mteditflow.config.command import train; train(sys.argv[1:])"
 SCORE_KEYS = {
     *("mean", "std", "instruction", "consistency", "valid_share", "zero_spread_share"),
     *(f"{name}_{turn}" for name in ("turn", "success") for turn in (1, 2)),
@@ -133,7 +134,8 @@ def test_metrics_have_a_line_per_iteration(whole: Path) -> None:
     lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     assert [line["iteration"] for line in lines] == [0, 1, 2, 3]
     promised = {"iteration", "update/learning_rate", "update/loss", "update/grad_norm"}
-    promised |= {f"reward/{name}" for name in SCORE_KEYS} | {f"update/{name}" for name in GRPO_FIGURES}
+    promised |= {f"reward/{name}" for name in SCORE_KEYS}
+    promised |= {f"update/{name}" for name in (*Grpo.figures, *Grpo.worst_figures)}
     promised |= ALARMS.keys() - {"alarm/held_out_gap"}
     timed = {f"time/{name}" for name in ("rollout_s", "score_s", "update_s", "turn_images_per_second")}
     for n, line in enumerate(lines):
@@ -195,11 +197,11 @@ def test_sigterm_saves_and_the_rest_goes_on(
 ) -> None:
     calls: list[int] = []
 
-    def reward(rollout: Rollout, iteration: int) -> Scores:
+    def reward(rollout: Rollout) -> Scores:
         calls.append(len(calls))
         if len(calls) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return ExactReward()(rollout)
+        return build_reward(Config())(rollout)
 
     before = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
@@ -238,9 +240,9 @@ def test_another_problem_is_refused_and_the_folder_let_go(
 def test_all_groups_without_spread_say_so(
     arguments: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def constant(rollout: Rollout, iteration: int) -> Scores:
+    def constant(rollout: Rollout) -> Scores:
         half = torch.full((4, 2), 0.5)
-        return Scores(instruction=half, consistency=half, valid=torch.ones(4, dtype=torch.bool))
+        return Scores(rewards={"instruction": half}, weights={"instruction": 1}, valid=torch.ones(4, dtype=torch.bool))
 
     monkeypatch.setattr("mteditflow.run.build_reward", lambda *_: constant)
     main(arguments(tmp_path, run__num_iterations=2, evaluation__every=0))
@@ -262,12 +264,12 @@ def test_too_many_failures_of_the_reward_stop_the_run(
 ) -> None:
     calls: list[int] = []
 
-    def failing(rollout: Rollout, iteration: int) -> Scores:
+    def failing(rollout: Rollout) -> Scores:
         calls.append(len(calls))
-        scores, bad = ExactReward()(rollout), 1 if len(calls) == 1 else 3
+        scores, bad = build_reward(Config())(rollout), 1 if len(calls) == 1 else 3
         valid = torch.arange(4) >= bad
         instruction = scores.instruction.masked_fill(~valid[:, None], math.nan)
-        return Scores(instruction=instruction, consistency=scores.consistency, valid=valid)
+        return replace(scores, rewards=scores.rewards | {"instruction": instruction}, valid=valid)
 
     with monkeypatch.context() as patch:
         patch.setattr("mteditflow.run.build_reward", lambda *_: failing)
@@ -300,11 +302,11 @@ def test_an_adapter_that_does_nothing_stops_the_run(
 def test_a_full_disk_is_one_line(
     arguments: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     short = arguments(tmp_path, run__num_iterations=1, evaluation__every=0)
-    for place in ("mteditflow.evaluate.edival._replace", "mteditflow.record.checkpoint._write_file"):
+    for place in ("mteditflow.evaluate.edival._replace", "mteditflow.record.checkpoint.replace_file"):
         with monkeypatch.context() as patch:
             patch.setattr(place, full)
             assert "no room on the disk" in refused(capsys, short)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from mteditflow_kernels import counter_normal, counter_uniform
+from mteditflow_kernels import C_V, KL_PUBLISHED, counter_normal, counter_uniform
 from torch import Tensor
 from update_parts import (
     ADVANTAGE,
@@ -24,22 +24,14 @@ from update_parts import (
 from mteditflow.config import (
     Config,
 )
+from mteditflow.guards import GuardError, check_adapter
+from mteditflow.noise import Place
+from mteditflow.objective import build_objective
+from mteditflow.objective.grpo import transitions
 from mteditflow.objective.nft import noised
 from mteditflow.policy import Policy
-from mteditflow.rollout import row_keys
 from mteditflow.types import Rollout
-from mteditflow.update import (
-    GRPO_FIGURES,
-    NFT_FIGURES,
-    NOISE_KEY,
-    TIMES_KEY,
-    GuardError,
-    check_adapter,
-    filled,
-    minibatches,
-    transitions,
-    update,
-)
+from mteditflow.update import fill_microbatches, learning_rate, minibatches, update
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +60,7 @@ def test_another_ratio_trips_the_guard(config: Config) -> None:
     turns = [replace(turn, old_log_prob=turn.old_log_prob + 1e-6) for turn in rollout.turns]
     off = replace(rollout, turns=turns)
     with pytest.raises(GuardError, match=r"ratio before the first update is off by .*microbatch_size") as caught:
-        update(policy, KeepsGradients(policy, 1e-3), off, ADVANTAGE, config, 0, ONE_RANK)
+        update(policy, KeepsGradients(policy, 1e-3), build_objective(config), off, ADVANTAGE, config, ONE_RANK)
     assert "\n" not in str(caught.value)
     assert_same_adapter(policy, before)
     policy = build(config)
@@ -85,12 +77,12 @@ def test_another_geometry_is_exact_or_trips_the_guard(config: Config) -> None:
     cut = change(config, "optimizer", microbatch_size=1)
     with torch.no_grad():
         worst = 0.0
-        for chunk in minibatches(rollout, ADVANTAGE, cut)[0]:
+        for chunk in minibatches(rollout, ADVANTAGE, build_objective(cut), cut)[0]:
             t = transitions(rollout, ADVANTAGE, chunk)
             alone = policy.velocity(t.latents, t.sigma, t.condition)
             turn, every = rollout.turns[chunk.turn], torch.arange(4)
-            sigma = rollout.schedule.sigmas[chunk.step].expand(4)
-            whole = policy.velocity(turn.latents[chunk.step], sigma, turn.condition.rows(every))[chunk.rows]
+            sigma = rollout.schedule.sigmas[chunk.draw].expand(4)
+            whole = policy.velocity(turn.latents[chunk.draw], sigma, turn.condition.rows(every))[chunk.rows]
             worst = max(worst, (alone - whole).abs().max().item())
     try:
         figures, _ = step(policy, rollout, ADVANTAGE, cut)
@@ -141,9 +133,9 @@ def test_second_update_is_off_policy(config: Config) -> None:
     config = change(config, "optimizer", num_updates=2)
     policy = build(config)
     rollout = roll(policy, config)
-    parts = minibatches(rollout, ADVANTAGE, config)
+    parts = minibatches(rollout, ADVANTAGE, build_objective(config), config)
     assert [len(part) for part in parts] == [2, 2]  # 2 turns x 2 trained steps in all
-    assert len({(chunk.turn, chunk.step) for part in parts for chunk in part}) == 4
+    assert len({(chunk.turn, chunk.draw) for part in parts for chunk in part}) == 4
     figures, gradients = step(policy, rollout, ADVANTAGE, config, learning_rate=0.1)
     assert len(gradients) == 2
     assert figures["update/first_ratio_error"] == 0 and figures["update/ratio_error"] > 1e-6
@@ -221,7 +213,7 @@ def test_rows_of_zero_advantage_are_not_run(config: Config, name: str, monkeypat
 )
 def test_microbatches_are_filled(wanted: list[int], size: int, expected: list[tuple[list[int], list[int]]]) -> None:
     """Whole ones keep the rollout's size: a repeated row of weight 0 fills them up."""
-    parts = filled(torch.tensor(wanted).bool(), size)
+    parts = fill_microbatches(torch.tensor(wanted).bool(), size)
     assert [(rows[weight > 0].tolist(), weight[weight > 0].tolist()) for rows, weight in parts] == expected
     tail = len(wanted) % size
     assert all(len(rows) == len(weight) and len(rows) in (size, tail) for rows, weight in parts)
@@ -237,16 +229,20 @@ def test_without_any_advantage_nothing_moves(config: Config, name: str, monkeypa
         figures, gradients = step(policy, rollout, torch.zeros(4, 2), config)
     assert not calls and not gradients
     assert figures["update/loss"] == 0 and figures["update/grad_norm"] == 0
-    names = GRPO_FIGURES if name == "grpo" else NFT_FIGURES
-    assert figures.keys() == {f"update/{key}" for key in (*names, "loss", "grad_norm")}  # as on the other ranks
+    assert figures.keys() == names_of_figures(config)  # as on the other ranks
     assert_same_adapter(policy, before)
 
 
+def names_of_figures(config: Config) -> set[str]:
+    objective = build_objective(config)
+    return {f"update/{name}" for name in (*objective.figures, *objective.worst_figures, "loss", "grad_norm")}
+
+
 def test_figures_are_named(config: Config) -> None:
-    for own, names in ((config, GRPO_FIGURES), (as_nft(config), NFT_FIGURES)):
+    for own in (config, as_nft(config)):
         policy = build(own)
         figures, _ = step(policy, roll(policy, own), ADVANTAGE, own)
-        assert figures.keys() == {f"update/{name}" for name in (*names, "loss", "grad_norm")}
+        assert figures.keys() == names_of_figures(own)
         assert all(value == value for value in figures.values())
 
 
@@ -255,7 +251,7 @@ def test_average_and_clipping(config: Config) -> None:
     rollout, before = roll(policy, config), policy.adapters.state("current")
     small = change(config, "optimizer", max_grad_norm=1e-6, ema_decay=0.75)
     optimizer = KeepsGradients(policy, 1e3)
-    figures = update(policy, optimizer, rollout, ADVANTAGE, small, 0, ONE_RANK)
+    figures = update(policy, optimizer, build_objective(small), rollout, ADVANTAGE, small, ONE_RANK)
     assert figures["update/grad_norm"] > 1e-5  # the norm before clipping
     # clip_grad_norm_ divides by norm + 1e-6: here that is at most 10 % of the norm.
     assert optimizer.gradients[0].norm().item() == pytest.approx(1e-6, rel=0.1)
@@ -303,14 +299,12 @@ def test_nft_moves_towards_what_was_rewarded(config: Config, sign: float) -> Non
     def error() -> float:
         total = 0.0
         for number, turn in enumerate(rollout.turns):
-
-            def keys(kind: int, turn: int = number) -> Tensor:
-                return row_keys(rollout.tasks, 2, seed=config.run.seed, step=0, turn=turn, denoising_step=kind)
-
-            order = counter_uniform(keys(TIMES_KEY), 3).argsort(dim=1)
+            order = counter_uniform(rollout.keys(turn=number, place=Place.NFT_TIMES), 3).argsort(dim=1)
             for draw in range(config.objective.nft_num_times):
                 sigma, clean = rollout.schedule.sigmas[order[:, draw]], turn.latents[-1]
-                noise = counter_normal(keys(NOISE_KEY + draw), tuple(clean.shape[1:]))
+                noise = counter_normal(
+                    rollout.keys(turn=number, place=Place.NFT_NOISE, number=draw), tuple(clean.shape[1:])
+                )
                 with torch.no_grad():
                     velocity = policy.velocity(noised(clean, noise, sigma), sigma, turn.condition)
                 total += (sigma[1] * (velocity - (noise - clean))[1]).double().square().mean().item()
@@ -347,3 +341,61 @@ def test_on_policy_saves_the_old_forward_pass_and_nothing_else(
             num_forwards.append(len(sizes))
     assert num_forwards[1] == 2 * num_forwards[0]
     assert torch.equal(gradients[0], gradients[1])
+
+
+@pytest.mark.parametrize("name", ["grpo", "nft"])
+def test_kl_is_to_the_model_without_an_adapter(config: Config, name: str) -> None:
+    """Neither to the old weights nor to the trained ones: all three differ here. Written out in float64."""
+    config = change(config, "objective", name=name, kl_beta=0.5, nft_old_decay="ramp")
+    policy = build(config)
+    rollout, objective = roll(policy, config), build_objective(config)
+    moved = {key: weight * 1.5 for key, weight in policy.adapters.state("current").items()}
+    policy.adapters.load("current", moved)
+    for microbatch in minibatches(rollout, ADVANTAGE, objective, config)[0]:
+        turn, sigmas = rollout.turns[microbatch.turn], rollout.schedule.sigmas
+        if name == "grpo":
+            t = transitions(rollout, ADVANTAGE, microbatch)
+            latents, sigma = t.latents, t.sigma
+            row = rollout.schedule.table[microbatch.draw].double()
+            scale = row[C_V] ** 2 * row[KL_PUBLISHED]  # KL of two normals: the means differ by C_V (v - v_ref)
+        else:
+            order = counter_uniform(rollout.keys(turn=microbatch.turn, place=Place.NFT_TIMES), 3).argsort(dim=1)
+            sigma, clean = sigmas[order[:, microbatch.draw]], turn.latents[-1]
+            keys = rollout.keys(turn=microbatch.turn, place=Place.NFT_NOISE, number=microbatch.draw)
+            latents = noised(clean, counter_normal(keys, tuple(clean.shape[1:])), sigma)
+            scale = torch.ones((), dtype=torch.float64)
+        with torch.no_grad():
+            velocity = policy.velocity(latents, sigma, turn.condition).double()
+            with policy.adapters.use("off"):
+                reference = policy.velocity(latents, sigma, turn.condition).double()
+            _, figures = objective.loss(policy, rollout, ADVANTAGE, microbatch, is_first_update=True)
+        expected = (scale * (velocity - reference).square()).mean()
+        assert expected > 1e-6
+        assert figures["kl"].item() == pytest.approx(expected.item(), rel=1e-4)  # float32 sums of a few thousand terms
+
+
+def test_learning_rate_of_an_iteration(config: Config) -> None:
+    """A rise over the warm-up; under 'linear' then a fall that would reach 0 one iteration after the last."""
+    run = replace(config, run=replace(config.run, num_iterations=6))
+    run = change(run, "optimizer", learning_rate=1.0, warmup_iterations=2, schedule="linear")
+    assert [learning_rate(run, i) for i in range(7)] == pytest.approx([1 / 3, 2 / 3, 1, 3 / 4, 2 / 4, 1 / 4, 0])
+    constant = change(run, "optimizer", schedule="constant")
+    assert [learning_rate(constant, i) for i in range(5)] == pytest.approx([1 / 3, 2 / 3, 1, 1, 1])
+
+
+def test_old_adapter_follows_by_the_schedule(config: Config) -> None:
+    """NFT's three published schedules; GRPO has no old adapter."""
+    decays = {"on_policy": [0, 0, 0], "ramp": [0, 0.1, 0.5], "late_ramp": [0, 0.1875, 0.999]}
+    for schedule, expected in decays.items():
+        objective = build_objective(change(as_nft(config), "objective", nft_old_decay=schedule))
+        assert [objective.old_decay(n) for n in (0, 100, 900)] == pytest.approx(expected)
+        assert objective.has_old and objective.rollout_adapter == "old"
+    grpo = build_objective(config)
+    assert not grpo.has_old and grpo.rollout_adapter == "current"
+
+
+def test_what_an_objective_cannot_have_is_one_line(config: Config) -> None:
+    with pytest.raises(ValueError, match=r"^rollout.solver is 'dpm2': .*must be 'euler'$"):
+        build_objective(change(config, "rollout", solver="dpm2"))
+    with pytest.raises(ValueError, match=r"^objective.nft_num_times is 4: must be at most rollout.num_steps = 3$"):
+        build_objective(change(as_nft(config), "objective", nft_num_times=4))

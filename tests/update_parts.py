@@ -14,6 +14,7 @@ from mteditflow.config import (
 )
 from mteditflow.data import training_tasks
 from mteditflow.distributed import Ranks
+from mteditflow.objective import build_objective
 from mteditflow.policy import Policy, build_policy
 from mteditflow.rollout import sample_rollout
 from mteditflow.types import Condition, Rollout
@@ -40,18 +41,18 @@ def as_nft(config: Config) -> Config:
 
 def build(config: Config, is_moved: bool = True) -> Policy:
     """A policy whose adapters, if moved, are not the zero that LoRA starts from; all adapters alike."""
-    policy = build_policy(config.model, config.lora, seed=0, objective=config.objective.name)
+    policy = build_policy(config.model, config.lora, seed=0, has_old=build_objective(config).has_old)
     if is_moved:
         generator = torch.Generator().manual_seed(1)
         state = policy.adapters.state("current")
         state = {key: w + 0.1 * torch.randn(w.shape, generator=generator) for key, w in state.items()}
-        for name in ("current", "ema", "old") if config.objective.name == "nft" else ("current", "ema"):
+        for name in ("current", "ema", "old") if build_objective(config).has_old else ("current", "ema"):
             policy.adapters.load(name, state)
     return policy
 
 
 def roll(policy: Policy, config: Config) -> Rollout:
-    return sample_rollout(policy, training_tasks(config, 0, ONE_RANK), config, 0)
+    return sample_rollout(policy, build_objective(config), training_tasks(config, 0, ONE_RANK), config, 0)
 
 
 class KeepsGradients(torch.optim.SGD):
@@ -73,7 +74,7 @@ def step(
     """One call of `update` by plain SGD: figures, and the gradient of each step, unscaled by max_grad_norm."""
     config = change(config, "optimizer", max_grad_norm=1e9)
     optimizer = KeepsGradients(policy, learning_rate)
-    figures = update(policy, optimizer, rollout, advantage, config, 0, ONE_RANK)
+    figures = update(policy, optimizer, build_objective(config), rollout, advantage, config, ONE_RANK)
     assert all(parameter.grad is None for _, parameter in policy.adapters.trainable)
     return figures, optimizer.gradients
 

@@ -62,7 +62,7 @@ class Case:
                 build_reward(config)(made)
         sign = 1.0 - 2.0 * (torch.arange(len(made.group)) % 2)
         advantages = sign[:, None].repeat(1, len(made.turns))
-        update.update(policy, optimizer, objective, made, advantages, config, 0, self.ranks)
+        update.update(policy, optimizer, objective, made, advantages, config, self.ranks)
 
 
 def build_case(config: Config) -> Case:
