@@ -375,12 +375,12 @@ def test_kl_is_to_the_model_without_an_adapter(config: Config, name: str) -> Non
 
 
 def test_learning_rate_of_an_iteration(config: Config) -> None:
-    """A rise over the warm-up; under 'linear' then a fall that would reach 0 one iteration after the last."""
+    """Under 'linear' a fall that would reach 0 one iteration after the last."""
     run = replace(config, run=replace(config.run, num_iterations=6))
-    run = change(run, "optimizer", learning_rate=1.0, warmup_iterations=2, schedule="linear")
-    assert [learning_rate(run, i) for i in range(7)] == pytest.approx([1 / 3, 2 / 3, 1, 3 / 4, 2 / 4, 1 / 4, 0])
+    run = change(run, "optimizer", learning_rate=1.0, schedule="linear")
+    assert [learning_rate(run, i) for i in range(7)] == pytest.approx([1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0])
     constant = change(run, "optimizer", schedule="constant")
-    assert [learning_rate(constant, i) for i in range(5)] == pytest.approx([1 / 3, 2 / 3, 1, 1, 1])
+    assert [learning_rate(constant, i) for i in range(3)] == [1, 1, 1]
 
 
 def test_old_adapter_follows_by_the_schedule(config: Config) -> None:
