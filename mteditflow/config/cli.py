@@ -149,6 +149,12 @@ def as_arguments(overrides: dict[str, Any]) -> list[str]:
     return [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in overrides.items()]
 
 
+def changed_fields(config: Config) -> dict[str, Any]:
+    """Return the fields that are not the default, by 'section.field'."""
+    values, default = asdict(config), asdict(Config())
+    return {f"{s}.{name}": v for s, section in values.items() for name, v in section.items() if v != default[s][name]}
+
+
 def to_yaml(config: Config) -> str:
     """Return a Config as plain YAML, every field written out; `from_yaml` reads it back equal."""
     return yaml.safe_dump(asdict(config), sort_keys=False)

@@ -76,20 +76,16 @@ def evaluate(argv: Sequence[str]) -> int:
         "default. The same command again keeps what is finished.",
         usage="%(prog)s SUBJECT [SUBJECT ...] [--out FOLDER] [--config FILE.yaml] [--section.field VALUE ...]",
     )
-    parser.add_argument(
-        "subjects", nargs="+", metavar="SUBJECT",
-        help=f"a run's folder (its newest checkpoint), a folder with {cli.LORA_FILE}, or '{cli.BASE}', the editor "
-        "without any",
-    )  # fmt: skip
-    parser.add_argument("--out", type=str, default="runs/comparison", metavar="FOLDER",
-                        help="where comparison.html and the figures and pictures of each subject go")  # fmt: skip
+    subject = f"a run's folder (its newest checkpoint), a folder with {cli.LORA_FILE}, or '{cli.BASE}' for no adapter"
+    parser.add_argument("subjects", nargs="+", metavar="SUBJECT", help=subject)
+    out = "where comparison.html and the figures and pictures of each subject go"
+    parser.add_argument("--out", type=Path, default=Path("runs/comparison"), metavar="FOLDER", help=out)
     values = cli.parse(parser, argv)
     from mteditflow.evaluate.compare_editors import evaluate_all, resolve
 
-    out = Path(values.out)
-    subjects, config = resolve(values.subjects, out, lambda run: cli.evaluation_config(parser, argv, run))
+    subjects, config = resolve(values.subjects, values.out, lambda run: cli.evaluation_config(parser, argv, run))
     cli.print_if_asked(values, config)
-    evaluate_all(subjects, out, config)
+    evaluate_all(subjects, values.out, config)
     return 0
 
 
@@ -97,24 +93,18 @@ def evaluate(argv: Sequence[str]) -> int:
 def export(argv: Sequence[str]) -> int:
     """Write what a run trained in a form that others load."""
     parser = _parser("export", export)
-    parser.add_argument("run", metavar="RUN", help="the run's folder; its newest checkpoint is exported")
-    parser.add_argument("--out", type=str, metavar="FOLDER",
-                        help="folder to write; left out: RUN/export/FORMAT-DTYPE-ADAPTER")  # fmt: skip
-    parser.add_argument("--format", type=Literal["diffusers", "comfyui", "merged"], default="diffusers",
-                        help="a LoRA for diffusers or for ComfyUI, or a whole pipeline with it merged in")  # fmt: skip
-    parser.add_argument("--dtype", type=Literal["float32", "bfloat16"],
-                        help="left out: float32 of a LoRA, model.dtype of whole weights")  # fmt: skip
-    parser.add_argument("--adapter", type=Literal["ema", "current"], default="ema",
-                        help="the average, which the run evaluates, or the newest weights")  # fmt: skip
-    parser.add_argument("--push_to", type=str, metavar="OWNER/NAME",
-                        help="upload to this model of the hub, new ones are private")  # fmt: skip
-    values = cli.parse(parser, argv)
+    add = parser.add_argument
+    forms, dtypes = Literal["diffusers", "comfyui", "merged"], Literal["float32", "bfloat16"]
+    add("run", type=Path, metavar="RUN", help="the run's folder; its newest checkpoint is exported")
+    add("--out", type=Path, metavar="FOLDER", help="folder to write; left out: RUN/export/FORMAT-DTYPE-ADAPTER")
+    add("--format", type=forms, default="diffusers", help="a LoRA for diffusers or for ComfyUI, or a pipeline")
+    add("--dtype", type=dtypes, help="left out: float32 of a LoRA, model.dtype of whole weights")
+    add("--adapter", type=Literal["ema", "current"], default="ema", help="the average, or the newest weights")
+    add("--push_to", type=str, metavar="OWNER/NAME", help="upload to this model of the hub, new ones are private")
+    v = cli.parse(parser, argv)
     from mteditflow.export.weights import export_run
 
-    export_run(
-        Path(values.run), Path(values.out) if values.out else None, form=values.format, dtype=values.dtype,
-        adapter=values.adapter, hub_name=values.push_to,
-    )  # fmt: skip
+    export_run(v.run, v.out, form=v.format, dtype=v.dtype, adapter=v.adapter, hub_name=v.push_to)
     return 0
 
 
@@ -122,19 +112,20 @@ def export(argv: Sequence[str]) -> int:
 def study(argv: Sequence[str]) -> int:
     """Train a grid of configs and seeds, and write what it says; the same command goes on where it was stopped."""
     parser = _parser("study", study)
-    parser.add_argument("study", metavar="STUDY", help="YAML file of comparisons; configs/study.yaml is the paper's")
-    parser.add_argument("--folder", type=str, default="runs/study", help="where the runs and the page are kept")
-    parser.add_argument("--only", type=str, nargs="+", metavar="COMPARISON", help="run these comparisons alone")
-    parser.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="run these seeds, not the file's")
-    parser.add_argument("--jobs", type=int, help="runs at a time; left out: one per GPU, or without GPUs one per core")
-    parser.add_argument("--dry_run", action="store_true", help="show the runs and what is finished, and stop")
-    values = cli.parse(parser, argv)
+    add = parser.add_argument
+    add("study", type=Path, metavar="STUDY", help="YAML file of comparisons; configs/study.yaml is the paper's")
+    add("--folder", type=Path, default=Path("runs/study"), help="where the runs and the page are kept")
+    add("--only", type=str, nargs="+", metavar="COMPARISON", help="run these comparisons alone")
+    add("--seeds", type=int, nargs="+", metavar="SEED", help="run these seeds, not the file's")
+    add("--jobs", type=int, help="runs at a time; left out: one per GPU, or without GPUs one per core")
+    add("--dry_run", action="store_true", help="show the runs and what is finished, and stop")
+    v = cli.parse(parser, argv)
     from mteditflow.study.runner import run_study
 
+    command = " ".join([parser.prog, *argv])
     return run_study(
-        Path(values.study), Path(values.folder), only=values.only, seeds=values.seeds, num_jobs=values.jobs,
-        is_dry_run=values.dry_run, command=" ".join([parser.prog, *argv]),
-    )  # fmt: skip
+        v.study, v.folder, only=v.only, seeds=v.seeds, num_jobs=v.jobs, is_dry_run=v.dry_run, command=command
+    )
 
 
 @_fails_in_one_line
@@ -166,32 +157,27 @@ def check(argv: Sequence[str]) -> int:
     parser.add_argument("path", metavar="PATH", help=what)
     parser.add_argument("--num_turns", type=int, default=DataConfig().num_turns, help="data.num_turns")
     parser.add_argument("--max_bad_share", type=float, help="damaged sessions that are too many; left out: a run's")
-    values = cli.parse(parser, argv)
+    v = cli.parse(parser, argv)
     from mteditflow.data.check import check as check_sessions
 
-    return check_sessions(values.path, num_turns=values.num_turns, max_bad_share=values.max_bad_share)
+    return check_sessions(v.path, num_turns=v.num_turns, max_bad_share=v.max_bad_share)
 
 
 @_fails_in_one_line
 def generate(argv: Sequence[str]) -> int:
     """Write K-turn sessions from a COCO file of images and objects."""
     parser = _parser("data", generate, "generate")
-    parser.add_argument("coco", metavar="COCO", help="JSON with images, annotations (bbox) and categories")
-    parser.add_argument("--images", type=str, required=True, metavar="FOLDER", help="folder of the images")
-    parser.add_argument("--out", type=str, required=True, metavar="FILE",
-                        help="JSONL file to write; must not be there yet")  # fmt: skip
-    parser.add_argument("--turns", type=int, default=DataConfig().num_turns, help="instructions per session")
-    parser.add_argument("--per_image", type=int, default=1, help="sessions per image")
-    parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn")
-    values = cli.parse(parser, argv)
+    add = parser.add_argument
+    add("coco", metavar="COCO", help="JSON with images, annotations (bbox) and categories")
+    add("--images", type=str, required=True, metavar="FOLDER", help="folder of the images")
+    add("--out", type=str, required=True, metavar="FILE", help="JSONL file to write; must not be there yet")
+    add("--turns", type=int, default=DataConfig().num_turns, help="instructions per session")
+    add("--per_image", type=int, default=1, help="sessions per image")
+    add("--seed", type=int, default=0, help="of everything that is drawn")
+    v = cli.parse(parser, argv)
     from mteditflow.data.coco import write_sessions
 
-    print(
-        write_sessions(
-            values.coco, images=values.images, out=values.out, num_turns=values.turns, seed=values.seed,
-            per_image=values.per_image,
-        )
-    )  # fmt: skip
+    print(write_sessions(v.coco, images=v.images, out=v.out, num_turns=v.turns, seed=v.seed, per_image=v.per_image))
     return 0
 
 
@@ -199,8 +185,8 @@ def generate(argv: Sequence[str]) -> int:
 def report(argv: Sequence[str]) -> int:
     """Write the HTML page of a run, also of one that is still at work."""
     parser = _parser("report", report)
-    parser.add_argument("folder", metavar="RUN", help="the run's folder")
-    folder = Path(cli.parse(parser, argv).folder)
+    parser.add_argument("folder", type=Path, metavar="RUN", help="the run's folder")
+    folder = cli.parse(parser, argv).folder
     from mteditflow.report.run_report import write_report
 
     print(write_report(folder))
@@ -211,19 +197,19 @@ def report(argv: Sequence[str]) -> int:
 def pretrain(argv: Sequence[str]) -> int:
     """Make the embedded editor from nothing."""
     parser = _parser("world.pretrain", pretrain)
-    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="folder for the checkpoints")
-    parser.add_argument("--vae", type=str, metavar="FOLDER", help="take this trained autoencoder, train none")
-    parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn")
-    parser.add_argument("--vae_batches", type=int, default=2000, help="of 32 pictures")
-    parser.add_argument("--num_pairs", type=int, default=120_000, help="single edits to learn from")
-    parser.add_argument("--editor_batches", type=int, default=8000, help="of the editor's training")
-    parser.add_argument("--flawed_batches", type=int, default=1500, help="the last of them, with flawed targets")
-    parser.add_argument("--batch_size", type=int, default=64, help="edits in one of them")
-    parser.add_argument("--learning_rate", type=float, default=1.5e-3, help="the highest, of the editor")
-    parser.add_argument("--save_every", type=int, default=500, help="batches of the editor between checkpoints")
-    parser.add_argument("--num_sessions", type=int, default=400, help="held-out edits per measurement")
-    parser.add_argument("--compile", action="store_true",
-                        help="torch.compile the editor: 1.6 times as fast on a CPU, needs a C++ compiler")  # fmt: skip
+    add = parser.add_argument
+    add("--output", type=Path, required=True, metavar="FOLDER", help="folder for the checkpoints")
+    add("--vae", type=Path, metavar="FOLDER", help="take this trained autoencoder, train none")
+    add("--seed", type=int, default=0, help="of everything that is drawn")
+    add("--vae_batches", type=int, default=2000, help="of 32 pictures")
+    add("--num_pairs", type=int, default=120_000, help="single edits to learn from")
+    add("--editor_batches", type=int, default=8000, help="of the editor's training")
+    add("--flawed_batches", type=int, default=1500, help="the last of them, with flawed targets")
+    add("--batch_size", type=int, default=64, help="edits in one of them")
+    add("--learning_rate", type=float, default=1.5e-3, help="the highest, of the editor")
+    add("--save_every", type=int, default=500, help="batches of the editor between checkpoints")
+    add("--num_sessions", type=int, default=400, help="held-out edits per measurement")
+    add("--compile", action="store_true", help="torch.compile the editor: 1.6 times as fast, needs a C++ compiler")
     values = cli.parse(parser, argv)
     from mteditflow.world.pretrain import pretrain as make_editor
 

@@ -18,13 +18,13 @@ Cells that resolve to the same config are one cell, run once per seed, whatever 
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from mteditflow.config import Config
-from mteditflow.config.cli import as_arguments, from_overrides, read_yaml
+from mteditflow.config.cli import as_arguments, changed_fields, from_overrides, read_yaml
 from mteditflow.config.errors import suggest
 from mteditflow.evaluate.held_out import check_held_out
 
@@ -88,7 +88,7 @@ class CellRun:
 
 
 def read_study(path: Path) -> list[Comparison]:
-    """The comparisons of a study file. ValueError: one line that names file or cell, value and remedy."""
+    """Read the comparisons of a study file. ValueError: one line that names file or cell, value and remedy."""
     tree = read_yaml(path, "study")
     _check_keys(tree, {"base": dict, "seeds": list, "comparisons": dict}, {}, f"study {path}")
     seeds = _seeds(tree["seeds"], "seeds")
@@ -101,7 +101,7 @@ def read_study(path: Path) -> list[Comparison]:
 
 
 def select(comparisons: list[Comparison], names: list[str] | None, seeds: list[int] | None) -> list[Comparison]:
-    """The comparisons of these names, all where None, at these seeds. ValueError for a name that is not there."""
+    """Pick the comparisons of these names, or all, at these seeds. ValueError for a name that is not there."""
     known = [comparison.name for comparison in comparisons]
     for name in names or []:
         if name not in known:
@@ -111,7 +111,7 @@ def select(comparisons: list[Comparison], names: list[str] | None, seeds: list[i
 
 
 def runs_of(comparisons: list[Comparison], folder: Path) -> list[CellRun]:
-    """Every cell at every seed, once: all cells at the first seed, then at the next."""
+    """List every cell at every seed, once: all cells at the first seed, then at the next."""
     runs = {}
     for seed in sorted({seed for comparison in comparisons for seed in comparison.seeds}):
         for comparison in comparisons:
@@ -124,14 +124,14 @@ def runs_of(comparisons: list[Comparison], folder: Path) -> list[CellRun]:
 def _comparison(
     name: str, value: Any, base: dict[str, Any], seeds: tuple[int, ...], cells: dict[str, Cell]
 ) -> Comparison:
-    """One comparison; `cells` by key gains those that are new."""
+    """Make a comparison; `cells` by key gains those that are new."""
     where = f"comparison {name}"
     if not re.fullmatch(r"[\w-]+", str(name)):
         raise ValueError(f"{where}: a figure is named after it, so it must be of letters, digits, _ and -")
     kinds = {"question": str, "cells": dict, "paper": list, "note": str, "seeds": list}
     _check_keys(value, kinds, OPTIONAL, where)
     value = OPTIONAL | value
-    named = {str(label): _cell(f"{name}: {label}", own, base, cells) for label, own in value["cells"].items()}
+    named = {str(label): _cell(f"{name}: {label}", tree, base, cells) for label, tree in value["cells"].items()}
     if len({cell.key for cell in named.values()}) < max(2, len(named)):
         raise ValueError(f"{where} has cells that are the same config, or a single one: give it two that differ")
     paper = tuple(tuple(map(str, rank if isinstance(rank, list) else [rank])) for rank in value["paper"])
@@ -145,7 +145,7 @@ def _comparison(
 
 
 def _cell(name: str, overrides: Any, base: dict[str, Any], cells: dict[str, Cell]) -> Cell:
-    """The cell of these overrides, from `cells` where it is there."""
+    """Find the cell of these overrides in `cells`, or add it."""
     if not isinstance(overrides, dict):
         raise ValueError(f"cell {name!r} is {overrides!r}: must be a map of overrides, {{}} for the base")
     everything = base | overrides
@@ -156,19 +156,13 @@ def _cell(name: str, overrides: Any, base: dict[str, Any], cells: dict[str, Cell
         config = from_overrides(everything)
     except ValueError as error:
         raise ValueError(f"cell {name!r}: {error}") from None
-    default = asdict(Config())
-    own = [
-        [section, field, value]
-        for section, fields in asdict(config).items()
-        for field, value in fields.items()
-        if value != default[section][field]  # a field that comes with a later version changes no cell's key
-    ]
-    key = hashlib.sha256(json.dumps(own).encode()).hexdigest()[:10]
+    changed = [[*name.split("."), value] for name, value in changed_fields(config).items()]
+    key = hashlib.sha256(json.dumps(changed).encode()).hexdigest()[:10]  # a later version's new field changes no key
     return cells.setdefault(key, Cell(key=key, name=name, overrides=everything, config=config))
 
 
 def _check_keys(tree: Any, kinds: dict[str, type], optional: dict[str, Any], where: str) -> None:
-    """ValueError unless `tree` is a map with these keys and kinds of value."""
+    """Raise ValueError unless `tree` is a map with these keys and kinds of value."""
     if not isinstance(tree, dict):
         raise ValueError(f"{where} is no map: it needs {', '.join(key for key in kinds if key not in optional)}")
     for key in tree:
@@ -183,6 +177,7 @@ def _check_keys(tree: Any, kinds: dict[str, type], optional: dict[str, Any], whe
 
 
 def _seeds(value: list[Any], name: str) -> tuple[int, ...]:
+    """Check seeds. ValueError in one line."""
     is_right = value and all(type(seed) is int and seed >= 0 for seed in value) and len(set(value)) == len(value)
     if not is_right:
         raise ValueError(f"{name} is {value!r}: must be a list of different whole numbers, from 0 up")
