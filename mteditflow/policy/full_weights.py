@@ -31,7 +31,9 @@ def full_weights(transformer: nn.Module, lora: LoraConfig, *, has_old: bool) -> 
     trained = {id(weight) for name in targets for weight in _weights_of(transformer, name).values()}
     names = copy_names(has_old)
     transformers: dict[AdapterName, nn.Module] = {name: _copy(transformer, trained) for name in names}
-    weights = {name: _prepare(transformers[name], targets, is_trainable=name == "current") for name in names}
+    weights: dict[AdapterName, Weights] = {
+        name: _prepare(transformers[name], targets, is_trainable=name == "current") for name in names
+    }
     transformers["off"] = transformer
     return Adapters(lora, targets, weights, transformers.__getitem__)
 
