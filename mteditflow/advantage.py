@@ -1,19 +1,22 @@
 """From scores to advantages (MT-EditFlow, arXiv 2606.01985, section 4).
 
     z(r) = (r - mean of the group) / (std + 1e-4), biased std
-    A    = z(R_IF) + consistency_weight z(R_CC), the same for every turn of the trajectory              the default
+    A    = z(R_IF) + sum of weight z(R) over the other rewards, the same for every turn of the trajectory       default
 
-The numbers are few, so they run in float64 and return in the dtype of the scores. What the paper leaves open is ours:
+The paper's other reward is consistency, R_CC. R_IF is the first reward, aggregated over the turns by turn_aggregation;
+every other R is the mean over the turns where it is defined. The numbers are few, so they run in float64 and return in
+the dtype of the scores. What the paper leaves open is ours:
 
-- Undefined (NaN) consistency is absent: out of mean and std, its z contributes 0. Where rewards are added before z, its
-  group's mean stands in for it, so that it neither helps nor harms. R_CC is the mean over the turns where it is
-  defined.
-- The credit baselines treat consistency as they treat instruction following. Its return to go is the mean over the
-  defined turns from k on times the number of turns from k on: their sum, where all are defined.
+- An undefined (NaN) reward is absent: out of mean and std, its z contributes 0. Where rewards are added before z, its
+  group's mean stands in for it, so that it neither helps nor harms.
+- The credit baselines treat the other rewards as they treat instruction following. The return to go of one with
+  undefined turns is the mean over the defined turns from k on times the number of turns from k on: their sum, where all
+  are defined.
 - 'early_stop': a turn failed if its score is below 3/4 (4 of 5), as for the binary aggregations; the failed turn keeps
   its advantage.
-- Every z has mean 0 over its group, so whitening only divides by the batch's std; a zero advantage stays exactly zero.
 """
+
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -55,7 +58,7 @@ def _return_to_go(values: Tensor) -> Tensor:
     """Sum over the turns from k on (N, K); an undefined turn counts as the mean of the defined, if there are any."""
     is_defined = (~values.isnan()).to(values.dtype)
     sums, num_defined, num_turns = (
-        each.flip(1).cumsum(1).flip(1) for each in (values.nan_to_num(nan=0.0), is_defined, torch.ones_like(values))
+        part.flip(1).cumsum(1).flip(1) for part in (values.nan_to_num(nan=0.0), is_defined, torch.ones_like(values))
     )
     return sums * (num_turns / num_defined).masked_fill(num_defined == 0, torch.nan)
 
@@ -73,32 +76,37 @@ def _group_mean(values: Tensor, mask: Tensor, group: Tensor) -> Tensor:
 
 def _z(values: Tensor, mask: Tensor, group: Tensor, std: str) -> Tensor:
     """z of each column over the group, (N, J); rows outside `mask` (N, J) have no part and get 0."""
-    deviation = (values - _group_mean(values, mask, group)).masked_fill(~mask, 0)
+    mean = _group_mean(values, mask, group)
+    deviation = (values - mean).masked_fill(~mask, 0)
     largest = torch.zeros_like(_group_sum(values, group)).scatter_reduce(
         0, group[:, None].expand_as(values), deviation.abs(), "amax"
     )[group]
     if std == "global":  # Flow-GRPO's option: std of all rewards about the mean of all
-        everyone = torch.zeros_like(group)
-        center, place = _group_mean(values, mask, everyone), everyone
-    else:
-        center, place = _group_mean(values, mask, group), group
-    scale = _group_mean((values - center).square(), mask, place).sqrt()
+        group = torch.zeros_like(group)
+        mean = _group_mean(values, mask, group)
+    scale = _group_mean((values - mean).square(), mask, group).sqrt()
     return (deviation / (scale + STD_OFFSET)).masked_fill(largest <= ZERO_SPREAD, 0)
 
 
-def _counted(scores: Scores, group: Tensor) -> Tensor:
-    """(N,) bool: valid, and not the only valid trajectory of its group."""
-    valid = scores.valid.to(torch.float64)[:, None]
-    return scores.valid & (_group_sum(valid, group)[group, 0] >= 2)
+def _aggregate(rewards: dict[str, Tensor], config: AdvantageConfig) -> list[Tensor]:
+    """R (N, 1) of each reward (N, K); NaN where undefined."""
+    first, *others = rewards.values()
+    return [aggregate_turns(first, config.turn_aggregation)[:, None], *(r.nanmean(1, keepdim=True) for r in others)]
 
 
-def _rewards(instruction: Tensor, consistency: Tensor, config: AdvantageConfig) -> tuple[Tensor, Tensor]:
-    """The rewards to normalise, (N, J) each: one column per turn, or a single one for the trajectory."""
-    if config.credit == "return_to_go":
-        return _return_to_go(instruction), _return_to_go(consistency)
-    if config.credit == "broadcast" and config.aggregate_at == "reward":
-        return aggregate_turns(instruction, config.turn_aggregation)[:, None], consistency.nanmean(1, keepdim=True)
-    return instruction, consistency
+def _add(weights: list[float], parts: list[Tensor]) -> Tensor:
+    return reduce(torch.add, (weight * part for weight, part in zip(weights, parts, strict=True)))
+
+
+def mean_reward(scores: Scores, config: AdvantageConfig) -> Tensor:
+    """The mean over the valid trajectories of what training maximises, (): the weighted sum of R_IF and the other R.
+
+    The weights are those of the advantage. A reward that is undefined counts as the mean of the trajectories where it
+    is defined, and as nothing where it is defined nowhere. The credit baselines, which need no R, do not change it.
+    """
+    valid = {name: values[scores.valid].double() for name, values in scores.rewards.items()}
+    first, *others = (reward.nanmean() for reward in _aggregate(valid, config))
+    return _add([scores.weights[name] for name in scores.rewards], [first, *(mean.nan_to_num() for mean in others)])
 
 
 def advantages(scores: Scores, group: Tensor, config: AdvantageConfig) -> Tensor:
@@ -107,30 +115,32 @@ def advantages(scores: Scores, group: Tensor, config: AdvantageConfig) -> Tensor
     Invalid trajectories, those in groups with fewer than two valid ones, and rewards without spread in their group get
     exactly 0. Raises ValueError if a valid trajectory has no finite instruction score or advantage.
     """
-    if not bool(scores.instruction[scores.valid].isfinite().all()):
-        raise ValueError("scores.instruction of a valid trajectory is not finite: mark the trajectory invalid")
-    counted = _counted(scores, group)
-    instruction = scores.instruction.double().masked_fill(~counted[:, None], 0)
-    consistency = scores.consistency.double().masked_fill(~counted[:, None], torch.nan)
-    reward, extra = _rewards(instruction, consistency, config)
-    mask, extra_mask = counted[:, None].expand_as(reward), ~extra.isnan()
-    extra_weight = config.consistency_weight
-    weight = 1 - extra_weight if config.weights == "convex" else 1.0
-    if config.fusion == "reward":
-        extra = torch.where(extra_mask, extra, _group_mean(extra, extra_mask, group))
-        advantage = _z(weight * reward + extra_weight * extra, mask, group, config.std)
+    instruction = scores.instruction
+    if not bool(instruction[scores.valid].isfinite().all()):
+        raise ValueError("the instruction score of a valid trajectory is not finite: mark the trajectory invalid")
+    counted = scores.valid & (_group_sum(scores.valid.double()[:, None], group)[group, 0] >= 2)
+    rewards = {name: v.double().masked_fill(~counted[:, None], torch.nan) for name, v in scores.rewards.items()}
+    if config.credit == "return_to_go":
+        parts = [_return_to_go(values) for values in rewards.values()]
+    elif config.credit == "broadcast" and config.aggregate_at == "reward":
+        parts = _aggregate(rewards, config)
     else:
-        extra = extra.masked_fill(~extra_mask, 0)
-        z, extra_z = _z(reward, mask, group, config.std), _z(extra, extra_mask, group, config.std)
-        advantage = weight * z + extra_weight * extra_z
+        parts = list(rewards.values())  # a column per turn
+    masks, weights = (
+        [counted[:, None] & ~part.isnan() for part in parts],
+        [scores.weights[name] for name in scores.rewards],
+    )
+    if config.fusion == "reward":
+        filled = [torch.where(mask, r, _group_mean(r, mask, group)) for r, mask in zip(parts, masks, strict=True)]
+        advantage = _z(_add(weights, filled), masks[0], group, config.std)
+    else:
+        advantage = _add(weights, [_z(r, mask, group, config.std) for r, mask in zip(parts, masks, strict=True)])
     if config.credit == "broadcast":
         advantage = advantage.mean(1, keepdim=True).expand_as(instruction)
-    if config.is_whitened and bool(counted.any()):
-        advantage = advantage / (advantage[counted].std(correction=0) + STD_OFFSET)
     if config.credit == "early_stop":
-        success = (instruction >= SUCCESS).to(instruction.dtype)
+        success = (instruction.double() >= SUCCESS).double()
         is_alive = torch.cat([torch.ones_like(success[:, :1]), success.cumprod(1)[:, :-1]], dim=1)  # all earlier turns
         advantage = advantage * is_alive
     if not bool(advantage.isfinite().all()):
-        raise ValueError("an advantage is not finite: a consistency score of a valid trajectory is infinite")
-    return advantage.to(scores.instruction.dtype)
+        raise ValueError(f"an advantage is not finite: one of {', '.join(scores.rewards)} of a valid trajectory is not")
+    return advantage.to(instruction.dtype)

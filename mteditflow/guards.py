@@ -6,6 +6,8 @@ from mteditflow.config import Config
 from mteditflow.policy import Policy
 from mteditflow.types import Rollout, Scores
 
+MAX_INVALID_SHARE = 0.5  # of trajectories, or of held-out sessions, that may be without a score
+
 
 class GuardError(RuntimeError):
     """Training must not go on: what a guard found, and the remedy."""
@@ -24,10 +26,10 @@ def check_ratio(error: float, config: Config) -> None:
 def check_scores(scores: Scores, config: Config) -> None:
     """Stop where too many trajectories could not be scored: a run on the few that are left learns little."""
     share = 1 - scores.valid.float().mean().item()
-    if share > config.run.max_invalid_share:
+    if share > MAX_INVALID_SHARE:
         raise GuardError(
-            f"{share:.0%} of the trajectories could not be scored, run.max_invalid_share is "
-            f"{config.run.max_invalid_share:.0%}: look at the reward, judge {config.reward.judge!r}"
+            f"{share:.0%} of the trajectories could not be scored, more than {MAX_INVALID_SHARE:.0%}: look at the "
+            f"reward, judge {config.reward.judge!r}"
         )
 
 

@@ -19,23 +19,17 @@ from mteditflow.config import Config
 from mteditflow.config.cli import to_yaml
 from mteditflow.data import check_data, held_out_tasks
 from mteditflow.distributed import Ranks
-from mteditflow.evaluate.edival import (
-    METRICS,
-    Evaluation,
-    evaluate,
-    final_table,
-    load_evaluation,
-    point_metrics,
-    save_comparison,
-    save_evaluation,
-    save_strips,
-)
+from mteditflow.evaluate.comparison_page import final_table
+from mteditflow.evaluate.edival import Evaluation, point_metrics
+from mteditflow.evaluate.held_out import evaluate, is_comparable, load_evaluation, save_comparison, save_evaluation
 from mteditflow.export.weights import save_result
 from mteditflow.objective import Objective
 from mteditflow.policy import build_policy
 from mteditflow.record import alarms, checkpoint
-from mteditflow.record.metrics import Reporter, Timer, memory_gib, reduce_mean
-from mteditflow.report.run_page import write_report
+from mteditflow.record.figures import METRICS
+from mteditflow.record.metrics import Reporter, Timer, reduce_mean, used_memory
+from mteditflow.report.run_report import write_report
+from mteditflow.report.strips import save_strips
 from mteditflow.reward import build_reward, check_judge
 from mteditflow.update import build_optimizer
 
@@ -64,7 +58,7 @@ class Run:
         config = self.config
         check_judge(config)
         check_data(config, is_speaking=self.ranks.is_main)
-        self.reward = build_reward(config.reward)  # first: a judge that is not there is found at once
+        self.reward = build_reward(config)  # first: a judge that is not there is found at once
         if self.ranks.is_main:
             stack.enter_context(checkpoint.lock(self.folder))
         stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, self._on_sigterm))
@@ -91,13 +85,13 @@ class Run:
             )
         self.tasks = held_out_tasks(config)
         before = load_evaluation(self.folder, "before")
-        if before is None or not before.is_of(config):
+        if before is None or not is_comparable(before, config):
             self.reporter.say(f"evaluating the base on {len(self.tasks)} held-out sessions")
             before = evaluate(self.policy, self.tasks, config, "off", self.reward)
             save_evaluation(self.folder, "before", before)
         self.before: Evaluation = before
         if not is_resumed:
-            save_strips(self.folder, 0, self.tasks, before, before)
+            save_strips(self.folder, 0, self.tasks, before.images, before.images)
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
@@ -123,11 +117,11 @@ class Run:
         if config.evaluation.every and done % config.evaluation.every == 0 and done < config.run.num_iterations:
             values |= self._short_evaluation(done)
         values |= alarms.held_out_figures(values)
-        self._warn(alarms.raised(values, config.alarms), values, done)
+        self._warn(alarms.find_alarms(values), values, done)
         times = self.timer.pop()
         num_images = config.rollout.num_tasks * config.rollout.group_size * config.data.num_turns
         times["time/turn_images_per_second"] = num_images / times["time/rollout_s"]
-        self.reporter.write(iteration, values | times | {"memory/rss_gib": memory_gib()})
+        self.reporter.write(iteration, values | times | dict([used_memory()]))
         if done % config.run.save_every == 0 or done == config.run.num_iterations or self.is_stopping:
             with self.timer("time/save"):
                 self._save(done)
@@ -139,10 +133,9 @@ class Run:
         for name in names:
             if name not in self._warned:
                 alarm = alarms.ALARMS[name]
-                limit = getattr(self.config.alarms, alarm.threshold)
                 self.reporter.say(
                     f"iteration {done}: alarm, {alarm.title.lower()} ({alarm.meaning}) is {values[name]:.3g}, above "
-                    f"alarms.{alarm.threshold} {limit:g}: look at strips/ before trusting the reward"
+                    f"{alarm.threshold:g}: look at strips/ before trusting the reward"
                 )
         self._warned |= set(names)
 
@@ -150,8 +143,8 @@ class Run:
         with self.timer("time/evaluate"):
             tasks = self.tasks[: self.config.evaluation.num_sessions_short]
             now = evaluate(self.policy, tasks, self.config, "ema", self.reward)
-            picture = save_strips(self.folder, done, self.tasks, self.before, now)
-            self.reporter.images("strips", done, picture)
+            picture = save_strips(self.folder, done, self.tasks, self.before.images, now.images)
+            self.reporter.image("strips", done, picture)
             point = point_metrics(now)
             return {
                 f"heldout/{m}_{turn + 1}": float(point[i, turn])
@@ -165,7 +158,7 @@ class Run:
             after = evaluate(self.policy, self.tasks, self.config, "ema", self.reward)
             save_evaluation(self.folder, "after", after)
             save_comparison(self.folder, self.before, after)
-            save_strips(self.folder, self.config.run.num_iterations, self.tasks, self.before, after)
+            save_strips(self.folder, self.config.run.num_iterations, self.tasks, self.before.images, after.images)
             use = save_result(self.policy, self.config, self.folder)
             report = write_report(self.folder)
             self.reporter.close()
@@ -186,7 +179,6 @@ class Run:
             iteration=done,
             config=self.config,
             state=state,
-            keep=self.config.run.keep_checkpoints,
         )
 
     def _restore(self, saved: checkpoint.Checkpoint) -> None:

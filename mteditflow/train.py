@@ -63,7 +63,7 @@ def train(config: Config, ranks: Ranks) -> None:
             if not is_adapter_checked and advantage.any():
                 check_adapter(policy, rollout)
                 is_adapter_checked = True
-            figures |= score_figures(scores, advantage, group) | rollout_figures(rollout, scores)
+            figures |= score_figures(scores, advantage, group, config.advantage) | rollout_figures(rollout, scores)
             run.record(iteration, figures)
             if run.is_stopping:
                 return

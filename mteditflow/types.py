@@ -7,18 +7,23 @@ T text tokens, B rows of a microbatch, H x W pixels. Trajectories are ordered by
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mteditflow.flow import Schedule
 from mteditflow.noise import NoiseSource, Place, row_keys
 
 
+Box = tuple[float, float, float, float]
+"""Left, top, right, bottom in shares of width and height."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Region:
-    """An object of the source image: its name, and its box (left, top, right, bottom) in shares of width and height."""
+    """An object of the source image."""
 
     name: str
-    box: tuple[float, float, float, float] | None = None  # None: unknown
+    box: Box | None = None  # None: unknown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +73,16 @@ class Rollout:
     schedule: Schedule  # made the denoising steps
     noise: NoiseSource  # made all that was random, and makes what is drawn from this rollout later
 
+    @property
+    def sources(self) -> Tensor:
+        """The source image of every trajectory, (N, 3, H, W)."""
+        return torch.stack([task.source for task in self.tasks])[self.group]
+
+    @property
+    def pictures(self) -> Tensor:
+        """The edited images, (K, N, 3, H, W)."""
+        return torch.stack([turn.image for turn in self.turns])
+
     def keys(self, *, turn: int, place: Place, number: int = 0) -> Tensor:
         """Noise keys (N, 5) of the trajectories, at a draw of a place within a turn."""
         task_ids, group_size = [task.id for task in self.tasks], len(self.group) // len(self.tasks)
@@ -75,13 +90,26 @@ class Rollout:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scores:
-    """What the reward says of N trajectories."""
+class Score:
+    """What one reward says of N trajectories."""
 
-    instruction: Tensor  # (N, K) in [0, 1]: (score - 1) / 4
-    consistency: Tensor  # (N, K) in [0, 1]; NaN where undefined
-    valid: Tensor  # (N,) bool; False where scoring failed
-    truth: Tensor | None = None  # (N, K) what the instruction score should be, where that is known and it may differ
+    values: Tensor  # (N, K); NaN where undefined
+    truth: Tensor | None = None  # (N, K): what the values should be, where that is known and may differ
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """What all rewards say of N trajectories, by name; the first is the instruction score, (score - 1) / 4."""
+
+    rewards: dict[str, Tensor]  # (N, K) each; NaN where undefined
+    weights: dict[str, float]
+    valid: Tensor  # (N,) bool; False where the instruction score is undefined
+    truth: Tensor | None = None  # (N, K): what the instruction score should be, where that is known and may differ
+
+    @property
+    def instruction(self) -> Tensor:
+        """The first reward, (N, K)."""
+        return next(iter(self.rewards.values()))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,11 +27,9 @@ def build_optimizer(policy: Policy, config: Config) -> torch.optim.AdamW:
 
 
 def learning_rate(config: Config, iteration: int) -> float:
-    """The learning rate of an iteration: a warm-up, then constant or falling linearly to 0 at the end of the run."""
+    """The learning rate of an iteration: constant, or falling linearly to 0 at the end of the run."""
     optimizer, end = config.optimizer, config.run.num_iterations
-    share = min(1.0, (iteration + 1) / (optimizer.warmup_iterations + 1))
-    if optimizer.schedule == "linear":
-        share = min(share, max(0, end - iteration) / max(1, end - optimizer.warmup_iterations))
+    share = (end - iteration) / end if optimizer.schedule == "linear" else 1.0
     return optimizer.learning_rate * share
 
 

@@ -66,8 +66,6 @@ def tiny_pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "guidance_embeds": True,
             "axes_dims_rope": (4, 6, 6),
         },
-        text_width=32,
-        pooled_width=16,
         max_text_tokens=TINY_MAX_TEXT_TOKENS,
         seed=0,
     )

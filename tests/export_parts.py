@@ -10,14 +10,13 @@ from conftest import TINY_MAX_TEXT_TOKENS
 from diffusers.pipelines.flux.pipeline_flux_kontext import FluxKontextPipeline, calculate_shift
 from torch import Tensor
 
-from mteditflow.config import Config, DataConfig, EvaluationConfig, LoraConfig, ModelConfig, RunConfig, cli
-from mteditflow.export import weights as export
+from mteditflow.config import Config, DataConfig, EvaluationConfig, LoraConfig, ModelConfig, RunConfig, cli, command
 from mteditflow.policy import build_policy
 from mteditflow.record import checkpoint
 from mteditflow.types import Condition
 
 SIZE, NUM_STEPS, PROMPT = 64, 3, "make the red square blue"
-LORA, FULL = LoraConfig(rank=2, alpha=6, targets=()), LoraConfig(rank=0, targets=())
+LORA, FULL = LoraConfig(rank=2, alpha=6, targets=()), LoraConfig(is_full=True, targets=())
 # As tests/test_policy.py: 1e3 operations in sequence, each of relative error 2^-24, at values of at most about 4.
 ORDER_TOLERANCE = 3e-4
 
@@ -40,7 +39,7 @@ def write_run(folder: Path, config: Config, iteration: int = 3) -> dict[str, dic
     """A run folder with a checkpoint, whose adapters are far from their start; returns them."""
     policy = build_policy(config.model, config.lora, seed=0, has_old=False)
     first = policy.adapters.state("ema")
-    scale = 0.2 if config.lora.rank else 0.05
+    scale = 0.05 if config.lora.is_full else 0.2
     state = {
         name: {key: w + scale * draw(*w.shape, seed=seed + i) for i, (key, w) in enumerate(start.items())}
         for name, start, seed in (("ema", first, 0), ("current", first, 99))
@@ -94,7 +93,7 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
     """The one line of a command that has to exit with code 2."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as caught:
-        export.main([str(word) for word in argv])
+        command.export([str(word) for word in argv])
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("mteditflow: ")]
     assert caught.value.code == 2 and len(lines) == 1
     return lines[0]

@@ -1,18 +1,18 @@
 """Advantages against the golden tables (G = 4, K = 3; computed in float64 from the formulas) and their invariants."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
-from mteditflow.advantage import advantages, aggregate_turns, nft_probability, zero_spread
+from mteditflow.advantage import advantages, aggregate_turns, mean_reward
 from mteditflow.config import AdvantageConfig
+from mteditflow.objective.nft import optimality
 from mteditflow.types import Scores
 
-paper = partial(
-    AdvantageConfig, consistency_weight=0.3, std="group"
-)  # the golden values are for the paper's weight and std
+paper = partial(AdvantageConfig, std="group")  # the golden values are for the paper's std, and its weight of 0.3
 
 NAN = float("nan")
 IF = torch.tensor([[5, 5, 5], [5, 1, 5], [3, 3, 3], [4, 5, 2]], dtype=torch.float64).sub(1).div(4)
@@ -36,13 +36,23 @@ BY_HAND = [
 ]
 
 
-def make_scores(instruction: Tensor = IF, consistency: Tensor = CC, valid: Tensor | None = None) -> Scores:
+def make_scores(
+    instruction: Tensor = IF, consistency: Tensor = CC, valid: Tensor | None = None, weight: float = 0.3
+) -> Scores:
     everyone = torch.ones(len(instruction), dtype=torch.bool)
-    return Scores(instruction=instruction, consistency=consistency, valid=everyone if valid is None else valid)
+    return Scores(
+        rewards={"instruction": instruction, "consistency": consistency},
+        weights={"instruction": 1.0, "consistency": weight},
+        valid=everyone if valid is None else valid,
+    )
 
 
 def two_groups() -> tuple[Scores, Tensor]:
     return make_scores(torch.cat([IF, IF.flip(0) * 0.5]), torch.cat([CC, CC * 0.9])), torch.arange(8) // 4
+
+
+def has_no_spread(advantage: Tensor, group: Tensor) -> list[bool]:
+    return [not advantage[group == g].any() for g in group.unique()]
 
 
 def is_close(actual: Tensor, expected: object, atol: float) -> None:
@@ -52,8 +62,8 @@ def is_close(actual: Tensor, expected: object, atol: float) -> None:
 @pytest.mark.parametrize(("how", "reward", "z"), GOLDEN)
 def test_golden_aggregations(how: str, reward: list[float], z: list[float]) -> None:
     is_close(aggregate_turns(IF, how), reward, SIX)
-    config = paper(turn_aggregation=how, consistency_weight=0)  # pyright: ignore[reportArgumentType]
-    is_close(advantages(make_scores(), GROUP, config), [[value] * 3 for value in z], FOUR)
+    config = paper(turn_aggregation=how)  # pyright: ignore[reportArgumentType]
+    is_close(advantages(make_scores(weight=0), GROUP, config), [[value] * 3 for value in z], FOUR)
 
 
 @pytest.mark.parametrize(("how", "reward"), BY_HAND)
@@ -61,10 +71,10 @@ def test_other_aggregations(how: str, reward: list[float]) -> None:
     is_close(aggregate_turns(IF, how), reward, 1e-15)  # a few float64 roundings of numbers up to 3
 
 
-def test_golden_fusion_and_nft_probability() -> None:
+def test_golden_fusion_and_optimality() -> None:
     advantage = advantages(make_scores(), GROUP, paper())
     is_close(advantage, [[value] * 3 for value in (1.703758, 0.145890, -1.600612, -0.249036)], SIX)
-    is_close(nft_probability(advantage[:, 0], 5.0), [0.670376, 0.514589, 0.339939, 0.475096], SIX)
+    is_close(optimality(advantage[:, 0], 5.0), [0.670376, 0.514589, 0.339939, 0.475096], SIX)
     reward_level = advantages(make_scores(), GROUP, paper(fusion="reward"))
     is_close(reward_level, [[value] * 3 for value in (1.584763, -0.173291, -1.184307, -0.227164)], SIX)
 
@@ -75,14 +85,14 @@ def test_golden_aggregate_at_advantage() -> None:
 
 
 def test_golden_return_to_go() -> None:
-    config = paper(credit="return_to_go", consistency_weight=0)
+    config = paper(credit="return_to_go")
     expected = [
         [1.6056, 1.6771, 0.962],
         [-0.2294, -0.7623, 0.962],
         [-1.1469, -0.7623, -0.5772],
         [-0.2294, -0.1525, -1.3467],
     ]
-    is_close(advantages(make_scores(), GROUP, config), expected, FOUR)
+    is_close(advantages(make_scores(weight=0), GROUP, config), expected, FOUR)
 
 
 def z_by_hand(values: Tensor) -> Tensor:
@@ -106,31 +116,13 @@ def test_return_to_go_of_consistency() -> None:
     is_close(advantages(make_scores(), GROUP, config), z_by_hand(to_go[0]) + 0.3 * z_by_hand(to_go[1]), ROUNDING)
 
 
-def test_convex_weights() -> None:
-    config = paper(weights="convex")
-    expected = 0.7 * z_by_hand(IF.mean(1)) + 0.3 * z_by_hand(CC.mean(1))
-    is_close(advantages(make_scores(), GROUP, config)[:, 0], expected, ROUNDING)
-
-
 def test_global_std() -> None:
     scores, group = two_groups()
     reward = scores.instruction.mean(1)
     expected = torch.cat([reward[:4] - reward[:4].mean(), reward[4:] - reward[4:].mean()])
     expected = expected / (reward.std(correction=0) + 1e-4)
-    actual = advantages(scores, group, paper(std="global", consistency_weight=0))
+    actual = advantages(replace(scores, weights={"instruction": 1.0, "consistency": 0}), group, paper(std="global"))
     is_close(actual[:, 0], expected, ROUNDING)
-
-
-def test_whitening_uses_valid_trajectories() -> None:
-    scores, group = two_groups()
-    valid = torch.ones(8, dtype=torch.bool)
-    valid[1] = False
-    scores = make_scores(scores.instruction, scores.consistency, valid)
-    plain = advantages(scores, group, paper())
-    white = advantages(scores, group, paper(is_whitened=True))
-    expected = (plain - plain[valid].mean()) / (plain[valid].std(correction=0) + 1e-4)
-    is_close(white[valid], expected[valid], ROUNDING)
-    assert torch.equal(white[1], torch.zeros(3, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("credit", ["broadcast", "per_turn", "return_to_go", "early_stop"])
@@ -147,16 +139,16 @@ def test_invalid_trajectory_is_as_if_absent(credit: str, fusion: str) -> None:
 def test_group_with_one_valid_trajectory_is_dropped() -> None:
     scores, group = two_groups()
     valid = torch.tensor([True, False, False, False, True, True, True, True])
-    scores = make_scores(scores.instruction, scores.consistency, valid)
-    for config in (paper(), paper(std="global", is_whitened=True)):
+    scores = make_scores(scores.instruction, scores.rewards["consistency"], valid)
+    for config in (paper(), paper(std="global")):
         advantage = advantages(scores, group, config)
         assert torch.equal(advantage[:4], torch.zeros(4, 3, dtype=torch.float64))
         assert (advantage[4:].abs() > 0.01).all()
-        assert zero_spread(scores, group, config).tolist() == [True, False]
-        rest = make_scores(scores.instruction[4:], scores.consistency[4:])
+        assert has_no_spread(advantage, group) == [True, False]
+        rest = make_scores(scores.instruction[4:], scores.rewards["consistency"][4:])
         is_close(advantage[4:], advantages(rest, GROUP, config), ROUNDING)  # no part in the batch's std either
-    nobody = make_scores(scores.instruction, scores.consistency, torch.zeros(8, dtype=torch.bool))
-    assert not advantages(nobody, group, paper(is_whitened=True)).any()
+    nobody = make_scores(scores.instruction, scores.rewards["consistency"], torch.zeros(8, dtype=torch.bool))
+    assert not advantages(nobody, group, paper()).any()
 
 
 def test_undefined_consistency_contributes_nothing() -> None:
@@ -189,22 +181,24 @@ def test_zero_spread_is_exactly_zero(fusion: str, std: str) -> None:
     flat = torch.tensor([[0.1, 0.7, 0.3], [0.7, 0.3, 0.1], [0.3, 0.1, 0.7], [0.1, 0.3, 0.7]], dtype=torch.float64)
     scores = make_scores(torch.cat([flat, IF]), torch.cat([flat, CC]))
     group = torch.arange(8) // 4
-    config = paper(fusion=fusion, std=std, is_whitened=True)  # pyright: ignore[reportArgumentType]
+    config = paper(fusion=fusion, std=std)  # pyright: ignore[reportArgumentType]
     advantage = advantages(scores, group, config)
     assert torch.equal(advantage[:4], torch.zeros(4, 3, dtype=torch.float64))
-    assert zero_spread(scores, group, config).tolist() == [True, False]
+    assert has_no_spread(advantage, group) == [True, False]
 
 
 def test_zero_spread_of_one_reward_leaves_the_other() -> None:
     scores = make_scores(instruction=torch.full_like(IF, 0.1))
     is_close(advantages(scores, GROUP, paper())[:, 0], 0.3 * z_by_hand(CC.mean(1)), ROUNDING)
-    assert zero_spread(scores, GROUP, paper(consistency_weight=0)).tolist() == [True]
+    assert has_no_spread(
+        advantages(replace(scores, weights={"instruction": 1.0, "consistency": 0}), GROUP, paper()), GROUP
+    ) == [True]
 
 
 def test_permutation_of_rows() -> None:
     scores, group = two_groups()
     order = torch.randperm(8, generator=torch.Generator().manual_seed(1))
-    shuffled = make_scores(scores.instruction[order], scores.consistency[order])
+    shuffled = make_scores(scores.instruction[order], scores.rewards["consistency"][order])
     for config in (paper(), paper(std="global"), paper(credit="early_stop")):
         is_close(advantages(shuffled, group[order], config), advantages(scores, group, config)[order], ROUNDING)
 
@@ -230,5 +224,59 @@ def test_nan_of_a_valid_row_is_an_error() -> None:
         aggregate_turns(IF, "median")
 
 
-def test_nft_probability_is_clamped() -> None:
-    assert nft_probability(torch.tensor([-9.0, -5.0, 0.0, 5.0, 9.0]), 5.0).tolist() == [0, 0, 0.5, 1, 1]
+def test_optimality_is_clamped() -> None:
+    assert optimality(torch.tensor([-9.0, -5.0, 0.0, 5.0, 9.0]), 5.0).tolist() == [0, 0, 0.5, 1, 1]
+
+
+# More rewards than two
+
+
+EXTRA = torch.tensor([[0.1, 0.4, 0.2], [0.9, NAN, 0.7], [0.3, 0.3, 0.3], [NAN, NAN, NAN]], dtype=torch.float64)
+
+
+def three(weight: float = 0.5) -> Scores:
+    scores = make_scores()
+    return replace(
+        scores, rewards=scores.rewards | {"sharpness": EXTRA}, weights=scores.weights | {"sharpness": weight}
+    )
+
+
+def test_a_third_reward_adds_its_z() -> None:
+    """Undefined in a trajectory, it contributes nothing there."""
+    z = torch.zeros(4, dtype=torch.float64)
+    z[:3] = z_by_hand(torch.tensor([0.7 / 3, 1.6 / 2, 0.3], dtype=torch.float64))
+    both = z_by_hand(IF.mean(1)), z_by_hand(CC.mean(1))
+    is_close(advantages(three(), GROUP, paper())[:, 0], both[0] + 0.3 * both[1] + 0.5 * z, ROUNDING)
+    assert torch.equal(advantages(three(0.0), GROUP, paper()), advantages(make_scores(), GROUP, paper()))
+
+
+def test_a_third_reward_before_z_and_per_turn() -> None:
+    """Where rewards are added, the group's mean stands in; per turn each turn has a z of its own."""
+    kept = torch.tensor([0.7 / 3, 1.6 / 2, 0.3], dtype=torch.float64)
+    filled = torch.cat([kept, kept.mean()[None]])
+    expected = z_by_hand(IF.mean(1) + 0.3 * CC.mean(1) + 0.5 * filled)
+    is_close(advantages(three(), GROUP, paper(fusion="reward"))[:, 0], expected, ROUNDING)
+    per_turn = advantages(three(), GROUP, paper(credit="per_turn")) - z_by_hand(IF) - 0.3 * z_by_hand(CC)
+    is_close(per_turn[:3, 0], 0.5 * z_by_hand(EXTRA[:3, 0]), ROUNDING)
+    is_close(per_turn[[0, 2], 1], 0.5 * z_by_hand(EXTRA[[0, 2], 1]), ROUNDING)
+    assert per_turn[1, 1].abs() < ROUNDING and per_turn[3].abs().max() < ROUNDING
+
+
+def test_only_the_first_reward_is_aggregated_by_choice() -> None:
+    scores = make_scores()
+    swapped = replace(scores, rewards=dict(reversed(scores.rewards.items())))
+    config = paper(turn_aggregation="min")
+    expected = z_by_hand(IF.amin(1)) + 0.3 * z_by_hand(CC.mean(1))
+    is_close(advantages(scores, GROUP, config)[:, 0], expected, ROUNDING)
+    is_close(advantages(swapped, GROUP, config)[:, 0], 0.3 * z_by_hand(CC.amin(1)) + z_by_hand(IF.mean(1)), ROUNDING)
+
+
+def test_mean_reward_is_what_is_maximised() -> None:
+    """R_IF by its aggregation, the others' means, weighted as in the advantage; over the valid, where defined."""
+    valid = torch.tensor([True, True, True, False])
+    scores = replace(three(), valid=valid)
+    extra = torch.tensor([0.7 / 3, 1.6 / 2, 0.3], dtype=torch.float64).mean()
+    expected = IF[:3].amin(1).mean() + 0.3 * CC[:3].mean() + 0.5 * extra
+    is_close(mean_reward(scores, paper(turn_aggregation="min")), expected, 1e-15)
+    nowhere = make_scores(consistency=torch.full_like(CC, NAN))
+    is_close(mean_reward(nowhere, paper()), IF.mean(), 1e-15)

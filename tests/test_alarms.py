@@ -6,20 +6,22 @@ from typing import Any
 import pytest
 import torch
 
-from mteditflow.config import AlarmConfig, Config
+from mteditflow.config import Config
 from mteditflow.data import training_tasks
 from mteditflow.distributed import Ranks
+from mteditflow.flow import make_schedule
+from mteditflow.noise import NoiseSource
+from mteditflow.pictures import round_to_8_bit
 from mteditflow.record.alarms import (
     ALARMS,
     colourfulness,
     edge_density,
-    is_unedited,
+    find_alarms,
     held_out_figures,
+    is_unedited,
     rollout_figures,
-    raised,
     saturation,
 )
-from mteditflow.rollout import round_to_8_bit
 from mteditflow.types import Condition, Rollout, Scores, Turn
 from mteditflow.world.render import render
 
@@ -34,11 +36,15 @@ def made(pictures: list[torch.Tensor], config: Config) -> tuple[Rollout, Scores]
         for picture in pictures
     ]
     group = torch.arange(len(tasks)).repeat_interleave(2)
-    rollout = Rollout(
-        tasks=tasks, turns=turns, group=group, sigmas=torch.zeros(0), table=torch.zeros(0), trained_steps=()
-    )
+    schedule = make_schedule(torch.linspace(1, 0, 3))
+    rollout = Rollout(tasks=tasks, turns=turns, group=group, schedule=schedule, noise=NoiseSource(seed=0, step=0))
     kept = torch.full((len(group), len(turns)), 0.9)
-    return rollout, Scores(instruction=kept, consistency=kept, valid=torch.ones(len(group)).bool())
+    return rollout, scores_of(kept)
+
+
+def scores_of(consistency: torch.Tensor) -> Scores:
+    rewards = {"instruction": torch.full_like(consistency, 0.9), "consistency": consistency}
+    return Scores(rewards=rewards, weights={}, valid=torch.ones(len(consistency)).bool())
 
 
 @pytest.fixture
@@ -76,7 +82,7 @@ def test_honest_pictures_do_not_ring(config: Config) -> None:
     figures = rollout_figures(*made(honest(config), config))
     assert figures.keys() == ALARMS.keys() - {"alarm/held_out_gap"}
     assert figures["alarm/no_edit_share"] == 0 and figures["alarm/over_edit_share"] == 0
-    assert raised(figures, AlarmConfig()) == []
+    assert find_alarms(figures) == []
 
 
 @pytest.mark.parametrize(
@@ -106,11 +112,11 @@ def test_a_hacked_run_rings(fault: str, expected: str, config: Config) -> None:
             sources = torch.stack([task.source for task in rollout.tasks])[rollout.group]
             pictures = [round_to_8_bit(sources), round_to_8_bit(sources)]
         case "repainted":
-            scores = replace(scores, consistency=torch.full_like(scores.consistency, 0.5))
+            scores = scores_of(torch.full_like(scores.instruction, 0.5))
     rollout = replace(
         rollout, turns=[replace(turn, image=own) for turn, own in zip(rollout.turns, pictures, strict=True)]
     )
-    assert expected in raised(rollout_figures(rollout, scores), AlarmConfig())
+    assert expected in find_alarms(rollout_figures(rollout, scores))
 
 
 def test_a_picture_that_is_not_finite_is_left_out(config: Config) -> None:
@@ -126,5 +132,5 @@ def test_the_gap_between_judge_and_truth() -> None:
     values: dict[str, Any] = {"reward/success_1": 0.9, "reward/success_2": 0.7, "heldout/MT_1": 50, "heldout/MT_2": 30}
     assert held_out_figures(values) == {"alarm/held_out_gap": pytest.approx(0.4)}
     assert held_out_figures({"reward/success_1": 0.9}) == {}
-    assert raised(values | held_out_figures(values), AlarmConfig()) == ["alarm/held_out_gap"]
-    assert raised({"alarm/held_out_gap": float("nan")}, AlarmConfig()) == []
+    assert find_alarms(values | held_out_figures(values)) == ["alarm/held_out_gap"]
+    assert find_alarms({"alarm/held_out_gap": float("nan")}) == []

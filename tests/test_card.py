@@ -20,9 +20,8 @@ from export_parts import (
 )
 from PIL import Image
 
-from mteditflow.config import Config, LoraConfig, ModelConfig, cli
+from mteditflow.config import Config, LoraConfig, ModelConfig, cli, command
 from mteditflow.export import card
-from mteditflow.export import weights as export
 
 ROOT = Path(__file__).parent.parent
 
@@ -51,7 +50,7 @@ def test_card(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
     config, run, out = config_of(tiny_pipeline_folder), tmp_path / "run", tmp_path / "out"
     write_run(run, config, iteration=7)
     with_results(run)
-    export.main([str(run), "--out", str(out)])
+    command.export([str(run), "--out", str(out)])
     text = (out / "README.md").read_text()
     matter = front_matter(text)
     assert matter["library_name"] == "diffusers" and matter["pipeline_tag"] == "image-to-image"
@@ -65,7 +64,9 @@ def test_card(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
     again = cli.from_yaml(tmp_path / "recipe.yaml")
     assert replace(again, run=config.run) == config and again.run.folder == "runs/run"
     write_run(tmp_path / "young", config)
-    export.main([str(tmp_path / "young"), "--out", str(out), "--adapter", "current"])  # an earlier export is replaced
+    command.export(
+        [str(tmp_path / "young"), "--out", str(out), "--adapter", "current"]
+    )  # an earlier export is replaced
     text = (out / "README.md").read_text()
     assert not (out / "strips.png").exists() and "strips.png" not in text
     assert "has not been evaluated" in text and "not averaged" in text and "iteration 3 of 7" in text
@@ -79,7 +80,7 @@ def test_the_code_of_the_card_runs(
     """It edits a picture with the exported weights, at the trained size."""
     config = config_of(tiny_pipeline_folder, lora, condition_height=32, condition_width=48)
     write_run(tmp_path / "run", config)
-    export.main([str(tmp_path / "run"), "--format", form, "--out", str(tmp_path / "out")])
+    command.export([str(tmp_path / "run"), "--format", form, "--out", str(tmp_path / "out")])
     code = (tmp_path / "out" / "README.md").read_text().split("```python\n")[1].split("```")[0]
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (100, 80), "red").save("photo.png")
@@ -88,7 +89,7 @@ def test_the_code_of_the_card_runs(
     assert Image.open("edit.png").size == (SIZE, SIZE)
     assert seen["image"].size == (48, 32) and "_auto_resize=False" in code
     transformer = seen["pipe"].transformer
-    if form == "diffusers" and lora.rank:
+    if form == "diffusers" and not lora.is_full:
         assert len(transformer.peft_config) == 1
     else:
         base = dict(loaded(tiny_pipeline_folder).transformer.named_parameters())

@@ -39,8 +39,7 @@ def state_of(iteration: int, size: int = 64) -> dict[str, dict[str, Tensor]]:
 
 
 def save_one(folder: Path, iteration: int, keep: int = 2, config: Config = CONFIG) -> Path:
-    scalars: dict[str, int | float | str] = {"learning_rate": 0.1 + 0.2, "step": 2**60 + 1, "name": "é"}
-    return save(folder, iteration=iteration, config=config, state=state_of(iteration), scalars=scalars, keep=keep)
+    return save(folder, iteration=iteration, config=config, state=state_of(iteration), keep=keep)
 
 
 def assert_is(loaded: checkpoint.Checkpoint | None, iteration: int, size: int = 64) -> None:
@@ -72,7 +71,7 @@ def test_round_trip_is_bit_equal(tmp_path: Path) -> None:
     assert path == tmp_path / "checkpoints" / "iteration-000007"
     loaded = load_latest(tmp_path, CONFIG, refuse)
     assert_is(loaded, 7)
-    assert loaded is not None and loaded.scalars == {"learning_rate": 0.1 + 0.2, "step": 2**60 + 1, "name": "é"}
+    assert loaded is not None
     loaded.state["current"]["a.lora_A"].zero_()  # its own memory, to be written
 
 
@@ -101,7 +100,7 @@ def test_damaged_newest_falls_back_and_says_so(tmp_path: Path, file: str, damage
     elif damage == "cut":
         path.write_bytes(content[: len(content) // 2])
     else:
-        place = content.index(b"0.30000000000000004") + 3 if file == MANIFEST else len(content) - 5
+        place = content.index(b'"rank": 32') + 9 if file == MANIFEST else len(content) - 5
         content[place] ^= 1  # in the manifest: another digit, still JSON
         path.write_bytes(content)
     said: list[str] = []
@@ -156,7 +155,7 @@ def test_what_does_not_change_the_problem_may_change(tmp_path: Path) -> None:
     constant = replace(CONFIG, "optimizer", schedule="constant")
     save_one(tmp_path, 1, config=constant)
     config = replace(constant, "evaluation", every=0, num_sessions=512, num_steps=4)
-    run = RunConfig(num_iterations=99, save_every=5, keep_checkpoints=7, folder="else", max_invalid_share=0.1)
+    run = RunConfig(num_iterations=99, save_every=5, folder="else", max_ratio_error=0.1)
     assert_is(load_latest(tmp_path, dataclasses.replace(config, run=run), refuse), 1)
     with pytest.raises(ValueError, match=r"run\.seed: was 0, is 1"):
         load_latest(tmp_path, replace(constant, "run", seed=1), refuse)
@@ -213,7 +212,7 @@ from mteditflow.record.checkpoint import lock, save
 folder = Path(sys.argv[1])
 with lock(folder):
     for iteration in range(int(sys.argv[2]), 10**6):
-        save(folder, iteration=iteration, config=CONFIG, state=state_of(iteration, 20_000), scalars={}, keep=2)
+        save(folder, iteration=iteration, config=CONFIG, state=state_of(iteration, 20_000), keep=2)
         print(iteration, flush=True)
 """
 

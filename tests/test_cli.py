@@ -1,20 +1,21 @@
-"""What the command line and the files in configs/ promise."""
+"""What the command line promises: fields, ranges, one line for anything wrong, and --help without torch."""
 
 import re
 import subprocess
 import sys
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import get_type_hints
 
 import pytest
-import yaml
 
-from mteditflow.config import Config, ModelConfig, ObjectiveConfig, OptimizerConfig, RolloutConfig, RunConfig
-from mteditflow.config.cli import DEFAULT_TITLE, commented_yaml, from_yaml, parse, settings, to_yaml
+from mteditflow.config import Config, ModelConfig, ObjectiveConfig, OptimizerConfig, RolloutConfig, RunConfig, command
+from mteditflow.config.cli import from_yaml, parse, run_parser, settings, to_config, to_yaml
+from mteditflow.config.ranges import ranges
 from mteditflow.plan.dry_run import RowSeconds, batch_plan, dry_run, duration_plan
 
 ROOT = Path(__file__).parent.parent
+MODULES = ("train", "evaluate", "export", "study", "profile", "data", "report", "world.pretrain")
 
 
 def write(folder: Path, text: str) -> str:
@@ -23,42 +24,78 @@ def write(folder: Path, text: str) -> str:
     return str(path)
 
 
+def read(arguments: list[str]) -> tuple[Config, bool]:
+    """The Config of a command line of `train`, and whether it has --dry_run."""
+    values = parse(run_parser(), arguments)
+    return to_config(values), values.dry_run
+
+
 def test_no_argument_is_the_default() -> None:
-    assert parse([], prog="train") == (Config(), False)
+    assert read([]) == (Config(), False)
 
 
 def test_override_comes_after_the_file(tmp_path: Path) -> None:
     path = write(tmp_path, "rollout:\n  group_size: 4\n  num_tasks: 3\noptimizer:\n  learning_rate: 1e-4\n")
-    arguments = ["--config", path, "--rollout.group_size", "8", "--lora.targets", "[to_q, to_k]", "--dry_run"]
-    config, is_dry_run = parse(arguments, prog="train")
+    arguments = ["--rollout.group_size", "8", "--config", path, "--lora.targets", "[to_q, to_k]", "--dry_run"]
+    config, is_dry_run = read(arguments)
     assert (config.rollout.group_size, config.rollout.num_tasks) == (8, 3)
     assert (config.optimizer.learning_rate, config.lora.targets, is_dry_run) == (1e-4, ("to_q", "to_k"), True)
 
 
-WRONG_ARGUMENTS = {
-    "--rollout.group_size 1": "rollout.group_size is 1: must be at least 2",
-    "--rollout.group_size many": "rollout.group_size is 'many': must be a whole number",
-    "--rollout.group_size 2.5": "rollout.group_size is '2.5': must be a whole number",
-    "--rollout.group_size": "--rollout.group_size: expected one argument",
-    "--rollout.group_siz 4": "--rollout.group_siz is no argument: did you mean --rollout.group_size?",
-    "--rollout.group 4": "--rollout.group is no argument",
-    "--objective.name ppo": "objective.name is 'ppo': must be one of grpo, nft",
-    "--optimizer.learning_rate nan": "optimizer.learning_rate is 'nan': must be a number",
-    "--data.num_turns 11": "data.num_turns is 11: a session of the world has 1 to 10 instructions",
-    "--config nowhere.yaml": "config file nowhere.yaml cannot be read (No such file or directory)",
-    "--config=nowhere.yaml": "config file nowhere.yaml cannot be read",
-    "--config": "expected one argument",
-    "word": "word is no argument",
+def test_a_later_file_comes_after_an_earlier_one(tmp_path: Path) -> None:
+    (tmp_path / "first.yaml").write_text("rollout:\n  group_size: 4\n  num_tasks: 3\n")
+    path = write(tmp_path, "rollout:\n  num_tasks: 5\n")
+    config, _ = read(["--config", str(tmp_path / "first.yaml"), "--config", path])
+    assert (config.rollout.group_size, config.rollout.num_tasks) == (4, 5)
+
+
+WRONG_COMMANDS = {
+    "train --rollout.group_size 1": "rollout.group_size is 1: must lie in [2, 4096]; the advantage",
+    "train --rollout.group_size many": "rollout.group_size is 'many': must be a whole number",
+    "train --rollout.group_size 2.5": "rollout.group_size is '2.5': must be a whole number",
+    "train --rollout.group_size": "--rollout.group_size: expected one argument",
+    "train --rollout.group_siz 4": "--rollout.group_siz is no argument: did you mean --rollout.group_size?",
+    "train --rollout.group 4": "--rollout.group is no argument",
+    "train --objective.name ppo": "objective.name is 'ppo': must be one of grpo, nft",
+    "train --optimizer.learning_rate nan": "optimizer.learning_rate is 'nan': must be a number",
+    "train --optimizer.learning_rate .nan": "optimizer.learning_rate is nan: must lie in (0, 1]",
+    "train --rollout.is_guided 3": "rollout.is_guided is '3': must be true or false",
+    "train --lora.targets 3": "lora.targets is '3': must be a list of texts",
+    "train --lora.rank 0": "lora.rank is 0: must lie in [1, 4096]; lora.is_full true trains the weights themselves",
+    "train --config nowhere.yaml": "config file nowhere.yaml cannot be read (No such file or directory)",
+    "train --config=nowhere.yaml": "config file nowhere.yaml cannot be read",
+    "train --config": "--config: expected one argument",
+    "train word": "word is no argument: --help lists what there is",
+    "trian": "trian is no command: did you mean train?",
+    "--nope": "--nope is no command: known are train, evaluate",
+    "evaluate": "SUBJECT is missing: a run's folder",
+    "evaluate base --ouf x": "--ouf is no argument: did you mean --out?",
+    "evaluate base --evaluation.num_steps 0": "evaluation.num_steps is 0: must lie in [1, 1000]",
+    "export": "RUN is missing: the run's folder",
+    "export run --format zip": "--format is 'zip': must be one of diffusers, comfyui, merged",
+    "export run --dtype float": "--dtype is 'float': must be one of float32, bfloat16",
+    "study": "STUDY is missing: YAML file",
+    "study a.yaml --jobs two": "--jobs is 'two': must be a whole number",
+    "study a.yaml --seeds 0 x": "--seeds is 'x': must be a whole number",
+    "study a.yaml --only": "--only: expected at least one argument",
+    "profile --model.width 65": "model.width is 65: must lie in [16, 8192] and be a multiple of 16",
+    "data chek": "chek is no command: did you mean check?",
+    "data check": "PATH is missing: as data.path",
+    "data check a.csv --max_bad_share x": "--max_bad_share is 'x': must be a number",
+    "data generate a.json --out b.jsonl": "--images is missing: folder of the images",
+    "report": "RUN is missing: the run's folder",
+    "pretrain": "--output is missing: folder for the checkpoints",
+    "pretrain --output a --seed x": "--seed is 'x': must be a whole number",
 }
 
 
-@pytest.mark.parametrize(("arguments", "message"), WRONG_ARGUMENTS.items())
-def test_wrong_argument_is_one_line(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert_one_line(arguments.split(), message, capsys)
+@pytest.mark.parametrize(("words", "message"), WRONG_COMMANDS.items())
+def test_wrong_argument_is_one_line(words: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert_one_line(words.split(), message, capsys)
 
 
 WRONG_FILES = {
-    "rollout:\n  group_size: 1\n": "rollout.group_size is 1: must be at least 2",
+    "rollout:\n  group_size: 1\n": "rollout.group_size is 1: must lie in [2, 4096]",
     "rollout:\n  group_sise: 4\n": "rollout.group_sise is no field, in {path}: did you mean group_size?",
     "rolout:\n  group_size: 4\n": "rolout is no section, in {path}: did you mean rollout?",
     "rollout: 3\n": "rollout is 3, in {path}: must be a section",
@@ -66,26 +103,28 @@ WRONG_FILES = {
     "rollout: [\n": "is not valid YAML",
     "": "holds no sections",
     "- 1\n": "holds no sections",
-    "advantage:\n  is_whitened: 3\n": "advantage.is_whitened is '3': must be true or false",
-    "optimizer:\n  learning_rate: .inf\n": "optimizer.learning_rate is inf: must be a finite number",
+    "run:\n  folder:\n": "run.folder is None, in {path}: give it a value, or leave it out",
+    "run:\n  folder: 2024-01-01\n": "run.folder is datetime.date(2024, 1, 1), in {path}: give it a value",
+    "rollout:\n  is_guided: 3\n": "rollout.is_guided is '3': must be true or false",
+    "optimizer:\n  learning_rate: .inf\n": "optimizer.learning_rate is 'Infinity': must be a number",
 }
 
 
 @pytest.mark.parametrize(("text", "message"), WRONG_FILES.items())
 def test_wrong_file_is_one_line(text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write(tmp_path, text)
-    assert_one_line(["--config", path], message.format(path=path), capsys)
+    assert_one_line(["train", "--config", path], message.format(path=path), capsys)
 
 
 def test_unreadable_file_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert_one_line(["--config", str(tmp_path)], "cannot be read (Is a directory)", capsys)
+    assert_one_line(["train", "--config", str(tmp_path)], "cannot be read (Is a directory)", capsys)
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
-    assert_one_line(["--config", str(tmp_path / "binary.yaml")], "is not text in UTF-8", capsys)
+    assert_one_line(["train", "--config", str(tmp_path / "binary.yaml")], "is not text in UTF-8", capsys)
 
 
-def assert_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def assert_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        parse(arguments, prog="train")
+        command.main(words)
     out, err = capsys.readouterr()
     assert stop.value.code == 2
     assert out == ""
@@ -93,20 +132,27 @@ def assert_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFi
     assert message in err
 
 
-def test_help_names_every_field_and_imports_no_torch() -> None:
-    """torch takes seconds to import; what --help needs does not."""
-    code = (
-        "import atexit, sys\n"
-        "atexit.register(lambda: print('torch' in sys.modules, file=sys.stderr))\n"
-        "from mteditflow.config.cli import parse\n"
-        "parse(['--help'], prog='train')\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert done.stderr == "False\n"
-    text = " ".join(done.stdout.replace("-\n", "-").split()).replace("- ", "-")
-    for key, setting in settings().items():
-        assert f"--{key} " in text
-        assert " ".join(setting.sentence.split()[:3]) in text
+NUMBERS = {
+    f"{section}.{field.name}": (section_class, field.name)
+    for section, section_class in get_type_hints(Config).items()
+    for field in fields(section_class)
+    if get_type_hints(section_class)[field.name] in (int, float)
+}
+
+
+@pytest.mark.parametrize("key", NUMBERS)
+def test_every_number_has_a_range_and_is_refused_outside(key: str) -> None:
+    section_class, name = NUMBERS[key]
+    allowed = ranges(section_class).get(name)
+    assert allowed is not None, f"{key} has no range: annotate it, as its neighbours are"
+    assert 0 <= allowed.low <= settings()[key].default <= allowed.high <= 2**31
+    below = allowed.low if allowed.is_above else allowed.low - max(1, allowed.step)
+    above = allowed.high + max(1, allowed.step)
+    between = [allowed.low + 1] if allowed.step else []
+    for value in (below, above, float("nan"), float("inf"), -float("inf"), *between):
+        with pytest.raises(ValueError) as error:
+            section_class(**{name: value})
+        assert str(error.value).startswith(f"{key} is {value!r}: must lie in ") and "\n" not in str(error.value)
 
 
 def test_every_field_has_a_sentence() -> None:
@@ -116,33 +162,72 @@ def test_every_field_has_a_sentence() -> None:
     assert missing == []
 
 
-def test_mini_is_the_default() -> None:
-    text = (ROOT / "configs" / "mini.yaml").read_text()
-    assert from_yaml(ROOT / "configs" / "mini.yaml") == Config()
-    assert text == commented_yaml(Config()), "regenerate it: python -m mteditflow.train --print_config"
-    assert text.startswith(f"# {DEFAULT_TITLE}"[:80])
+def run_help(words: list[str]) -> str:
+    """What a command prints in a process of its own, which must not import torch, diffusers or transformers."""
+    code = (
+        "import atexit, runpy, sys\n"
+        "heavy = ('torch', 'diffusers', 'transformers')\n"
+        "atexit.register(lambda: print([name for name in heavy if name in sys.modules], file=sys.stderr))\n"
+        f"sys.argv = {words!r}\n"
+        "module = sys.argv[0]\n"
+        "if module == 'mteditflow':\n"
+        "    from mteditflow.config.command import main\n"
+        "    sys.exit(main())\n"
+        "runpy.run_module(module, run_name='__main__', alter_sys=True)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stderr == "[]\n"
+    return done.stdout
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("mini*.yaml")), ids=lambda path: path.name)
-def test_config_file_has_every_field_with_its_comment(path: Path) -> None:
-    from_yaml(path)
-    lines = path.read_text().splitlines()
-    tree = yaml.safe_load(path.read_text())
-    for section, section_class in get_type_hints(Config).items():
-        assert list(tree[section]) == [field.name for field in fields(section_class)]
-        start = lines.index(f"{section}:")
-        for field in fields(section_class):
-            place = next(i for i in range(start, len(lines)) if lines[i].startswith(f"  {field.name}:"))
-            assert lines[place - 1].startswith("  # ")
+@pytest.mark.parametrize("module", MODULES)
+def test_help_of_every_module_imports_no_torch(module: str) -> None:
+    text = run_help([f"mteditflow.{module}", "--help"])
+    assert text.startswith(f"usage: python -m mteditflow.{module} ")
+
+
+def test_help_of_the_command_lists_the_commands() -> None:
+    text = run_help(["mteditflow", "--help"])
+    for name, function in command.COMMANDS.items():
+        assert re.search(rf"^  {name} +{re.escape((function.__doc__ or '').splitlines()[0])}$", text, re.MULTILINE)
+    assert list(command.COMMANDS) == [module.removeprefix("world.") for module in MODULES]
+    assert run_help(["mteditflow", "data", "generate", "--help"]).startswith("usage: mteditflow data generate ")
+    assert run_help(["mteditflow", "--version"]).startswith("mteditflow")
+
+
+def test_the_console_script_is_the_command() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    assert 'mteditflow = "mteditflow.config.command:main"' in text.split("[project.scripts]\n")[1]
+
+
+def test_help_of_train_names_every_field() -> None:
+    text = " ".join(run_help(["mteditflow", "train", "--help"]).replace("-\n", "-").split()).replace("- ", "-")
+    for key, setting in settings().items():
+        assert f"--{key} " in text
+        assert " ".join(setting.sentence.split()[:3]) in text
+
+
+def print_config(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as stop:
+        command.main(["train", *arguments, "--print_config"])
+    assert stop.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_print_config_of_mini_is_that_of_no_argument(capsys: pytest.CaptureFixture[str]) -> None:
+    text = print_config([], capsys)
+    assert print_config(["--config", str(ROOT / "configs" / "mini.yaml")], capsys) == text
+    lines = text.splitlines()
+    for key, setting in settings().items():
+        section = lines[lines.index(f"{setting.section}:") :]
+        place = next(i for i, line in enumerate(section) if line.startswith(f"  {setting.name}:"))
+        assert section[place - 1].startswith("  # "), key
 
 
 def test_print_config_and_to_yaml_are_read_back_equal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--optimizer.learning_rate", "3e-5", "--lora.targets", "[to_q]", "--run.folder", "runs/a: b #c"]
-    config, _ = parse(arguments, prog="train")
-    with pytest.raises(SystemExit) as stop:
-        parse([*arguments, "--print_config"], prog="train")
-    assert stop.value.code == 0
-    for text in (capsys.readouterr().out, to_yaml(config)):
+    config, _ = read(arguments)
+    for text in (print_config(arguments, capsys), to_yaml(config)):
         assert from_yaml(write(tmp_path, text)) == config
 
 
@@ -210,39 +295,9 @@ def test_a_run_that_does_not_fit_is_refused(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_dry_run_of_no_pipeline(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"model\.path is .*without transformer/config\.json"):
+    with pytest.raises(ValueError, match=r"model\.path .* is not a diffusers pipeline"):
         dry_run(replace(Config(), model=ModelConfig(path=str(tmp_path))))
     with pytest.raises(ValueError, match=r"model\.path is 'nowhere': no folder"):
         dry_run(replace(Config(), model=ModelConfig(path="nowhere")))
     with pytest.raises(ValueError, match=r"model\.path is 'some/editor': .* none of black-forest-labs/FLUX\.1"):
         dry_run(replace(Config(), model=ModelConfig(path="some/editor")))
-
-
-@pytest.mark.parametrize(
-    ("name", "changed"),
-    [
-        ("mini_long", {"run.folder", "run.num_iterations"}),
-        ("mini_nft", {"run.folder"}),
-        ("mini_grpo", {"objective.name", "optimizer.epsilon", "run.folder"}),
-        (
-            "mini_mixgrpo",
-            {
-                *("objective.name", "optimizer.epsilon", "run.folder"),
-                *("rollout.num_steps", "rollout.window_size", "rollout.window_placement"),
-            },
-        ),
-        (
-            "profile_kontext",
-            {
-                *("model.path", "model.height", "model.width", "model.max_text_tokens", "model.dtype"),
-                *("lora.rank", "lora.alpha", "lora.targets", "rollout.num_tasks", "rollout.num_steps"),
-                *("rollout.microbatch_size", "objective.name", "objective.clip_range", "optimizer.learning_rate"),
-                *("optimizer.epsilon", "optimizer.schedule", "optimizer.microbatch_size", "run.folder"),
-            },
-        ),
-    ],
-)
-def test_the_other_configs_differ_where_they_say(name: str, changed: set[str]) -> None:
-    own, default = asdict(from_yaml(ROOT / "configs" / f"{name}.yaml")), asdict(Config())
-    different = {f"{s}.{f}" for s, fields in own.items() for f, value in fields.items() if value != default[s][f]}
-    assert different == changed

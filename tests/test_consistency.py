@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from transformers import AutoModel, LlamaConfig, LlamaModel
 
-from mteditflow.config import RewardConfig
 from mteditflow.reward.dino import DinoConsistency, background_weights, boxes, nearest_grid
 from mteditflow.types import EditTask, Region
 
@@ -33,7 +32,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def measure_of(folder: Path, **values: Any) -> DinoConsistency:
-    return DinoConsistency(RewardConfig(judge="vlm", consistency=str(folder), **values), CPU)
+    return DinoConsistency(str(folder), CPU, **values)
 
 
 def photograph() -> Tensor:
@@ -115,7 +114,7 @@ def test_against_the_formula_in_float64(folders: dict[str, Path], family: str) -
         [edited(source, RIGHT), edited(source, LEFT), edited(source.flip(2), (0.5, 0.0, 1.0, 0.4))],
         [edited(source, (0.0, 0.0, 1.0, 0.5)), source, edited(source.flip(2), LEFT)],
     ]
-    found = measure_of(folders[family])(tasks, group, torch.stack([torch.stack(turn) for turn in turns]))
+    found = measure_of(folders[family]).score(tasks, group, torch.stack([torch.stack(turn) for turn in turns]))
     reference = Reference(folders[family], family)
     for row, g in enumerate(group.tolist()):
         for turn, regions in enumerate([(LEFT, RIGHT), (RIGHT,)] if g == 0 else [(RIGHT,), (RIGHT,)]):
@@ -133,9 +132,9 @@ def test_the_parts_see_their_own_places(folders: dict[str, Path]) -> None:
     reference = Reference(folders["dinov3"], "dinov3")
     task = task_of(source, untouched=((DOG,), (DOG,)))
     pictures = torch.stack([torch.stack([edited(source, RIGHT), edited(source, LEFT)])] * 2)
-    found = measure([task], torch.zeros(2, dtype=torch.int64), pictures)
+    found = measure.score([task], torch.zeros(2, dtype=torch.int64), pictures)
     outside = replace(task, edit_types=("background_change", "color_alter"))  # objects alone count
-    alone = measure([outside], torch.zeros(2, dtype=torch.int64), pictures)
+    alone = measure.score([outside], torch.zeros(2, dtype=torch.int64), pictures)
     assert alone[0, 0] == pytest.approx(reference.object(source, pictures[0, 0], RIGHT), abs=TOLERANCE)
     assert alone[1].tolist() == pytest.approx([1, 1], abs=TOLERANCE)  # nothing within its box has changed
     background = 2 * found - alone
@@ -151,14 +150,14 @@ def test_where_a_part_is_undefined(folders: dict[str, Path]) -> None:
     pictures = torch.stack([picture[None], picture[None]])
     whole = reference.background(source, picture, [])
     unknown = task_of(source)  # no boxes: the whole picture
-    assert measure([unknown], group, pictures)[0].tolist() == pytest.approx([whole] * 2, abs=TOLERANCE)
+    assert measure.score([unknown], group, pictures)[0].tolist() == pytest.approx([whole] * 2, abs=TOLERANCE)
     nameless = task_of(source, untouched=((SKY,), (SKY,)))
-    assert measure([nameless], group, pictures)[0].tolist() == pytest.approx([whole] * 2, abs=TOLERANCE)
+    assert measure.score([nameless], group, pictures)[0].tolist() == pytest.approx([whole] * 2, abs=TOLERANCE)
     lost = replace(unknown, edit_types=("color_alter", "background_change"))
-    found = measure([lost], group, pictures)[0]
+    found = measure.score([lost], group, pictures)[0]
     assert found[0].item() == pytest.approx(whole, abs=TOLERANCE) and found[1].isnan()
     everything = task_of(source, objects=(Region(name="all", box=(0.0, 0.0, 1.0, 1.0)),), untouched=((DOG,), ()))
-    found = measure([everything], group, pictures)[0]
+    found = measure.score([everything], group, pictures)[0]
     assert found[0].item() == pytest.approx(reference.object(source, picture, RIGHT), abs=TOLERANCE)
     assert found[1].isnan()
     assert boxes(replace(nameless, objects=(CAT, DOG), untouched=((DOG,), (SKY,)))) == [LEFT, RIGHT]
@@ -171,11 +170,11 @@ def test_registers_for_patches_as_the_public_evaluator(folders: dict[str, Path])
     task = task_of(source, untouched=((DOG,), (DOG,)))
     picture = edited(source, LEFT)
     pictures, group = torch.stack([picture[None]] * 2), torch.tensor([0])
-    found = measure_of(path, is_edival_compat=True)([task], group, pictures)[0, 0].item()
+    found = measure_of(path, is_edival_compat=True).score([task], group, pictures)[0, 0].item()
     reference = Reference(path, "dinov3", num_skipped=1, grid=(5, 8))
     expected = (reference.background(source, picture, [RIGHT]) + reference.object(source, picture, RIGHT)) / 2
     assert found == pytest.approx(expected, abs=TOLERANCE)
-    assert abs(found - measure_of(path)([task], group, pictures)[0, 0].item()) > 10 * TOLERANCE
+    assert abs(found - measure_of(path).score([task], group, pictures)[0, 0].item()) > 10 * TOLERANCE
 
 
 def test_background_weights() -> None:
@@ -191,9 +190,9 @@ def test_bits_do_not_depend_on_the_batch(folders: dict[str, Path]) -> None:
     source, measure = photograph(), measure_of(folders["dinov3"])
     tasks = [task_of(source, untouched=((CAT, DOG), (DOG,))), task_of(source.flip(1), untouched=((DOG,), ()))]
     pictures = torch.stack([edited(source, box) for box in (LEFT, RIGHT, LEFT, RIGHT)]).expand(2, 4, 3, 36, 48)
-    whole = measure(tasks, torch.tensor([0, 0, 1, 1]), pictures)
-    assert torch.equal(measure(tasks[1:], torch.tensor([0]), pictures[:, 3:]), whole[3:])
-    assert torch.equal(measure(tasks[::-1], torch.tensor([1, 0]), pictures[:, [1, 2]]), whole[[1, 2]])
+    whole = measure.score(tasks, torch.tensor([0, 0, 1, 1]), pictures)
+    assert torch.equal(measure.score(tasks[1:], torch.tensor([0]), pictures[:, 3:]), whole[3:])
+    assert torch.equal(measure.score(tasks[::-1], torch.tensor([1, 0]), pictures[:, [1, 2]]), whole[[1, 2]])
 
 
 def test_models_that_have_no_such_features(tmp_path: Path) -> None:

@@ -2,17 +2,15 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.pipelines.flux.pipeline_flux_kontext import FluxKontextPipeline
-from PIL import Image
 
-from mteditflow.config import Config, DataConfig, EvaluationConfig, LoraConfig, ModelConfig
+from mteditflow.config import Config, DataConfig, EvaluationConfig, LoraConfig, ModelConfig, command
 from mteditflow.data import held_out_tasks
+from mteditflow.pictures import from_pil, round_to_8_bit, to_pil
 from mteditflow.policy import build_policy
-from mteditflow.rollout import round_to_8_bit
 from mteditflow.types import EditTask
 from mteditflow.world import pretrain
 from mteditflow.world.render import render
@@ -21,20 +19,10 @@ from mteditflow.world.verify import grade, read
 FOLDER = Path(pretrain.__file__).parent / "editor"
 
 
-def to_picture(image: torch.Tensor) -> Image.Image:
-    """(3, H, W) in [-1, 1] as a picture."""
-    return Image.fromarray(((image + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
-
-
-def to_tensor(picture: Image.Image) -> torch.Tensor:
-    """The inverse of `to_picture`."""
-    return torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1) / 127.5 - 1
-
-
 def held_out(num_sessions: int) -> list[EditTask]:
     """The first held-out sessions, of one turn."""
-    own = EvaluationConfig(num_sessions=num_sessions, num_sessions_short=num_sessions)
-    return held_out_tasks(Config(data=DataConfig(num_turns=1), evaluation=own))
+    evaluation = EvaluationConfig(num_sessions=num_sessions, num_sessions_short=num_sessions)
+    return held_out_tasks(Config(data=DataConfig(num_turns=1), evaluation=evaluation))
 
 
 def test_folder_is_small_enough_to_ship() -> None:
@@ -50,11 +38,11 @@ def test_stock_pipeline_loads_it_and_edits() -> None:
     for task in tasks:
         noise = torch.Generator().manual_seed(task.id)
         edit = pipeline(
-            image=to_picture(task.source), prompt=task.instructions[0], height=size, width=size, max_area=size * size,
+            image=to_pil(task.source), prompt=task.instructions[0], height=size, width=size, max_area=size * size,
             _auto_resize=False, max_sequence_length=Config().model.max_text_tokens, guidance_scale=2.5,
             num_inference_steps=8, generator=noise, return_dict=False,
         )[0][0]  # fmt: skip
-        edits.append(to_tensor(edit))
+        edits.append(from_pil(edit))
     before = read(torch.stack([task.source for task in tasks]))
     grades = grade([task.truth.edits[0] for task in tasks], before, read(torch.stack(edits)))
     assert sum(g >= 4 for g in grades) >= 12
@@ -86,13 +74,13 @@ def test_pairs_are_chained_and_a_quarter_of_the_targets_is_flawed() -> None:
 def test_pretraining_makes_a_pipeline_folder_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--output", str(tmp_path), "--vae_batches", "1", "--num_pairs", "64", "--batch_size", "8"]
     arguments += ["--save_every", "1", "--num_sessions", "4", "--learning_rate", "1e-4"]
-    pretrain.main([*arguments, "--editor_batches", "2"])
+    command.pretrain([*arguments, "--editor_batches", "2"])
     assert FluxKontextPipeline.from_pretrained(tmp_path / "editor-000002").transformer.config["num_layers"] == 2
     first = (tmp_path / "editor-000001" / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes()
     second = (tmp_path / "editor-000002" / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes()
     assert first != second
     capsys.readouterr()
-    pretrain.main([*arguments, "--vae", str(tmp_path / "vae"), "--editor_batches", "3"])
+    command.pretrain([*arguments, "--vae", str(tmp_path / "vae"), "--editor_batches", "3"])
     assert str(tmp_path) not in (tmp_path / "editor-000003" / "vae" / "config.json").read_text()
     said = capsys.readouterr().out
     assert "editor 3:" in said and "editor 2:" not in said

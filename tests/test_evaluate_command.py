@@ -18,9 +18,9 @@ from torch import Tensor
 
 from mteditflow.config import Config, EvaluationConfig, LoraConfig
 from mteditflow.config.cli import LORA_FILE, to_yaml
+from mteditflow.config.command import evaluate as main
 from mteditflow.data import held_out_tasks
 from mteditflow.evaluate import edival
-from mteditflow.evaluate.command import main
 from mteditflow.evaluate.edival import METRICS, compare, evaluate, load_verdicts, summary
 from mteditflow.evaluate.lora_files import common_lora, read_subject, state_of
 from mteditflow.export.weights import save_lora
@@ -210,7 +210,7 @@ def test_ten_turns(config: Config) -> None:
 
 def test_help_needs_no_torch() -> None:
     code = (
-        "import sys\nfrom mteditflow.evaluate.command import main\n"
+        "import sys\nfrom mteditflow.config.command import evaluate as main\n"
         "try:\n    main(['--help'])\nexcept SystemExit as stop:\n    print(stop.code, 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -235,13 +235,13 @@ def test_wrong_subjects_are_one_line(
     (empty / "config.yaml").write_text(to_yaml(config))
     file.write_text("")
     expected = {
-        (): "there is nothing to evaluate: name run folders",
+        (): "SUBJECT is missing: a run's folder",
         (tmp_path / "gone",): "is no folder that exists: give a run's folder",
         (file,): "is a file: give",
         (neither,): "has neither a run's config.yaml nor pytorch_lora_weights.safetensors",
         (empty,): "has no checkpoint yet, and no lora/pytorch_lora_weights.safetensors: train it first",
         ("base", "base"): "subjects 'base' and 'base' would both be 'base' in --out",
-        ("base", "--evaluation.num_sessions", 1): "evaluation.num_sessions is 1: must be at least 2",
+        ("base", "--evaluation.num_sessions", 1): "evaluation.num_sessions is 1: must",
         ("base", "--evaluation.num_sessions", "2", "--evaluation.num_strips", "3"): "evaluation.num_strips is 3: must",
     }
     for words, line in expected.items():
@@ -253,7 +253,7 @@ def test_wrong_subjects_are_one_line(
     assert "disagree on held-out data: evaluation.num_sessions is 3 and 4; set it by an override" in line
     whole = tmp_path / "whole"
     shutil.copytree(run, whole)
-    (whole / "config.yaml").write_text(to_yaml(replace(config, lora=replace(config.lora, rank=0))))
+    (whole / "config.yaml").write_text(to_yaml(replace(config, lora=replace(config.lora, is_full=True))))
     assert "trained whole weights, not a LoRA: export it" in refused(capsys, lambda: command(whole))
     assert "--out is" in refused(capsys, lambda: main([str(run), "--out", str(file)]))
 

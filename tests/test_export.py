@@ -17,6 +17,7 @@ from export_parts import FULL, ORDER_TOLERANCE, config_of, loaded, ours, refused
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from torch import Tensor, nn
 
+from mteditflow.config import command
 from mteditflow.export import weights as export
 from mteditflow.export.comfyui import comfyui_keys, unknown_modules
 from mteditflow.record import checkpoint
@@ -33,7 +34,7 @@ def test_diffusers_float32_is_the_trainer_bit_for_bit(
 ) -> None:
     config = config_of(tiny_pipeline_folder)
     state = write_run(tmp_path / "run", config)[adapter]
-    export.main([str(tmp_path / "run"), "--adapter", adapter])
+    command.export([str(tmp_path / "run"), "--adapter", adapter])
     out = tmp_path / "run" / "export" / f"diffusers-float32-{adapter}"
     assert f"exported {adapter} of iteration 3: {out}" in capsys.readouterr().out
     pipeline = loaded(tiny_pipeline_folder)
@@ -47,7 +48,7 @@ def test_diffusers_bfloat16_is_the_rounded_adapter(tiny_pipeline_folder: Path, t
     """Each weight within bfloat16's half unit, 2^-8 of it, and the edit that of the rounded weights, to the bit."""
     config = config_of(tiny_pipeline_folder)
     state = write_run(tmp_path / "run", config)["ema"]
-    export.main([str(tmp_path / "run"), "--dtype", "bfloat16", "--out", str(tmp_path / "out")])
+    command.export([str(tmp_path / "run"), "--dtype", "bfloat16", "--out", str(tmp_path / "out")])
     file = safetensors.torch.load_file(tmp_path / "out" / export.LORA_FILE)
     assert file.keys() == {f"transformer.{key}" for key in state}
     for key, weight in state.items():
@@ -66,9 +67,9 @@ def test_the_final_lora_is_a_source_too(
 ) -> None:
     config, run = config_of(tiny_pipeline_folder), tmp_path / "run"
     write_run(run, config)
-    export.main([str(run), "--out", str(run / "lora")])
+    command.export([str(run), "--out", str(run / "lora")])
     shutil.rmtree(run / "checkpoints")
-    export.main([str(run), "--out", str(tmp_path / "out")])
+    command.export([str(run), "--out", str(tmp_path / "out")])
     own, expected = (safetensors.torch.load_file(out / export.LORA_FILE) for out in (tmp_path / "out", run / "lora"))
     assert own.keys() == expected.keys() and all(torch.equal(own[key], expected[key]) for key in own)
     assert "take --adapter ema" in refused(capsys, run, "--adapter", "current")
@@ -140,7 +141,7 @@ def comfyui_change(file: dict[str, Tensor], prefix: str) -> Tensor:
 def test_comfyui_round_trip(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
     config = config_of(tiny_pipeline_folder)
     state = write_run(tmp_path / "my-run", config)["ema"]
-    export.main([str(tmp_path / "my-run"), "--format", "comfyui", "--out", str(tmp_path / "out")])
+    command.export([str(tmp_path / "my-run"), "--format", "comfyui", "--out", str(tmp_path / "out")])
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["README.md", "my-run.safetensors"]
     file = safetensors.torch.load_file(tmp_path / "out" / "my-run.safetensors")
     modules = {key.rsplit(".lora_", 1)[0] for key in state}
@@ -188,7 +189,7 @@ def test_comfyui_knows_each_family(tiny_pipeline_folder: Path) -> None:
 def test_merged_is_a_whole_pipeline(tiny_pipeline_folder: Path, tmp_path: Path, dtype: Any) -> None:
     config, out = config_of(tiny_pipeline_folder), tmp_path / "out"
     state = write_run(tmp_path / "run", config)["ema"]
-    export.main([str(tmp_path / "run"), "--format", "merged", "--dtype", dtype, "--out", str(out)])
+    command.export([str(tmp_path / "run"), "--format", "merged", "--dtype", dtype, "--out", str(out)])
     own = FluxKontextPipeline.from_pretrained(out)  # float32, whatever the file is in
     base = dict(loaded(tiny_pipeline_folder).transformer.named_parameters())
     num_changed = 0
@@ -218,7 +219,7 @@ def test_merged_is_a_whole_pipeline(tiny_pipeline_folder: Path, tmp_path: Path, 
 def test_full_weights_are_the_trainer_bit_for_bit(tiny_pipeline_folder: Path, tmp_path: Path, form: str) -> None:
     config, out = config_of(tiny_pipeline_folder, FULL), tmp_path / "out"
     state = write_run(tmp_path / "run", config)["ema"]
-    export.main([str(tmp_path / "run"), "--format", form, "--out", str(out)])
+    command.export([str(tmp_path / "run"), "--format", form, "--out", str(out)])
     pipeline = loaded(out if form == "merged" else tiny_pipeline_folder)
     if form == "diffusers":
         assert sorted(path.name for path in out.iterdir()) == ["README.md", "transformer"]
@@ -273,9 +274,9 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> type[FakeHub]:
 
 def test_push(tiny_pipeline_folder: Path, tmp_path: Path, hub: type[FakeHub]) -> None:
     write_run(tmp_path / "run", config_of(tiny_pipeline_folder))
-    export.main([str(tmp_path / "run")])
+    command.export([str(tmp_path / "run")])
     assert hub.calls == []  # only when asked for
-    export.main([str(tmp_path / "run"), "--push_to", "somebody/an-editor"])
+    command.export([str(tmp_path / "run"), "--push_to", "somebody/an-editor"])
     files = ["README.md", "pytorch_lora_weights.safetensors"]
     assert hub.calls == [("create", "somebody/an-editor", True, True), ("upload", "somebody/an-editor", files)]
     card_text = (tmp_path / "run/export/diffusers-float32-ema/README.md").read_text()
@@ -360,10 +361,10 @@ def test_a_base_that_cannot_be_had(
 def test_docs(tiny_pipeline_folder: Path, tmp_path: Path, hub: type[FakeHub], monkeypatch: pytest.MonkeyPatch) -> None:
     """Every command of docs/export.md runs as it stands there."""
     text = (ROOT / "docs" / "export.md").read_text()
-    commands = re.findall(r"^python -m mteditflow\.export (.+)$", text, flags=re.MULTILINE)
-    assert len(commands) >= 5
+    lines = re.findall(r"^python -m mteditflow\.export (.+)$", text, flags=re.MULTILINE)
+    assert len(lines) >= 5
     monkeypatch.chdir(tmp_path)
     write_run(Path("runs/mini"), config_of(tiny_pipeline_folder))
-    for command in commands:
-        export.main(command.split())
+    for line in lines:
+        command.export(line.split())
     assert hub.calls and os.listdir("runs/mini/export")

@@ -256,16 +256,6 @@ def test_text_is_encoded_once(folders: dict[str, Path], monkeypatch: pytest.Monk
     assert torch.equal(alone[0], both[1])
 
 
-def test_vae_tiles_are_the_stock_pipeline_s(folders: dict[str, Path]) -> None:
-    policy = build_policy(config_of(folders, "klein", vae_tiling=True), LORA, seed=0, has_old=False)
-    pipeline, latents, source = stock(folders["klein"]), draw(1, policy.num_tokens, 16), pictures(1)
-    whole = generate(pipeline, [PROMPTS[0]], source[0], latents, policy, 1.0)
-    pipeline.vae.enable_tiling()
-    tiled = generate(pipeline, [PROMPTS[0]], source[0], latents, policy, 1.0)
-    own = rollout(policy, condition_on(policy, [PROMPTS[0]], source), latents, pipeline.scheduler.sigmas)
-    assert torch.equal(own * 0.5 + 0.5, tiled) and not torch.equal(tiled, whole)
-
-
 @pytest.mark.parametrize("cfg_scale", [1.0, 4.0])
 def test_rows_of_a_microbatch(folders: dict[str, Path], cfg_scale: float) -> None:
     """A row's bits do not depend on its companions or its place; on the number of rows they may, within rounding."""

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from photos import PHOTOS, copy_photos, photo
 
-from mteditflow.data import main
+from mteditflow.config.command import data as main
 from mteditflow.data.formats import EDIVAL_COLUMNS, read_sessions
 from mteditflow.data.images import read_picture
 from mteditflow.data.sessions import Sessions
@@ -107,7 +107,7 @@ def test_parquet(kind: str, tmp_path: Path) -> None:
     assert plain(sessions) == EXPECTED and sessions.unused == ("license",)
     for record, session in zip(RECORDS, sessions.found, strict=True):
         shown = read_picture(tmp_path / record["image"])
-        assert np.array_equal(np.asarray(read_picture(session.read())), np.asarray(shown))
+        assert np.array_equal(np.asarray(session.read()), np.asarray(shown))
     assert len({it.image for it in sessions.found}) == 2
 
 

@@ -10,17 +10,18 @@ import safetensors.torch
 import torch
 from conftest import TINY_MAX_TEXT_TOKENS
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+from timed import is_timed
 from torch import Tensor
 
 from mteditflow.config import Config, LoraConfig, ModelConfig
 from mteditflow.config.command import train as main
 from mteditflow.plan.memory import memory_plan, read_sizes
 from mteditflow.policy import Policy, build_policy
-from mteditflow.record.metrics import is_timed, read_lines
+from mteditflow.record.metrics import read_lines
 from mteditflow.types import Condition
 
 SIZE = 64
-ALL = LoraConfig(rank=0, targets=())
+ALL = LoraConfig(is_full=True, targets=())
 
 
 def policy_of(folder: Path, dtype: Any = "float32", lora: LoraConfig = ALL, *, has_old: bool = True) -> Policy:
@@ -141,7 +142,7 @@ def test_switching_leaves_a_pending_graph(tiny_pipeline_folder: Path, is_checkpo
 
 
 def test_targets_are_trained_and_the_rest_is_shared(tiny_pipeline_folder: Path) -> None:
-    policy = policy_of(tiny_pipeline_folder, lora=LoraConfig(rank=0, targets=("attn.to_q",)), has_old=False)
+    policy = policy_of(tiny_pipeline_folder, lora=LoraConfig(is_full=True, targets=("attn.to_q",)), has_old=False)
     assert policy.adapters.targets == ["transformer_blocks.0.attn.to_q", "single_transformer_blocks.0.attn.to_q"]
     names = [f"{target}.{leaf}" for target in policy.adapters.targets for leaf in ("weight", "bias")]
     assert [name for name, _ in policy.adapters.trainable] == names and policy.adapters.num_modules == 2
@@ -150,7 +151,7 @@ def test_targets_are_trained_and_the_rest_is_shared(tiny_pipeline_folder: Path) 
     with pytest.raises(AssertionError, match="no adapter 'old'"), policy.adapters.use("old"):
         pass
     with pytest.raises(ValueError, match=r"'attn.to_qq' matches no linear"):
-        policy_of(tiny_pipeline_folder, lora=LoraConfig(rank=0, targets=("attn.to_qq",)))
+        policy_of(tiny_pipeline_folder, lora=LoraConfig(is_full=True, targets=("attn.to_qq",)))
 
 
 def test_without_targets_every_weight_is_trained(tiny_pipeline_folder: Path) -> None:
@@ -167,7 +168,7 @@ def test_without_targets_every_weight_is_trained(tiny_pipeline_folder: Path) -> 
 def arguments(model: Path, folder: Path, num_iterations: int, **overrides: Any) -> list[str]:
     values = {
         "model.path": model, "model.max_text_tokens": TINY_MAX_TEXT_TOKENS, "model.dtype": "float32",
-        "lora.rank": 0, "lora.targets": "[]", "data.num_turns": 2, "rollout.num_tasks": 1, "rollout.group_size": 3,
+        "lora.is_full": True, "lora.targets": "[]", "data.num_turns": 2, "rollout.num_tasks": 1, "rollout.group_size": 3,
         "rollout.num_steps": 3, "optimizer.learning_rate": 1e-4, "optimizer.schedule": "constant",
         "objective.kl_beta": 0.01, "evaluation.num_sessions": 2, "evaluation.num_sessions_short": 1,
         "evaluation.num_strips": 1, "evaluation.num_steps": 1, "evaluation.every": 0,

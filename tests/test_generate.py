@@ -10,18 +10,18 @@ import pytest
 from photos import copy_photos
 from PIL import Image
 
-from mteditflow.data import main
+from mteditflow.config.command import data as main
 from mteditflow.data.formats import read_sessions
 from mteditflow.data.generate import (
     COLORS,
-    EDIT_TYPES,
     MATERIALS,
     NEW_OBJECTS,
+    TEMPLATES,
     Step,
     Thing,
     generate,
     plural,
-    untouched,
+    untouched_regions,
     with_article,
 )
 from mteditflow.world import edits
@@ -95,7 +95,7 @@ def test_the_pool_is_kept(num_turns: int) -> None:
 def test_untouched_objects_only_shrink_and_are_never_named_as_a_target() -> None:
     num_boxes = 0
     for things, steps in sessions(400, 3):
-        kept = untouched(things, steps)
+        kept = untouched_regions(things, steps)
         boxes = {thing.kind: thing.boxes for thing in things}
         touched: set[str] = set()
         for turn, step in enumerate(steps):
@@ -110,7 +110,7 @@ def test_untouched_objects_only_shrink_and_are_never_named_as_a_target() -> None
 
 
 def test_every_type_comes_and_nothing_is_moved_to_where_it_is() -> None:
-    assert set(EDIT_TYPES) == set(edits.EDIT_TYPES)  # EdiVal's nine
+    assert set(TEMPLATES) == set(edits.EDIT_TYPES)  # EdiVal's nine
     counts: Counter[str] = Counter()
     for things, steps in sessions(600, 3):
         counts.update(step.edit_type for step in steps)

@@ -9,7 +9,7 @@ import torch
 from photos import photo
 from PIL import Image
 
-from mteditflow.data.images import Fit, fitted, frame_of, in_frame, read_picture, read_size, to_rgb
+from mteditflow.data.images import Fit, crop_region, fit_picture, frame_of, read_picture, read_size, to_rgb
 from mteditflow.types import Region
 
 
@@ -111,7 +111,7 @@ def test_crop_is_the_largest_centred_part(height: int, width: int) -> None:
     assert shown[0] / shown[1] == pytest.approx(width / height, rel=1e-9)
     assert max(right - left, bottom - top) == pytest.approx(1, abs=1e-12)
     assert (left, top) == pytest.approx((1 - right, 1 - bottom))
-    seen = fitted(picture, height=height, width=width, fit="crop")
+    seen = fit_picture(picture, height=height, width=width, fit="crop")
     assert seen.image.shape == (3, height, width) and seen.image.dtype == torch.float32
     assert seen.image.min() >= -1 and seen.image.max() <= 1
 
@@ -120,23 +120,23 @@ def test_crop_is_the_largest_centred_part(height: int, width: int) -> None:
 def test_resizing_keeps_the_mean_and_does_not_alias(fit: Fit) -> None:
     """Lanczos with antialiasing: a chess board far finer than a pixel becomes its mean (to 8 bits), not a pattern."""
     board = Image.fromarray((np.indices((512, 512)).sum(0) % 2 * 255).astype(np.uint8)).convert("RGB")
-    small = fitted(board, height=64, width=64, fit=fit).image
+    small = fit_picture(board, height=64, width=64, fit=fit).image
     assert (small - (2 * 127.5 / 255 - 1)).abs().max() <= 2 / 127.5
     whole = read_picture(photo("astronaut.png"))
-    tiny = fitted(whole, height=64, width=64, fit=fit).image
+    tiny = fit_picture(whole, height=64, width=64, fit=fit).image
     assert (tiny.mean() - (pixels(whole).mean() / 127.5 - 1)).abs() < 0.01
-    same = fitted(whole, height=512, width=512, fit=fit).image
+    same = fit_picture(whole, height=512, width=512, fit=fit).image
     assert torch.equal(((same + 1) * 127.5).round().byte().permute(1, 2, 0), torch.from_numpy(np.asarray(whole).copy()))
 
 
 def test_boxes_follow_the_crop() -> None:
     frame = frame_of((400, 200), height=64, width=64, fit="crop")
     assert frame == (0.25, 0.0, 0.75, 1.0)
-    inside = in_frame(Region(name="cat", box=(0.25, 0.5, 0.5, 1.0)), frame)
+    inside = crop_region(Region(name="cat", box=(0.25, 0.5, 0.5, 1.0)), frame)
     assert inside == Region(name="cat", box=(0.0, 0.5, 0.5, 1.0))
-    half = in_frame(Region(name="cat", box=(0.2, 0.0, 0.4, 1.0)), frame)
+    half = crop_region(Region(name="cat", box=(0.2, 0.0, 0.4, 1.0)), frame)
     assert half is not None and half.box == pytest.approx((0.0, 0.0, 0.3, 1.0))
-    assert in_frame(Region(name="cat", box=(0.1, 0.0, 0.3, 1.0)), frame) is None  # a quarter is left
-    assert in_frame(Region(name="cat", box=(0.8, 0.0, 0.9, 1.0)), frame) is None
-    assert in_frame(Region(name="cat"), frame) == Region(name="cat")
+    assert crop_region(Region(name="cat", box=(0.1, 0.0, 0.3, 1.0)), frame) is None  # a quarter is left
+    assert crop_region(Region(name="cat", box=(0.8, 0.0, 0.9, 1.0)), frame) is None
+    assert crop_region(Region(name="cat"), frame) == Region(name="cat")
     assert frame_of((400, 200), height=64, width=64, fit="stretch") == (0, 0, 1, 1)

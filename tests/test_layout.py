@@ -17,6 +17,7 @@ LIST = """
     record export report evaluate plan profile run train study
 """
 ORDER: list[str] = [*LIST.split()]
+STARTER = ("mteditflow", "config", "command")  # its functions start the rooms, once a command line is known to be right
 FILES = sorted([*(ROOT / "mteditflow").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 TESTS = sorted((ROOT / "tests").glob("*.py"))
 IDS = [str(path.relative_to(ROOT)) for path in FILES]
@@ -34,8 +35,10 @@ def imported_modules(tree: ast.Module) -> Iterator[str]:
 
 @pytest.mark.parametrize("path", FILES, ids=IDS)
 def test_imports_point_up_the_list(path: Path) -> None:
-    names = path.relative_to(ROOT).with_suffix("").parts
-    imports = [name.split(".") for name in imported_modules(ast.parse(path.read_text()))]
+    names, tree = path.relative_to(ROOT).with_suffix("").parts, ast.parse(path.read_text())
+    if names == STARTER:
+        tree.body = [node for node in tree.body if not isinstance(node, ast.FunctionDef)]
+    imports = [name.split(".") for name in imported_modules(tree)]
     if names[0] == "kernels":
         assert all(parts[0] != "mteditflow" for parts in imports)
         return

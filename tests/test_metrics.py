@@ -15,7 +15,7 @@ import torch.multiprocessing as multiprocessing
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mteditflow.record import metrics
-from mteditflow.record.metrics import Reporter, Timer, is_timed, memory_gib, read_lines, reduce_mean, strip, summary
+from mteditflow.record.metrics import Reporter, Timer, read_lines, reduce_mean, strip, summary, used_memory
 
 VALUES = {
     "reward/mean": 0.1 + 0.2,
@@ -35,7 +35,7 @@ def test_a_line_per_iteration(tmp_path: Path) -> None:
     reporter = open_reporter(tmp_path)
     reporter.write(0, VALUES)
     written = (tmp_path / "metrics.jsonl").read_text()  # before close: nothing is held back
-    reporter.images("strip", 0, torch.zeros(3, 4, 4))
+    reporter.image("strip", 0, torch.zeros(3, 4, 4))
     reporter.close()
     assert written.count("\n") == 1 and "NaN" not in written and "Infinity" not in written
     line = json.loads(written)
@@ -113,16 +113,18 @@ def test_timer_adds_up() -> None:
     assert 0.04 <= seconds["rollout_s"] < 2 and seconds["score_s"] < seconds["rollout_s"]
 
 
-def test_what_a_resume_does_not_repeat_is_named() -> None:
-    timed = ["time/rollout_s", "time/turn_images_per_second", "memory/rss_gib"]
-    assert all(map(is_timed, timed)) and not any(map(is_timed, ["reward/turn_1", "update/ratio_error", "heldout/O_3"]))
-
-
 def test_memory_of_this_process() -> None:
     """Python with torch takes more than 50 MiB; 128 MiB of ones show, within 20 % for what else moves."""
-    before = memory_gib()
+    name, before = used_memory()
     ones = torch.ones(2**25)  # 128 MiB
-    assert before > 0.05 and memory_gib() - before == pytest.approx(ones.nbytes / 2**30, rel=0.2)
+    assert name == "memory/rss_gib" and before > 0.05
+    assert used_memory()[1] - before == pytest.approx(ones.nbytes / 2**30, rel=0.2)
+
+
+def test_memory_on_a_gpu_goes_by_another_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * 2**29)
+    assert used_memory() == ("memory/cuda_peak_gib", 1.5)
 
 
 def average(rank: int, file: str, results: str) -> None:

@@ -172,18 +172,11 @@ def test_three_turns_are_three_stock_generations_bit_for_bit(
         source, expected = round_to_8_bit(edit * 2 - 1), round_to_8_bit(expected * 2 - 1)
 
 
-def test_encoders_on_the_host_and_tiles(config: ModelConfig, policy: Policy, tiny_pipeline_folder: Path) -> None:
-    """Where the encoders are changes nothing; tiles (32 px here, the model's sample_size) are the stock pipeline's."""
-    away = build_policy(replace(config, text_encoder="offload", vae_tiling=True), LORA, seed=3, has_old=True)
+def test_encoders_on_the_host(config: ModelConfig, policy: Policy) -> None:
+    """Where the encoders are changes nothing."""
+    away = build_policy(replace(config, text_encoder="offload"), LORA, seed=3, has_old=True)
     own, expected = condition_of(away, 2).text, condition_of(policy, 2).text
     assert all(torch.equal(own[name], value) for name, value in expected.items())
-    pipeline, latents, prompt = stock(tiny_pipeline_folder), draw(1, policy.num_tokens, 16), PROMPTS[0]
-    whole = generate(pipeline, [prompt], images(1), latents)
-    pipeline.vae.enable_tiling()
-    tiled = generate(pipeline, [prompt], images(1), latents)
-    condition = condition_on(away, [prompt], tripped(images(1)), microbatch_size=1)
-    assert torch.equal(rollout(away, condition, latents, pipeline.scheduler.sigmas), tiled)
-    assert not torch.equal(tiled, whole)
 
 
 def test_one_image_at_a_time(config: ModelConfig, policy: Policy) -> None:
@@ -200,7 +193,7 @@ def test_one_image_at_a_time(config: ModelConfig, policy: Policy) -> None:
 
 def test_sizes_and_guidance_that_cannot_be(config: ModelConfig) -> None:
     expect_error(replace(config, cfg_scale=4.0), config.path, r"cfg_scale is 4: .* guidance embedded, so it must be 1")
-    with pytest.raises(ValueError, match=r"model\.condition_width is 40: must be 0 or a multiple of 16"):
+    with pytest.raises(ValueError, match=r"model\.condition_width is 40: must lie in .* and be a multiple of 16"):
         replace(config, condition_width=40)
     with pytest.raises(ValueError, match=r"rollout\.hand_off is 'latents': the condition has a size of its own"):
         Config(model=replace(config, condition_width=32), rollout=RolloutConfig(hand_off="latents"))

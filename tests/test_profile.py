@@ -11,11 +11,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mteditflow.config import Config
+from mteditflow.config.command import profile as main
 from mteditflow.plan.flops import forward_flops
 from mteditflow.policy import FAMILIES, Family, Policy
 from mteditflow.policy.flux_kontext import FAMILY
 from mteditflow.policy.published import FLUX_KONTEXT
-from mteditflow.profile.command import PHASES, main
+from mteditflow.profile.command import PHASES
 from mteditflow.profile.random_kontext import num_weights
 
 TINY = ["--rollout.num_tasks=1", "--rollout.group_size=2", "--data.num_turns=2", "--rollout.num_steps=2"]

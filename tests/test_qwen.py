@@ -196,18 +196,6 @@ def test_export_gives_the_stock_pipeline_the_same_editor(
     assert (loaded.r, loaded.lora_alpha) == (LORA.rank, LORA.alpha)
 
 
-def test_tiles_are_the_stock_pipeline_s(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    config = config_of(folders["2509"], (64, 288), vae_tiling=True, cfg_scale=1.0, vision_pixels=4096)
-    pipeline, policy, source = stock(config, monkeypatch), build(config), images(1, (64, 288))
-    latents = noise(policy, 1)
-    seamless = generate(pipeline, config, PROMPTS[0], source, latents)
-    pipeline.vae.enable_tiling()
-    expected = generate(pipeline, config, PROMPTS[0], source, latents)
-    own = condition_on(policy, [PROMPTS[0]], source, rows=1)
-    assert torch.equal(rollout(policy, own, latents, pipeline.scheduler.sigmas), expected)
-    assert (expected - seamless).abs().max() > 1e-3
-
-
 @pytest.mark.parametrize("num_steps", [2, 8, 50])
 @pytest.mark.parametrize("size", [SQUARE, (512, 512), (1024, 1024)])
 def test_sigmas_are_the_scheduler_s(num_steps: int, size: tuple[int, int]) -> None:

@@ -224,7 +224,7 @@ def test_errors(
     folders: dict[str, Path], tmp_path: Path, tiny_pipeline_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expect_error(r"model\.vision_pixels is 100: must be 0 or at least 3136", folders["edit"], vision_pixels=100)
-    expect_error(r"model\.height is 72: must be a positive multiple of 16", folders["edit"], (72, 64))
+    expect_error(r"model\.height is 72: must lie in .* and be a multiple of 16", folders["edit"], (72, 64))
     expect_error("sees no image; it must be 0", tiny_pipeline_folder, cfg_scale=1.0)
     folder = tmp_path / "editor"
     shutil.copytree(folders["2509"], folder)

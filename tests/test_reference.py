@@ -23,9 +23,11 @@ from mteditflow_kernels import (
 from mteditflow_kernels.reference import row_mean
 from torch import Tensor
 
-from mteditflow.config import ObjectiveConfig
+from mteditflow.config import Config, ObjectiveConfig
 from mteditflow.flow import sigma_schedule, step_table
-from mteditflow.objective import grpo, nft
+from mteditflow.objective import Nft
+from mteditflow.objective.grpo import clipped_loss
+from mteditflow.objective.nft import contrastive_loss
 from mteditflow.types import Condition, Transitions
 
 SHAPE = (4, 3, 5)  # B, L, C
@@ -347,24 +349,27 @@ def test_objectives_clamp_the_advantage() -> None:
     losses, nft_losses = [], []
     for scale in (1.0, 10.0):
         velocity, transitions = make_transitions(torch.tensor([2.0, -2.0, 2.0, -2.0], dtype=torch.float64) * scale)
-        losses.append(grpo.loss(velocity, transitions, make_table(), config)[0])
+        losses.append(clipped_loss(velocity, transitions, make_table(), config)[0])
         moving, old, clean, noise, sigma = make_nft()
-        nft_losses.append(nft.loss(moving, old, clean, noise, sigma, transitions.advantage, config)[0])
+        nft_losses.append(contrastive_loss(moving, old, clean, noise, sigma, transitions.advantage, config)[0])
     assert losses[0] == losses[1] and nft_losses[0] == nft_losses[1]
 
 
 def test_old_decay() -> None:
-    assert [nft.old_decay(n, "on_policy") for n in (0, 1000)] == [0, 0]
-    assert [nft.old_decay(n, "ramp") for n in (0, 100, 900)] == pytest.approx([0, 0.1, 0.5])
-    assert [nft.old_decay(n, "late_ramp") for n in (75, 95, 900)] == pytest.approx([0, 0.15, 0.999])
-    with pytest.raises(ValueError, match="nft_old_decay"):
-        nft.old_decay(1, "never")
+    cases = {
+        "on_policy": {0: 0, 1000: 0},
+        "ramp": {0: 0, 100: 0.1, 900: 0.5},
+        "late_ramp": {75: 0, 95: 0.15, 900: 0.999},
+    }
+    for mode, expected in cases.items():
+        objective = Nft(Config(objective=ObjectiveConfig(nft_old_decay=mode)))  # pyright: ignore[reportArgumentType]
+        assert {n: objective.old_decay(n) for n in expected} == pytest.approx(expected)
 
 
 def test_a_penalty_without_a_reference_is_an_error() -> None:
     velocity, transitions = make_transitions(ADVANTAGE)
     with pytest.raises(ValueError, match="ref_velocity"):
-        grpo.loss(velocity, transitions, make_table(), ObjectiveConfig(kl_beta=0.1))
+        clipped_loss(velocity, transitions, make_table(), ObjectiveConfig(kl_beta=0.1))
     moving, old, clean, noise, sigma = make_nft()
     with pytest.raises(ValueError, match="ref_velocity"):
-        nft.loss(moving, old, clean, noise, sigma, ADVANTAGE, ObjectiveConfig(kl_beta=0.1))
+        contrastive_loss(moving, old, clean, noise, sigma, ADVANTAGE, ObjectiveConfig(kl_beta=0.1))

@@ -19,12 +19,13 @@ from conftest import TINY_MAX_TEXT_TOKENS
 from PIL import Image
 from tiny_judge import colour_question, save_dino
 
-from mteditflow.config import RewardConfig
+from mteditflow.config import Config, RewardConfig
+from mteditflow.config.command import train as main
+from mteditflow.noise import NoiseSource
 from mteditflow.record.metrics import read_lines
 from mteditflow.reward import build_reward
-from mteditflow.reward.vlm import RUBRIC, VlmReward
+from mteditflow.reward.vlm import RUBRIC, VlmJudge
 from mteditflow.reward.vlm_server import API_KEY, NUM_ATTEMPTS, RemoteVlm
-from mteditflow.config.command import train as main
 from mteditflow.types import EditTask
 
 Reply = tuple[int, Any]  # status and body: JSON, or text as it is
@@ -217,15 +218,13 @@ def test_scores_and_answers_that_cannot_be_read(server: Server) -> None:
         return 200, completion(by_instruction.get(name, SCORES))
 
     server.reply = reply
-    reward = build_reward(server.config, seed=0)
-    assert isinstance(reward, VlmReward)
+    judge = VlmJudge(server.config, ask(server))
     tasks = [
         EditTask(id=i, source=torch.zeros(3, 8, 8), instructions=(f"a{i}", "b"), edit_types=("", "")) for i in range(4)
     ]
-    scores = reward.score(tasks, torch.zeros(2, 4, 3, 8, 8), 0)
-    assert scores.valid.tolist() == [True, False, True, False]
-    assert scores.instruction[scores.valid].tolist() == [[0.75, 0.25]] * 2
-    assert scores.instruction[~scores.valid].isnan().all() and len(server.bodies) == 4 + 2 + 2
+    scores = judge.score(tasks, torch.zeros(2, 4, 3, 8, 8), NoiseSource(seed=0, step=0))
+    assert scores[[0, 2]].tolist() == [[0.75, 0.25]] * 2
+    assert scores[[1, 3]].isnan().all() and len(server.bodies) == 4 + 2 + 2
     seeds = {body["seed"] for body in server.bodies}
     assert len(seeds) == len(server.bodies)  # a retry has another seed
 
@@ -234,7 +233,7 @@ def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "mteditflow.reward.vlm_server")
     monkeypatch.setitem(sys.modules, "httpx", None)
     config = RewardConfig(judge="vlm", url="http://127.0.0.1:1/v1")
-    fails(lambda: build_reward(config, seed=0), r"reward.url needs the package httpx: pip install 'mteditflow")
+    fails(lambda: build_reward(Config(reward=config)), r"reward.url needs the package httpx: pip install 'mteditflow")
 
 
 def test_a_run_with_a_judge_behind_a_server(

@@ -13,9 +13,10 @@ import torch
 import yaml
 
 from mteditflow.config import Config, ObjectiveConfig, RolloutConfig, RunConfig
+from mteditflow.config.command import report as main
 from mteditflow.record.metrics import strip
 from mteditflow.report.html import ticks
-from mteditflow.report.run_page import main, write_report
+from mteditflow.report.run_page import write_report
 
 VOID = {"meta", "img", "br", "link", "input"}
 EDIT_TYPES = {"color_alter": {"success": 0.5, "count": 70}, "text_change": {"success": 0.0, "count": 9}}
@@ -198,12 +199,14 @@ def test_ticks(low: float, high: float, expected: list[float]) -> None:
 
 
 def test_what_is_no_run_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(tmp_path)]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        main([str(tmp_path)])
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "it has no metrics.jsonl" in error
     (tmp_path / "metrics.jsonl").write_text("")
     (tmp_path / "evaluation_after.json").write_text("{")
-    assert main([str(tmp_path)]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        main([str(tmp_path)])
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "evaluation_after.json is not JSON" in error
     (tmp_path / "evaluation_after.json").unlink()

@@ -19,12 +19,14 @@ import pytest
 import yaml
 from conftest import TINY_MAX_TEXT_TOKENS
 from rich.console import Console
+from timed import is_timed
 from torch.utils.tensorboard import SummaryWriter
 
-from mteditflow import run, train, update
+from mteditflow import run, update
+from mteditflow.config import command
 from mteditflow.evaluate.edival import METRICS
 from mteditflow.record.checkpoint import lock
-from mteditflow.record.metrics import is_timed, read_lines
+from mteditflow.record.metrics import read_lines
 from mteditflow.study import runner as study
 from mteditflow.study.cells import read_study, runs_of, select
 from mteditflow.world.render import atlas
@@ -37,7 +39,7 @@ COMPARISON = {"question": "Better?", "cells": {"two": {}, "one": {"data.num_turn
 
 
 class Forked:
-    """What study.py needs of Popen, as a fork that runs train.main."""
+    """What study.py needs of Popen, as a fork that runs the command train."""
 
     started: ClassVar[list[str]] = []
 
@@ -57,7 +59,7 @@ class Forked:
         sys.stdout = sys.stderr = os.fdopen(log.fileno(), "w", buffering=1)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
-        train.main(arguments)
+        command.train(arguments)
 
     def poll(self) -> int | None:
         return self._process.exitcode
@@ -122,7 +124,7 @@ def rest_of(folder: Path) -> dict[str, Any]:
 
 def test_study_is_run_once(write: Write, forked: list[str], tmp_path: Path) -> None:
     path, folder = write(), tmp_path / "study"
-    assert study.main([str(path), "--folder", str(folder), "--jobs", "2"]) == 0
+    assert command.study([str(path), "--folder", str(folder), "--jobs", "2"]) == 0
     runs = runs_of(read_study(path), folder)
     assert len(runs) == 4 and sorted(forked) == sorted(f"--run.folder={run.folder}" for run in runs)
     assert all(study.is_finished(run) and len(metrics(run.folder)) == 2 for run in runs)
@@ -151,7 +153,7 @@ def test_study_is_run_once(write: Write, forked: list[str], tmp_path: Path) -> N
     assert len(ElementTree.parse(folder / "turns.svg").findall(".//{*}circle")) == 2 * (1 + 2)
 
     forked.clear()
-    assert study.main([str(path), "--folder", str(folder)]) == 0  # all is finished: nothing is started
+    assert command.study([str(path), "--folder", str(folder)]) == 0  # all is finished: nothing is started
     assert forked == [] and rest_of(folder) == found
     changed = write(cells={"two": {}, "one": {"data.num_turns": 1, "lora.alpha": 8}})
     assert [study.is_finished(run) for run in runs_of(read_study(changed), folder)] == [True, False] * 2
@@ -178,13 +180,13 @@ def test_stopped_study_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr(study.time, "sleep", sleep)
         patch.setattr(run.Run, "_agree_to_stop", agree_once_asked)
-        assert study.main([str(path), "--folder", str(folder), "--jobs", "2"]) == 1
+        assert command.study([str(path), "--folder", str(folder), "--jobs", "2"]) == 1
     for own in runs:
         assert "stopped after iteration 1" in (own.folder / "log.txt").read_text()
         assert not study.is_finished(own) and len(metrics(own.folder)) == 1
-    assert study.main([str(path), "--folder", str(folder), "--jobs", "2"]) == 0
+    assert command.study([str(path), "--folder", str(folder), "--jobs", "2"]) == 0
     assert "going on after iteration" in (runs[0].folder / "log.txt").read_text()
-    assert study.main([str(path), "--folder", str(tmp_path / "whole"), "--jobs", "2"]) == 0
+    assert command.study([str(path), "--folder", str(tmp_path / "whole"), "--jobs", "2"]) == 0
     assert metrics(runs[0].folder) == metrics(tmp_path / "whole" / runs[0].folder.relative_to(folder))
     assert rest_of(folder) == rest_of(tmp_path / "whole")
 
@@ -196,14 +198,14 @@ def test_killed_study_goes_on(
     path, folder = write(seeds=[0]), tmp_path / "study"
     arguments = [str(path), "--folder", str(folder), "--jobs", "2"]
     runs, deadline = runs_of(read_study(path), folder), time.monotonic() + PATIENCE
-    first = FORK.Process(target=study.main, args=(arguments,))
+    first = FORK.Process(target=command.study, args=(arguments,))
     first.start()
     while not (runs[0].folder / "config.yaml").exists():
         assert first.is_alive() and time.monotonic() < deadline
         time.sleep(0.01)
     first.kill()
     first.join()
-    assert study.main(arguments) == 0 and all(map(study.is_finished, runs))
+    assert command.study(arguments) == 0 and all(map(study.is_finished, runs))
     assert (runs[0].folder / "log.txt").read_text().count("Traceback") == 0
     assert len(metrics(runs[0].folder)) == 2
 
@@ -230,7 +232,7 @@ def test_failed_run_costs_itself(
 ) -> None:
     """One cell binds no module, the other is trained."""
     path, folder = write(cells={"two": {}, "none": {"lora.targets": ["nowhere"]}}, paper=[], seeds=[0]), tmp_path / "s"
-    assert study.main([str(path), "--folder", str(folder), "--jobs", "2"]) == 1
+    assert command.study([str(path), "--folder", str(folder), "--jobs", "2"]) == 1
     good, bad = runs_of(read_study(path), folder)
     assert study.is_finished(good) and not study.is_finished(bad)
     captured = capsys.readouterr()
@@ -256,12 +258,12 @@ def test_dry_run_runs_nothing(
 ) -> None:
     """Seconds per turn-image are those of the runs with iterations done: 8 of 'two' took 4 s, 'one' makes 4."""
     path, folder = write(seeds=[0]), tmp_path / "study"
-    assert study.main([str(path), "--folder", str(folder), "--dry_run"]) == 0
+    assert command.study([str(path), "--folder", str(folder), "--dry_run"]) == 0
     assert "2 runs, 0 finished" in capsys.readouterr().out and not folder.exists() and forked == []
     two, one = runs_of(read_study(path), folder)
     assert study.expected_seconds(two, [two, one]) is None
     two.folder.mkdir(parents=True)
-    line = {"reward/mean": 0.5, "time/rollout_s": 1.5, "time/save_s": 0.5, "time/turn_images_per_second": 9.0}
+    line = {"reward/instruction": 0.5, "time/rollout_s": 1.5, "time/save_s": 0.5, "time/turn_images_per_second": 9.0}
     lines = [json.dumps({"iteration": n, **line}) + "\n" for n in range(2)]
     (two.folder / "metrics.jsonl").write_text(lines[0])
     assert study.expected_seconds(two, [two, one]) == 2.0  # the second iteration, like the first
@@ -324,7 +326,7 @@ def test_wrong_arguments_are_one_line(write: Write, tmp_path: Path, capsys: pyte
 
 def refused(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        study.main(argv)
+        command.study(argv)
     captured = capsys.readouterr()
     assert caught.value.code == 2 and captured.out == ""
     assert captured.err.startswith("mteditflow: ") and captured.err.count("\n") == 1 and message in captured.err

@@ -14,13 +14,15 @@ from photos import PHOTOS, copy_photos, photo
 from PIL import Image
 
 from mteditflow.config import Config, DataConfig, EvaluationConfig, ModelConfig, RewardConfig, RolloutConfig, cli
+from mteditflow.config.command import train
 from mteditflow.data import check_data, held_out_tasks, training_tasks
-from mteditflow.data.images import fitted, read_picture
-from mteditflow.data.userdata import is_held_out
+from mteditflow.data.images import fit_picture, read_picture
+from mteditflow.data.userdata import is_held_out_image
 from mteditflow.distributed import Ranks
+from mteditflow.flow import make_schedule
+from mteditflow.noise import NoiseSource
 from mteditflow.record.metrics import read_lines
 from mteditflow.reward import ExactReward
-from mteditflow.config.command import train as main
 from mteditflow.types import EditTask, Rollout, Scores
 
 SHARE = 0.6
@@ -56,7 +58,7 @@ def first(tasks: list[EditTask]) -> list[str]:
 
 
 RECORDS = [record(name, i) for i in range(3) for name in PHOTOS]
-HELD_OUT = {name for name in PHOTOS if is_held_out(f"photos/{name}", SHARE)}
+HELD_OUT = {name for name in PHOTOS if is_held_out_image(f"photos/{name}", SHARE)}
 
 
 def test_a_task_is_the_picture_and_its_instructions(make: Callable[..., Config]) -> None:
@@ -66,7 +68,7 @@ def test_a_task_is_the_picture_and_its_instructions(make: Callable[..., Config])
     own["objects"] = [{"name": "b", "box": box}, "c"]
     config = make([own], num_tasks=1)
     (task,) = training_tasks(config, 5, ranks())
-    seen = fitted(read_picture(photo(name)), height=64, width=64, fit="crop")
+    seen = fit_picture(read_picture(photo(name)), height=64, width=64, fit="crop")
     assert torch.equal(task.source, seen.image) and task.id == 5 and task.truth is None
     assert task.instructions == (f"session 0 of {name}", "b") and task.edit_types == ("unspecified",) * 2
     assert [it.name for it in task.untouched[0]] == ["a", "b"] and task.untouched[1] == () and len(task.untouched) == 2
@@ -120,9 +122,9 @@ def test_held_out_are_whole_images_and_stay_so(make: Callable[..., Config]) -> N
     assert [task.id for task in tasks] == list(range(3 * len(HELD_OUT)))
     assert first(held_out_tasks(config)) == first(tasks)[:2]
     more = make([*RECORDS, record("../photos/chelsea.png", 9)], "b.jsonl")
-    assert {it for it in PHOTOS if is_held_out(f"photos/{it}", 0.9)} >= HELD_OUT  # a larger share adds
+    assert {it for it in PHOTOS if is_held_out_image(f"photos/{it}", 0.9)} >= HELD_OUT  # a larger share adds
     assert len(held_out_tasks(more)) == 2
-    share = np.mean([is_held_out(f"{i}.jpg", 0.2) for i in range(10_000)])
+    share = np.mean([is_held_out_image(f"{i}.jpg", 0.2) for i in range(10_000)])
     assert abs(share - 0.2) < 4 * (0.2 * 0.8 / 10_000) ** 0.5  # four standard deviations
 
 
@@ -144,26 +146,27 @@ def cached_anew(config: Config) -> None:
     """As in another process: files are read once."""
     from mteditflow.data import userdata
 
-    for own in (userdata.read_named, userdata.training_source, userdata.held_out_source):
-        own.cache_clear()
+    for function in (userdata.read_named, userdata.training_source, userdata.held_out_source):
+        function.cache_clear()
     check_data(config, is_speaking=True)
 
 
 def test_damaged_images_are_named_and_replaced(
-    make: Callable[..., Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    make: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The next session of the epoch takes the slot, whether or not the damage was known before, on any rank."""
+    monkeypatch.setattr("mteditflow.data.userdata.MAX_BAD_SHARE", 0.1)
     (tmp_path / "photos" / "torn.jpg").write_bytes(photo("china.jpg").read_bytes()[:30_000])
     records = [*RECORDS, *(record("torn.jpg", i) for i in range(2))]
-    assert not is_held_out("photos/torn.jpg", SHARE)
-    config = make(records, max_bad_share=0.1, num_tasks=2)
+    assert not is_held_out_image("photos/torn.jpg", SHARE)
+    config = make(records, num_tasks=2)
     steps = [first(training_tasks(config, i, ranks())) for i in range(20)]
     err = capsys.readouterr().err.splitlines()
     assert len(err) == 2 and all("image photos/torn.jpg: damaged: image file is truncated" in line for line in err)
     assert {line.split()[2] for line in err} == {"a.jsonl:22:", "a.jsonl:23:"}
     assert not any("torn.jpg" in name for step in steps for name in step)
     whole = make([it for it in records if "torn" not in it["image"]], "whole.jsonl", num_tasks=2)
-    num = sum(not is_held_out(it["image"], SHARE) for it in records)
+    num = sum(not is_held_out_image(it["image"], SHARE) for it in records)
     counts = Counter(name for step in steps for name in step)
     assert set(counts) == {n for i in range(20) for n in first(training_tasks(whole, i, ranks()))}
     assert sum(counts.values()) == 40 > num
@@ -172,23 +175,29 @@ def test_damaged_images_are_named_and_replaced(
     assert parts == [[name] for step in steps[::-1] for name in step]
 
 
-def test_too_much_damage_stops_with_one_line(make: Callable[..., Config], tmp_path: Path) -> None:
+def test_too_much_damage_stops_with_one_line(
+    make: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "photos" / "torn.jpg").write_bytes(photo("china.jpg").read_bytes()[:30_000])
     missing = make([*RECORDS, record("nowhere.png", 0), record("gone.png", 0)])
-    with pytest.raises(ValueError, match=r"2 of 23 sessions are damaged, more than data.max_bad_share 0.05"):
+    with pytest.raises(ValueError, match=r"2 of 23 sessions are damaged, more than 5%"):
         check_data(missing, is_speaking=False)
     found = make([*RECORDS, record("torn.jpg", 0), record("torn.jpg", 1)], "b.jsonl")
     check_data(found, is_speaking=False)  # not known yet
     with pytest.raises(ValueError, match=r"2 of 23 sessions are damaged.*data check .*b.jsonl"):
         for i in range(9):
             training_tasks(found, i, ranks())
-    nothing = make([record("torn.jpg", i) for i in range(3)], "c.jsonl", max_bad_share=1.0)
+    monkeypatch.setattr("mteditflow.data.userdata.MAX_BAD_SHARE", 1.0)
+    nothing = make([record("torn.jpg", i) for i in range(3)], "c.jsonl")
     with pytest.raises(ValueError, match=r"none of its 3 images can be read"):
         training_tasks(nothing, 0, ranks())
 
 
-def test_check_data_says_what_is_skipped(make: Callable[..., Config], capsys: pytest.CaptureFixture[str]) -> None:
-    config = make([*RECORDS, *(record(f"gone{i}.png", 0) for i in range(12))], max_bad_share=0.5)
+def test_check_data_says_what_is_skipped(
+    make: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("mteditflow.data.userdata.MAX_BAD_SHARE", 0.5)
+    config = make([*RECORDS, *(record(f"gone{i}.png", 0) for i in range(12))])
     check_data(config, is_speaking=True)
     err = capsys.readouterr().err.splitlines()
     assert len(err) == 13 and "a.jsonl:22: no such file" in err[0] and err[10] == "mteditflow: skipped 2 more"
@@ -217,7 +226,6 @@ def test_settings_that_do_not_fit_the_data(make: Callable[..., Config]) -> None:
     wrong: list[tuple[str, Any]] = [
         ("held_out", "a.jsonl"),
         ("held_out_share", 0.0),
-        ("max_bad_share", 2.0),
         ("path", ""),
     ]
     for name, value in wrong:
@@ -236,7 +244,7 @@ def arguments_of(folder: Path, pipeline: Path, data: Path) -> list[str]:
     return cli.as_arguments({key: str(value) for key, value in values.items()})
 
 
-def redness(rollout: Rollout, iteration: int) -> Scores:
+def redness(rollout: Rollout) -> Scores:
     """A reward that looks at pictures: how red each turn is."""
     red = torch.stack([turn.image[:, 0].flatten(1).mean(1) for turn in rollout.turns], dim=1) / 2 + 0.5
     return Scores(
@@ -248,9 +256,9 @@ def test_a_run_on_users_data(
     make: Callable[..., Config], tmp_path: Path, tiny_pipeline_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make(RECORDS)
-    monkeypatch.setattr("mteditflow.run.build_reward", lambda config, seed: redness)
+    monkeypatch.setattr("mteditflow.run.build_reward", lambda config: redness)
     monkeypatch.setattr("mteditflow.run.check_judge", lambda config: None)
-    main(arguments_of(tmp_path / "run", tiny_pipeline_folder, tmp_path / "a.jsonl"))
+    train(arguments_of(tmp_path / "run", tiny_pipeline_folder, tmp_path / "a.jsonl"))
     (line,) = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert 0 < line["reward/instruction"] < 1 and line["update/grad_norm"] > 0
     assert (tmp_path / "run" / "lora" / "pytorch_lora_weights.safetensors").exists()
@@ -265,16 +273,16 @@ def test_the_worlds_judges_cannot_score_it(
     arguments = arguments_of(tmp_path / "run", tiny_pipeline_folder, tmp_path / "a.jsonl")
     for judge in ("exact", "thinking", "direct"):
         with pytest.raises(SystemExit) as stop:
-            main([*arguments, f"--reward.judge={judge}"])
+            train([*arguments, f"--reward.judge={judge}"])
         err = capsys.readouterr().err
         assert stop.value.code == 2 and err.count("\n") == 1
         assert err.startswith(f"mteditflow: reward.judge is '{judge}': knows only the embedded world's pictures")
     assert not (tmp_path / "run").exists()
-    own = [replace(it, source=torch.zeros(3, 64, 64)) for it in training_tasks(make(RECORDS), 0, ranks())[:1]]
-    rollout = Rollout(tasks=own, turns=[], group=torch.zeros(1).long(), table=torch.zeros(1), sigmas=torch.zeros(1),
-                      trained_steps=())  # fmt: skip
+    task = replace(training_tasks(make(RECORDS), 0, ranks())[0], source=torch.zeros(3, 64, 64))
+    schedule, noise = make_schedule(torch.linspace(1, 0, 3)), NoiseSource(seed=0, step=0)
+    rollout = Rollout(tasks=[task], turns=[turn()], group=torch.zeros(1).long(), schedule=schedule, noise=noise)
     with pytest.raises(ValueError, match=r"reward.judge is 'exact': a task has no truth"):
-        ExactReward(RewardConfig().scale)(replace(rollout, turns=[turn()]), 0)
+        ExactReward(RewardConfig().scale)(rollout)
 
 
 def turn() -> Any:

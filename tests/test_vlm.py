@@ -14,8 +14,9 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mteditflow.config import AdvantageConfig, Config, DataConfig, RewardConfig
+from mteditflow.noise import NoiseSource
 from mteditflow.reward import build_reward
-from mteditflow.reward.vlm import DIRECT, THINKING, Question, VlmReward, read_answer, shown
+from mteditflow.reward.vlm import DIRECT, THINKING, Question, VlmJudge, read_answer, to_judge_size
 from mteditflow.reward.vlm_local import CountedSampling, LocalVlm
 from mteditflow.types import EditTask
 
@@ -66,17 +67,32 @@ def test_the_question_shows_source_instructions_and_edits_in_order() -> None:
     assert str(replace(question, is_thinking=True).parts[6]).startswith(THINKING)
 
 
-def test_what_the_judge_is_shown() -> None:
+def test_what_the_judge_is_to_judge_size() -> None:
     """To the nearest of 256 levels; shrunk to the longest side, never enlarged."""
     levels = torch.arange(256) / 127.5 - 1
     picture = levels.reshape(1, 1, 16, 16).expand(2, 3, 16, 16)
-    assert torch.equal(shown(picture, 16)[1, 2].flatten(), torch.arange(256, dtype=torch.uint8))
-    assert torch.equal(shown(picture, 512), shown(picture, 16)) and shown(picture * 3, 16).max() == 255
-    assert shown(torch.zeros(1, 3, 300, 400), 100).shape == (1, 3, 75, 100)
-    assert shown(torch.zeros(1, 3, 300, 400), 100).unique().tolist() == [128]
+    assert torch.equal(to_judge_size(picture, 16)[1, 2].flatten(), torch.arange(256, dtype=torch.uint8))
+    assert (
+        torch.equal(to_judge_size(picture, 512), to_judge_size(picture, 16))
+        and to_judge_size(picture * 3, 16).max() == 255
+    )
+    assert to_judge_size(torch.zeros(1, 3, 300, 400), 100).shape == (1, 3, 75, 100)
+    assert to_judge_size(torch.zeros(1, 3, 300, 400), 100).unique().tolist() == [128]
 
 
 # Retries and what cannot be scored
+
+
+def source(step: int) -> NoiseSource:
+    return NoiseSource(seed=0, step=step)
+
+
+def build_judge(config: RewardConfig) -> VlmJudge:
+    """The judge alone, as a run builds it."""
+    rewards = build_reward(Config(reward=config, advantage=AdvantageConfig(consistency_weight=0))).rewards
+    (judge,) = rewards.values()
+    assert isinstance(judge, VlmJudge)
+    return judge
 
 
 def tasks_of(num_tasks: int) -> list[EditTask]:
@@ -110,10 +126,8 @@ def test_scores_retries_and_invalid_trajectories() -> None:
     pictures = numbered(4).clone()
     pictures[1, 1, 0, 3, 3] = torch.nan
     config = RewardConfig(judge="vlm", consistency="none")
-    scores = VlmReward(config, script, None).score(tasks_of(2), pictures, 5)
-    assert scores.valid.tolist() == [True, False, True, False]
-    assert scores.instruction[[0, 2]].tolist() == [[0.75, 0.25], [1.0, 0.25]]
-    assert scores.instruction[[1, 3]].isnan().all() and scores.consistency.isnan().all()
+    scores = VlmJudge(config, script).score(tasks_of(2), pictures, source(5))
+    assert scores[[0, 2]].tolist() == [[0.75, 0.25], [1.0, 0.25]] and scores[[1, 3]].isnan().all()
     rows = [[int(question.images[1].max()) for question in questions] for questions in script.asked]
     assert rows == [[0, 2, 3], [2, 3], [3]]
     for question, row in zip(script.asked[0], rows[0], strict=True):
@@ -121,8 +135,9 @@ def test_scores_retries_and_invalid_trajectories() -> None:
         assert [int(image.max()) for image in question.images] == [128, row, 4 + row]
     keys = torch.stack([question.key for questions in script.asked for question in questions])
     assert len(keys.unique(dim=0)) == 6  # each try of each row has a chance of its own
-    binary = VlmReward(replace(config, scale="binary"), Script([{0: GOOD}]), None, seed=0)
-    assert binary.score(tasks_of(1), numbered(1), 0).instruction.tolist() == [[1.0, 0.0]]
+    binary = VlmJudge(replace(config, scale="binary"), Script([{0: GOOD}, {}, {}]))
+    found = binary.score(tasks_of(1), numbered(2), source(0))
+    assert found[0].tolist() == [1.0, 0.0] and found[1].isnan().all()
 
 
 def test_a_key_depends_on_the_trajectory_alone() -> None:
@@ -130,7 +145,7 @@ def test_a_key_depends_on_the_trajectory_alone() -> None:
     config = RewardConfig(judge="vlm", num_retries=0)
     for script, tasks in ((first, tasks_of(2)), (other, tasks_of(2)[::-1])):
         with pytest.raises(ValueError, match="none of 4"):
-            VlmReward(config, script, None).score(tasks, numbered(4), 7)
+            VlmJudge(config, script).score(tasks, numbered(4), source(7))
     assert torch.equal(
         torch.stack([question.key for question in first.asked[0]]),
         torch.stack([question.key for question in other.asked[0]])[[2, 3, 0, 1]],
@@ -138,10 +153,10 @@ def test_a_key_depends_on_the_trajectory_alone() -> None:
 
 
 def test_a_judge_that_never_answers_stops_the_run_with_one_line() -> None:
-    reward = VlmReward(RewardConfig(judge="vlm", num_retries=1), Script([{}, {}]), None, seed=0)
+    judge = VlmJudge(RewardConfig(judge="vlm", num_retries=1), Script([{}, {}]))
     message = r"none of 4 trajectories .* asked 2 times each; the last answer ends 'no': raise reward.max_answer_tokens"
     with pytest.raises(ValueError, match=message) as caught:
-        reward.score(tasks_of(2), numbered(4), 0)
+        judge.score(tasks_of(2), numbered(4), source(0))
     assert "\n" not in str(caught.value)
 
 
@@ -190,15 +205,13 @@ def local_config(folder: Path, **values: object) -> RewardConfig:
 
 def test_scores_of_a_model_are_those_of_the_images_in_their_turns(folder: Path) -> None:
     """Every pair of colours, in a batch of another composition than it was taught with: red is 1, blue is 5."""
-    reward = build_reward(local_config(folder, num_parallel=3), seed=0)
-    assert isinstance(reward, VlmReward)
-    source = plain(1) / 127.5 - 1
-    task = EditTask(id=0, source=source, instructions=("first", "second"), edit_types=("", ""))
+    judge = build_judge(local_config(folder, num_parallel=3))
+    task = EditTask(id=0, source=plain(1) / 127.5 - 1, instructions=("first", "second"), edit_types=("", ""))
     colours = [(2, 0), (0, 2), (0, 0), (2, 2), (2, 0)]
     pictures = torch.stack([torch.stack([plain(pair[turn]) for pair in colours]) for turn in range(2)]) / 127.5 - 1
-    scores = reward.score([task], pictures, 0)
+    scores = judge.score([task], pictures, source(0))
     expected = [[(COLOUR_SCORES[colour] - 1) / 4 for colour in pair] for pair in colours]
-    assert scores.valid.all() and scores.instruction.tolist() == expected
+    assert scores.tolist() == expected
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
@@ -235,16 +248,16 @@ def test_folders_that_are_no_judge(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for name in ("text", "empty", "missing"):
         with pytest.raises(ValueError, match=r"reward.vlm .* cannot be loaded as a vision-language model") as caught:
-            build_reward(local_config(tmp_path / name), seed=0)
+            build_judge(local_config(tmp_path / name))
         assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match=r"reward.vlm 'owner/name' cannot be loaded"):  # no such name, or no network
-        build_reward(local_config(Path("owner/name")), seed=0)
+        build_judge(local_config(Path("owner/name")))
     (tmp_path / "mute").mkdir()
     for file in folder.iterdir():
         if file.name != "chat_template.jinja":
             (tmp_path / "mute" / file.name).symlink_to(file)
     with pytest.raises(ValueError, match="has no chat template: give an instruction-tuned qwen3_vl"):
-        build_reward(local_config(tmp_path / "mute"), seed=0)
+        build_judge(local_config(tmp_path / "mute"))
 
 
 @pytest.mark.parametrize(
@@ -252,12 +265,11 @@ def test_folders_that_are_no_judge(folder: Path, tmp_path: Path) -> None:
     [
         ({"url": "host:8000/v1"}, "reward.url is 'host:8000/v1': must begin with http"),
         ({"vlm": ""}, "reward.vlm is '': must be a hub name or a folder"),
-        ({"num_parallel": 0}, "reward.num_parallel is 0: must be positive"),
-        ({"timeout_s": 0.0}, "reward.timeout_s is 0.0: must be positive"),
-        ({"num_retries": 10}, "reward.num_retries is 10: must lie in 0 to 9"),
+        ({"num_parallel": 0}, r"reward.num_parallel is 0: must lie in \[1, "),
+        ({"timeout_s": 0.0}, r"reward.timeout_s is 0.0: must lie in \(0, "),
+        ({"num_retries": 10}, r"reward.num_retries is 10: must lie in \[0, 9\]"),
         ({"temperature": 0.0}, "reward.num_retries is 2: without sampling"),
         ({"leniency": 1.0}, "reward.leniency is 1.0: judge 'vlm' has none"),
-        ({"image_size": 8}, "reward.image_size is 8: must be at least 28"),
     ],
 )
 def test_what_is_refused(values: dict, message: str) -> None:

@@ -15,7 +15,7 @@ from mteditflow.world.edits import (
     PARAPHRASES,
     Edit,
     Session,
-    is_held_out,
+    is_held_out_scene,
     make_session,
     sample_edit,
     sample_session,
@@ -169,7 +169,7 @@ def test_consistency_is_of_what_no_edit_has_touched() -> None:
     )
     session = Session(source=scene, edits=edits)
     source, first, second = render([scene, recolored, moved_on])
-    assert session.untouched(1) == [1]
+    assert session.untouched_places(1) == [1]
     assert consistency(session, 0, source, first) == 1.0
     grey = torch.full_like(first, 0.0)
     grey[:, :CELL, CELL:] = first[:, :CELL, CELL:]  # the star's cell kept, all else lost
@@ -189,7 +189,7 @@ def test_consistency_is_of_what_no_edit_has_touched() -> None:
 def test_sessions_follow_the_rules() -> None:
     for number in range(60):
         session = make_session(f"test/{number}", 3, held_out=number % 2 == 0)
-        assert is_held_out(session.source) is (number % 2 == 0)
+        assert is_held_out_scene(session.source) is (number % 2 == 0)
         assert len({edit.edit_type for edit in session.edits}) == 3
         assert session == make_session(f"test/{number}", 3, held_out=number % 2 == 0)
         assert all(len(edit.instruction.split()) <= 11 for edit in session.edits)  # and an end token make 12

@@ -1,33 +1,19 @@
 """Every setting of a run, and the command line that reads them."""
 
+from mteditflow.config.model import EMBEDDED, LoraConfig, ModelConfig
+from mteditflow.config.reward import RewardConfig
 from mteditflow.config.settings import (
-    EMBEDDED,
     AdvantageConfig,
-    AlarmConfig,
     Config,
     DataConfig,
     EvaluationConfig,
-    LoraConfig,
-    ModelConfig,
     ObjectiveConfig,
     OptimizerConfig,
-    RewardConfig,
     RolloutConfig,
     RunConfig,
 )
 
 __all__ = [
-    "EMBEDDED",
-    "AdvantageConfig",
-    "AlarmConfig",
-    "Config",
-    "DataConfig",
-    "EvaluationConfig",
-    "LoraConfig",
-    "ModelConfig",
-    "ObjectiveConfig",
-    "OptimizerConfig",
-    "RewardConfig",
-    "RolloutConfig",
-    "RunConfig",
-]
+    "EMBEDDED", "AdvantageConfig", "Config", "DataConfig", "EvaluationConfig", "LoraConfig", "ModelConfig",
+    "ObjectiveConfig", "OptimizerConfig", "RewardConfig", "RolloutConfig", "RunConfig",
+]  # fmt: skip

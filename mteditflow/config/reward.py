@@ -1,24 +1,57 @@
-"""The settings of the judge."""
+"""The settings of the rewards."""
 
+import math
+import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from mteditflow.config.model import require as _require
+from mteditflow.config.ranges import Count, Range, Share, Weight, check_ranges, require
+
+EDIVAL_DINO = "facebook/dinov3-vitb16-pretrain-lvd1689m"
+_ALSO = re.compile(r"(?P<module>[\w.]+):(?P<function>[A-Za-z_]\w*)(=(?P<weight>.+))?")
+_TAKEN = re.compile(r"instruction|consistency|mean|std|valid_share|zero_spread_share|(turn|success)_\d+")
+"""Names that metrics have already."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlsoReward:
+    """An entry of reward.also: a function, by whose name the reward goes, and its weight."""
+
+    text: str
+    module: str
+    function: str
+    weight: float
+
+
+def parse_also(text: str) -> AlsoReward:
+    """Read `module:function` or `module:function=weight`. ValueError, one line: the text is neither."""
+    match = _ALSO.fullmatch(text)
+    remedy = "must be module:function or module:function=weight, such as my_rewards:sharpness=0.2"
+    require(match is not None, "reward.also", text, remedy)
+    assert match is not None
+    try:
+        weight = float(match["weight"] or 1)
+    except ValueError:
+        weight = math.nan
+    require(0 <= weight < math.inf, "reward.also", text, "the weight must be a number, not negative")
+    is_free = not _TAKEN.fullmatch(match["function"])
+    require(is_free, "reward.also", text, f"there is a {match['function']} already: rename the function")
+    return AlsoReward(text=text, module=match["module"], function=match["function"], weight=weight)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RewardConfig:
-    """The judge that training sees. On the embedded world, evaluation always sees the exact verifier."""
+    """What training is rewarded for. On the embedded world, evaluation always sees the exact verifier."""
 
-    judge: Literal["exact", "thinking", "direct", "vlm"] = "exact"
+    judge: Literal["exact", "simulated_thinking", "simulated_direct", "vlm"] = "exact"
     """The embedded world's verifier; a simulated judge on top of it: thinking errs at random (bias 0.1, std 0.9
     points), direct is kind (bias 0.8, std 0.3), profiles ours; or, for any images, a vision-language model (paper)."""
     scale: Literal["five", "binary"] = "five"
     """Instruction score: (answer - 1) / 4 for answers 1 to 5 (paper), or 1 from answer 4 on and else 0."""
-    leniency: float = 0.0
+    leniency: Weight = 0.0
     """Points that a simulated judge adds to a failed turn for each unit of corruption of its picture (0 clean, 1 the
     most): above 0, the reward can be hacked."""
-    failure_rate: float = 0.0
+    failure_rate: Share = 0.0
     """Share of trajectories that a simulated judge gives no scores."""
     vlm: str = "Qwen/Qwen3-VL-8B-Instruct"
     """VLM judge: hub name or folder (paper: Qwen3-VL-8B-Instruct), or the name under which the server at url has it."""
@@ -27,49 +60,51 @@ class RewardConfig:
     process."""
     is_thinking: bool = True
     """VLM judge: it reasons about every turn before it scores (paper's choice), or scores at once."""
-    num_retries: int = 2
+    num_retries: Annotated[int, Range(0, 9)] = 2
     """VLM judge: times that it is asked again, with another seed, where its answer cannot be read; then the trajectory
     is invalid. Ours."""
-    temperature: float = 0.7
+    temperature: Annotated[float, Range(0, 100)] = 0.7
     """VLM judge: of its sampling (Qwen3-VL's own is 0.7); 0: always the likeliest token."""
-    max_answer_tokens: int = 1024
+    max_answer_tokens: Count = 1024
     """VLM judge: longest answer, tokens; a longer one is cut and cannot be read. Ours."""
-    image_size: int = 512
-    """VLM judge: longest side of the images that it is shown, pixels; larger ones are shrunk, smaller ones stay.
-    Ours."""
-    num_parallel: int = 16
+    num_parallel: Count = 16
     """VLM judge: trajectories in one batch; with url, questions on their way at once."""
-    timeout_s: float = 120.0
+    timeout_s: Annotated[float, Range(0, 86400, is_above=True)] = 120.0
     """VLM judge with url: seconds to wait for an answer."""
-    consistency: str = "facebook/dinov3-vitb16-pretrain-lvd1689m"
-    """Beside a VLM judge: hub name or folder of the DINOv2 or DINOv3 whose features measure consistency (EdiVal's
-    evaluator: DINOv3 ViT-B/16), or none."""
+    consistency: str = "auto"
+    """What measures consistency, beside any judge: exact (the embedded world's), the hub name or folder of a DINOv2 or
+    DINOv3, or none; auto: EdiVal's, DINOv3 ViT-B/16 (facebook/dinov3-vitb16-pretrain-lvd1689m), beside a VLM judge,
+    else exact."""
     is_edival_compat: bool = False
-    """Beside a VLM judge: take DINOv3's registers for patches, as EdiVal's public evaluator does."""
+    """DINO: take DINOv3's registers for patches, as EdiVal's public evaluator does."""
+    also: tuple[str, ...] | str = ()
+    """Further rewards, each module:function or module:function=weight (1), of your own: docs/judge.md."""
 
     def __post_init__(self) -> None:
-        _require(self.leniency >= 0, "reward.leniency", self.leniency, "must not be negative")
-        _require(0 <= self.failure_rate <= 1, "reward.failure_rate", self.failure_rate, "must lie in [0, 1]")
+        check_ranges(self)
         for name in ("leniency", "failure_rate"):
             value = getattr(self, name)
-            is_had = value == 0 or self.judge in ("thinking", "direct")
-            _require(is_had, f"reward.{name}", value, f"judge {self.judge!r} has none: must be 0, or judge another")
-        _require(
-            self.url == "" or self.url.startswith(("http://", "https://")),
-            "reward.url",
-            self.url,
-            "must begin with http:// or https://, such as http://host:8000/v1, or be empty",
-        )
+            is_had = value == 0 or self.judge.startswith("simulated_")
+            require(is_had, f"reward.{name}", value, f"judge {self.judge!r} has none: must be 0, or judge another")
         for name in ("vlm", "consistency"):
-            _require(getattr(self, name) != "", f"reward.{name}", "", "must be a hub name or a folder")
-        for name in ("max_answer_tokens", "num_parallel", "timeout_s"):
-            _require(getattr(self, name) > 0, f"reward.{name}", getattr(self, name), "must be positive")
-        _require(self.image_size >= 28, "reward.image_size", self.image_size, "must be at least 28")
-        _require(0 <= self.num_retries <= 9, "reward.num_retries", self.num_retries, "must lie in 0 to 9")
-        _require(self.temperature >= 0, "reward.temperature", self.temperature, "must not be negative")
-        _require(
-            self.temperature > 0 or self.num_retries == 0,
-            "reward.num_retries",
-            self.num_retries,
-            "without sampling (temperature 0) every answer is the same: must be 0",
-        )
+            require(getattr(self, name) != "", f"reward.{name}", "", "must be a hub name or a folder")
+        is_address = self.url == "" or self.url.startswith(("http://", "https://"))
+        remedy = "must begin with http:// or https://, such as http://host:8000/v1, or be empty"
+        require(is_address, "reward.url", self.url, remedy)
+        is_sampled = self.temperature > 0 or self.num_retries == 0
+        remedy = "without sampling (temperature 0) every answer is the same: must be 0"
+        require(is_sampled, "reward.num_retries", self.num_retries, remedy)
+        names = [also.function for also in self.also_rewards]
+        require(len(names) == len(set(names)), "reward.also", self.also, "two functions have one name: rename one")
+
+    @property
+    def consistency_measure(self) -> str:
+        """`consistency` with auto decided: 'exact', 'none', or a DINO's hub name or folder."""
+        if self.consistency == "auto":
+            return EDIVAL_DINO if self.judge == "vlm" else "exact"
+        return self.consistency
+
+    @property
+    def also_rewards(self) -> list[AlsoReward]:
+        """The entries of `also`."""
+        return [parse_also(text) for text in ((self.also,) if isinstance(self.also, str) else self.also)]

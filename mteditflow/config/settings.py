@@ -1,16 +1,11 @@
-"""Every setting of a run. The defaults are `configs/mini.yaml`: the main job on the embedded editor."""
+"""Every setting of a run. The defaults are the main job on the embedded editor, as configs/mini.yaml says."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from mteditflow.config.model import EMBEDDED, LoraConfig, ModelConfig
-from mteditflow.config.model import require as _require
+from mteditflow.config.ranges import Count, CountOrNone, Range, Share, Weight, check_ranges, require
 from mteditflow.config.reward import RewardConfig
-
-__all__ = [
-    "EMBEDDED", "AdvantageConfig", "AlarmConfig", "Config", "DataConfig", "EvaluationConfig", "LoraConfig",
-    "ModelConfig", "ObjectiveConfig", "OptimizerConfig", "RewardConfig", "RolloutConfig", "RunConfig",
-]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,44 +17,40 @@ class DataConfig:
     'embedded' is the world that ships with the package."""
     held_out: str = ""
     """Sessions to evaluate on, as data.path; empty: those of a fixed share of its images."""
-    held_out_share: float = 0.1
+    held_out_share: Annotated[float, Range(0, 0.999, is_above=True)] = 0.1
     """Share of the images of data.path that is held out, by a hash of their names, where data.held_out is empty."""
     fit: Literal["crop", "stretch"] = "crop"
     """How a picture becomes model.width x model.height: its largest centred part, or all of it, distorted (EdiVal)."""
-    max_bad_share: float = 0.05
-    """The run stops when more than this share of the sessions has an unreadable line or image."""
-    num_turns: int = 3
+    num_turns: Annotated[int, Range(1, 10)] = 3
     """K, instructions per session (paper: 3); of a user's longer session the first K, shorter ones are left out."""
-    seed: int = 0
+    seed: Annotated[int, Range(0, 2**31 - 1)] = 0
     """Seed of the training sessions, or of their order; held-out sessions are disjoint whatever it is."""
 
     def __post_init__(self) -> None:
-        remedy = "a session of the world has 1 to 10 instructions"
-        _require(1 <= self.num_turns <= 10, "data.num_turns", self.num_turns, remedy)
-        _require(self.path != "", "data.path", self.path, f"must be {EMBEDDED!r}, or where your sessions are")
+        check_ranges(self)
+        is_told = self.path != ""
+        require(is_told, "data.path", self.path, f"must be {EMBEDDED!r}, or where your sessions are")
         is_had = self.path != EMBEDDED or not self.held_out
-        _require(is_had, "data.held_out", self.held_out, "the embedded world has its own: must be empty")
-        _require(0 < self.held_out_share < 1, "data.held_out_share", self.held_out_share, "must lie in (0, 1)")
-        _require(0 <= self.max_bad_share <= 1, "data.max_bad_share", self.max_bad_share, "must lie in [0, 1]")
+        require(is_had, "data.held_out", self.held_out, "the embedded world has its own: must be empty")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
     """K turns of S denoising steps by G trajectories for each of P tasks."""
 
-    num_tasks: int = 8
+    num_tasks: Count = 8
     """P, tasks per iteration, over all ranks."""
-    group_size: int = 16
+    group_size: Annotated[int, Range(2, 4096, hint="; the advantage of a trajectory is relative to its group")] = 16
     """G, trajectories per task (paper: 16); at least 2, since the advantage is relative to the group."""
-    num_steps: int = 4
+    num_steps: Annotated[int, Range(2, 1000)] = 4
     """S, denoising steps per turn (paper: 12 on FLUX.1-Kontext; the miniature does as well with 4)."""
     solver: Literal["euler", "dpm2"] = "euler"
     """How NFT's rollout solves the ODE: first order, or DPM-Solver++(2M), second order at one velocity per step."""
     rule: Literal["sde", "cps"] = "sde"
     """How a noisy step is made: Flow-GRPO's SDE or Flow-CPS."""
-    noise_level: float = 0.9
+    noise_level: Annotated[float, Range(0, 2, is_above=True)] = 0.9
     """Scale of the noise of a step; Flow-GRPO's a (0.9 for Kontext). NFT rolls out the ODE whatever this is."""
-    window_size: int = 2
+    window_size: Annotated[int, Range(0, 999)] = 2
     """Consecutive noisy, trained steps per iteration, the others are ODE steps; 0: all steps noisy, all but the last
     trained."""
     window_placement: Literal["random", "progressive"] = "random"
@@ -69,7 +60,7 @@ class RolloutConfig:
     whose last step of 12 falls from sigma 0.395 to 0, so that its noise would be seen in the picture."""
     hand_off: Literal["pixels", "latents"] = "pixels"
     """What the next turn edits: the decoded 8-bit image (what a user gets), or the latents as they are. Ours."""
-    microbatch_size: int = 32
+    microbatch_size: Count = 32
     """Trajectories per forward pass of the rollout; changes memory and, to rounding, results."""
     is_guided: bool = True
     """Whether training rolls out, and learns, with model.cfg_scale; false: without guidance, at half the forward
@@ -79,24 +70,11 @@ class RolloutConfig:
     pass takes longer than its arithmetic."""
 
     def __post_init__(self) -> None:
-        _require(self.num_tasks >= 1, "rollout.num_tasks", self.num_tasks, "must be at least 1")
-        _require(
-            self.group_size >= 2,
-            "rollout.group_size",
-            self.group_size,
-            "must be at least 2: the advantage of a trajectory is relative to its group",
-        )
-        _require(self.num_steps >= 2, "rollout.num_steps", self.num_steps, "must be at least 2")
-        _require(0 < self.noise_level <= 2, "rollout.noise_level", self.noise_level, "must lie in (0, 2]")
+        check_ranges(self)
+        is_shorter = self.window_size < self.num_steps
+        require(is_shorter, "rollout.window_size", self.window_size, f"must be below num_steps, {self.num_steps}")
         is_cps_right = self.rule == "sde" or self.noise_level <= 1
-        _require(is_cps_right, "rollout.noise_level", self.noise_level, "must be at most 1 with rule 'cps'")
-        _require(
-            0 <= self.window_size < self.num_steps,
-            "rollout.window_size",
-            self.window_size,
-            f"must lie in 0 to num_steps - 1 = {self.num_steps - 1}",
-        )
-        _require(self.microbatch_size >= 1, "rollout.microbatch_size", self.microbatch_size, "must be positive")
+        require(is_cps_right, "rollout.noise_level", self.noise_level, "must be at most 1 with rule 'cps'")
 
 
 TurnAggregation = Literal[
@@ -115,42 +93,20 @@ class AdvantageConfig:
     """Aggregate rewards over turns, then normalise; or normalise each turn's reward, then average the advantages."""
     fusion: Literal["advantage", "reward"] = "advantage"
     """Where instruction following and consistency are added: after normalisation (paper's choice) or before."""
-    consistency_weight: float = 0.1
+    consistency_weight: Weight = 0.1
     """Weight of the consistency reward, lambda_CC (paper: 0.3; the miniature learns faster with less: docs/log.md)."""
-    weights: Literal["additive", "convex"] = "additive"
-    """A_IF + w A_CC (paper), or (1 - w) A_IF + w A_CC. Convex is ours."""
     credit: Credit = "broadcast"
     """Who gets the advantage: every turn alike (paper's choice), or one of the baselines."""
     std: Literal["group", "global"] = "global"
     """Standard deviation that divides: of the group (paper), or of the whole batch (close groups weigh less)."""
-    is_whitened: bool = False
-    """Normalise the final advantages over the batch once more. Ours."""
 
     def __post_init__(self) -> None:
-        _require(
-            self.consistency_weight >= 0,
-            "advantage.consistency_weight",
-            self.consistency_weight,
-            "must not be negative",
-        )
-        _require(
-            self.weights == "additive" or self.consistency_weight <= 1,
-            "advantage.consistency_weight",
-            self.consistency_weight,
-            "must be at most 1 with convex weights",
-        )
-        _require(
-            self.aggregate_at == "reward" or self.turn_aggregation == "mean",
-            "advantage.turn_aggregation",
-            self.turn_aggregation,
-            "aggregate_at advantage averages over the turns: must be 'mean'",
-        )
-        _require(
-            self.aggregate_at == "reward" or self.credit == "broadcast",
-            "advantage.credit",
-            self.credit,
-            "aggregate_at advantage goes with credit 'broadcast'",
-        )
+        check_ranges(self)
+        if self.aggregate_at == "advantage":
+            is_mean, is_broadcast = self.turn_aggregation == "mean", self.credit == "broadcast"
+            remedy = "aggregate_at 'advantage' averages over the turns: must be 'mean'"
+            require(is_mean, "advantage.turn_aggregation", self.turn_aggregation, remedy)
+            require(is_broadcast, "advantage.credit", self.credit, "aggregate_at 'advantage' needs 'broadcast'")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,125 +115,79 @@ class ObjectiveConfig:
 
     name: Literal["grpo", "nft"] = "nft"
     """GRPO on the log-prob of noisy steps, or DiffusionNFT on noised final images."""
-    clip_range: float = 1e-3
+    clip_range: Annotated[float, Range(0, 1, is_above=True)] = 1e-3
     """GRPO: the ratio is clipped to 1 +- this; grows as the number of latent elements falls (1e-4 at 512 px)."""
     ratio: Literal["plain", "guard"] = "plain"
-    """GRPO: ratio of the log-probs, or GRPO-Guard's, centred on 1 and of one scale at all steps (its clip_range:
-    2e-6)."""
-    step_weight: Literal["uniform", "inverse_dt"] = "uniform"
-    """GRPO: weight of a denoising step's policy term, alike or 1 / -dt (GRPO-Guard)."""
-    kl_beta: float = 0.0
+    """GRPO: ratio of the log-probs, or GRPO-Guard's, centred on 1 and of one scale at all steps, with the policy term
+    divided by -dt (its clip_range: 2e-6)."""
+    kl_beta: Weight = 0.0
     """Weight of the penalty for leaving the reference, the adapter off (GRPO's kl_beta, NFT's lambda_kl)."""
     kl_form: Literal["published", "exact"] = "published"
     """GRPO: divide by std_t squared (as the public code) or by the step's variance."""
-    max_advantage: float = 5.0
+    max_advantage: Annotated[float, Range(0, 1000, is_above=True)] = 5.0
     """Advantages are clamped to +- this."""
-    nft_beta: float = 1.0
+    nft_beta: Annotated[float, Range(0, 1000, is_above=True)] = 1.0
     """NFT: how far the implicit positive and negative policies stand from the old one."""
-    nft_advantage: Literal["all", "positive_only", "negative_only", "one_only", "binary"] = "all"
-    """NFT: the advantage that becomes an optimality probability: as it is, of one sign only, 1 if positive, its
-    sign."""
-    nft_num_times: int = 1
+    nft_num_times: Annotated[int, Range(1, 1000)] = 1
     """NFT: training times per turn and trajectory, drawn from the schedule's sigmas."""
     nft_old_decay: Literal["on_policy", "ramp", "late_ramp"] = "on_policy"
     """NFT: decay of the old policy after an iteration: 0 | min(0.001 n, 0.5) | 0 until n = 75, then min(0.0075 (n -
     75), 0.999)."""
 
     def __post_init__(self) -> None:
-        for name in ("clip_range", "max_advantage", "nft_beta"):
-            _require(getattr(self, name) > 0, f"objective.{name}", getattr(self, name), "must be positive")
-        _require(self.kl_beta >= 0, "objective.kl_beta", self.kl_beta, "must not be negative")
-        _require(self.nft_num_times >= 1, "objective.nft_num_times", self.nft_num_times, "must be at least 1")
+        check_ranges(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """AdamW on the adapter."""
 
-    learning_rate: float = 2e-2
+    learning_rate: Annotated[float, Range(0, 1, is_above=True)] = 2e-2
     """Peak learning rate; goes with epsilon (the large editors: 3e-4 with epsilon 1e-8)."""
-    warmup_iterations: int = 0
-    """Iterations over which the learning rate rises from 0."""
     schedule: Literal["constant", "linear"] = "linear"
     """Learning rate after the warm-up: constant, or falling to 0 at the end of the run."""
-    weight_decay: float = 1e-4
+    weight_decay: Share = 1e-4
     """AdamW's decoupled weight decay."""
-    epsilon: float = 1e-3
+    epsilon: Annotated[float, Range(0, 1, is_above=True)] = 1e-3
     """AdamW's epsilon; far above the gradient's elements (1e-4 on the miniature), a step keeps their proportions."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Annotated[float, Range(0, 1e6, is_above=True)] = 1.0
     """The gradient is scaled down to this norm."""
-    num_updates: int = 1
+    num_updates: Annotated[int, Range(1, 2)] = 1
     """Optimizer steps per iteration, 1 or 2; the second is off-policy."""
-    microbatch_size: int = 32
+    microbatch_size: Count = 32
     """Transitions per forward and backward pass; gradients are accumulated."""
-    ema_decay: float = 0.9
+    ema_decay: Annotated[float, Range(0, 0.99999)] = 0.9
     """Decay per optimizer step of the averaged adapter, which is evaluated and exported; 0: no averaging."""
 
     def __post_init__(self) -> None:
-        _require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "must be positive")
-        _require(self.num_updates in (1, 2), "optimizer.num_updates", self.num_updates, "must be 1 or 2")
-        _require(self.microbatch_size >= 1, "optimizer.microbatch_size", self.microbatch_size, "must be positive")
-        _require(0 <= self.ema_decay < 1, "optimizer.ema_decay", self.ema_decay, "must lie in [0, 1)")
-        _require(self.epsilon > 0, "optimizer.epsilon", self.epsilon, "must be positive")
-        _require(self.max_grad_norm > 0, "optimizer.max_grad_norm", self.max_grad_norm, "must be positive")
-        _require(
-            self.warmup_iterations >= 0, "optimizer.warmup_iterations", self.warmup_iterations, "must not be negative"
-        )
+        check_ranges(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     """EdiVal metrics on held-out sessions."""
 
-    num_sessions: int = 256
+    num_sessions: Annotated[int, Range(2, 1_000_000)] = 256
     """Held-out sessions of the evaluation before and after training."""
-    num_turns: int = 0
+    num_turns: Annotated[int, Range(0, 10)] = 0
     """Turns of a held-out session, up to 10; 0: as many as in training, data.num_turns."""
-    num_steps: int = 8
+    num_steps: Annotated[int, Range(1, 1000)] = 8
     """Denoising steps (ODE) per turn at evaluation."""
-    every: int = 20
+    every: CountOrNone = 20
     """Iterations between short evaluations on the first `num_sessions_short` sessions; 0: none."""
-    num_sessions_short: int = 64
+    num_sessions_short: Count = 64
     """Sessions of the short evaluation."""
-    num_strips: int = 6
+    num_strips: Count = 6
     """Fixed held-out sessions drawn as strips, base above current."""
 
     def __post_init__(self) -> None:
-        _require(self.num_sessions >= 2, "evaluation.num_sessions", self.num_sessions, "must be at least 2")
-        _require(0 <= self.num_turns <= 10, "evaluation.num_turns", self.num_turns, "must lie in 0 to 10")
-        _require(self.num_steps >= 1, "evaluation.num_steps", self.num_steps, "must be positive")
-        _require(self.every >= 0, "evaluation.every", self.every, "must not be negative")
-        _require(
-            1 <= self.num_strips <= self.num_sessions,
-            "evaluation.num_strips",
-            self.num_strips,
-            f"must lie in 1 to num_sessions = {self.num_sessions}",
-        )
-        _require(
-            self.num_strips <= self.num_sessions_short <= self.num_sessions,
-            "evaluation.num_sessions_short",
-            self.num_sessions_short,
-            "must lie between num_strips and num_sessions",
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class AlarmConfig:
-    """Alarms against reward hacking: above its threshold each warns, in the terminal and in the report. Ours."""
-
-    max_drift: float = 0.3
-    """Relative change of mean edge density, saturation or colourfulness from the sources to the last turn."""
-    max_no_edit_share: float = 0.5
-    """Share of turns whose picture is their input."""
-    max_over_edit_share: float = 0.3
-    """Share of turns with a consistency below 0.7."""
-    max_held_out_gap: float = 0.18
-    """Success in training, by the judge, less success on held-out sessions, by the truth (docs/results/study.md: at
-    most 0.14 by a kind judge, at least 0.21 by one that is hacked)."""
-
-    def __post_init__(self) -> None:
-        for name in ("max_drift", "max_no_edit_share", "max_over_edit_share", "max_held_out_gap"):
-            _require(getattr(self, name) > 0, f"alarms.{name}", getattr(self, name), "must be positive")
+        check_ranges(self)
+        is_enough = self.num_strips <= self.num_sessions_short <= self.num_sessions
+        name, short = "evaluation.num_sessions_short", self.num_sessions_short
+        remedy = f"must lie between num_strips, {self.num_strips}, and num_sessions, {self.num_sessions}"
+        require(self.num_strips <= self.num_sessions, "evaluation.num_strips", self.num_strips,
+                f"must be at most num_sessions, {self.num_sessions}")  # fmt: skip
+        require(is_enough, name, short, remedy)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,34 +196,24 @@ class RunConfig:
 
     folder: str = "runs/mini"
     """Where everything that the run makes is written; the same command in the same folder continues it."""
-    seed: int = 0
+    seed: Annotated[int, Range(0, 2**31 - 1)] = 0
     """Seed of noise, adapter initialisation and window placement."""
-    num_gpus: int = 1
+    num_gpus: Count = 1
     """GPUs that the run is meant for: --dry_run plans for one of them; torchrun says how many there are."""
-    gpu_gib: float = 0.0
+    gpu_gib: Annotated[float, Range(0, 100_000)] = 0.0
     """Memory of such a GPU that --dry_run holds the plan against, GiB; 0: what is free on this machine now."""
-    num_iterations: int = 60
+    num_iterations: Count = 60
     """Iterations of roll out, score, update."""
     backend: Literal["auto", "triton", "reference"] = "auto"
     """Implementation of the ops: Triton kernels for CUDA tensors where triton is installed (auto), or one by name."""
-    save_every: int = 1
+    save_every: Count = 1
     """Iterations between checkpoints."""
-    keep_checkpoints: int = 2
-    """Newest checkpoints kept."""
-    max_invalid_share: float = 0.5
-    """The run stops when more than this share of an iteration's trajectories could not be scored."""
-    max_ratio_error: float = 0.0
+    max_ratio_error: Weight = 0.0
     """The run stops when |ratio - 1| before the first update exceeds this; 0 holds at the same geometry on one
     device."""
 
     def __post_init__(self) -> None:
-        for name in ("num_gpus", "num_iterations", "save_every", "keep_checkpoints"):
-            _require(getattr(self, name) >= 1, f"run.{name}", getattr(self, name), "must be at least 1")
-        _require(
-            0 <= self.max_invalid_share <= 1, "run.max_invalid_share", self.max_invalid_share, "must lie in [0, 1]"
-        )
-        _require(self.gpu_gib >= 0, "run.gpu_gib", self.gpu_gib, "must not be negative")
-        _require(self.max_ratio_error >= 0, "run.max_ratio_error", self.max_ratio_error, "must not be negative")
+        check_ranges(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -329,28 +229,19 @@ class Config:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    alarms: AlarmConfig = field(default_factory=AlarmConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        _require(
-            self.rollout.hand_off == "pixels" or self.model.condition_size == (self.model.height, self.model.width),
-            "rollout.hand_off",
-            self.rollout.hand_off,
-            "the condition has a size of its own (model.condition_height, condition_width): must be 'pixels'",
-        )
-        if self.reward.judge == "vlm":
-            self._check_vlm()
-
-    def _check_vlm(self) -> None:
-        num_turns, weight = self.data.num_turns, self.advantage.consistency_weight
-        _require(num_turns <= 9, "data.num_turns", num_turns, "reward.judge 'vlm' scores at most 9 turns")
-        _require(
-            weight == 0 or self.reward.consistency != "none",
-            "advantage.consistency_weight",
-            weight,
-            "reward.consistency is 'none', so that there is nothing to weigh: must be 0",
-        )
+        has_one_size = self.model.condition_size == (self.model.height, self.model.width)
+        remedy = "the condition has a size of its own (model.condition_height, condition_width): must be 'pixels'"
+        is_right = self.rollout.hand_off == "pixels" or has_one_size
+        require(is_right, "rollout.hand_off", self.rollout.hand_off, remedy)
+        is_scored = self.data.num_turns <= 9 or self.reward.judge != "vlm"
+        require(is_scored, "data.num_turns", self.data.num_turns, "reward.judge 'vlm' scores at most 9 turns")
+        weight = self.advantage.consistency_weight
+        is_measured = weight == 0 or self.reward.consistency != "none"
+        remedy = "reward.consistency is 'none', so that there is nothing to weigh: must be 0"
+        require(is_measured, "advantage.consistency_weight", weight, remedy)
 
     @property
     def num_held_out_turns(self) -> int:

@@ -7,11 +7,9 @@ alone, so a resume sees what would have come, on any number of ranks.
 `--help` imports no torch: what needs it is imported where it is used.
 """
 
-import argparse
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from mteditflow.config import EMBEDDED, Config, DataConfig, cli
+from mteditflow.config import EMBEDDED, Config
 
 if TYPE_CHECKING:
     from mteditflow.distributed import Ranks
@@ -83,48 +81,3 @@ def _tasks(ids: list[int], sessions: "list[Session]") -> "list[EditTask]":
         )
         for i, session, picture in zip(ids, sessions, pictures, strict=True)
     ]
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line: 0 when all is well, 1 when too much is damaged, 2 for a wrong argument or file."""
-    arguments = _parser().parse_args(argv)
-    try:
-        if arguments.command == "check":
-            from mteditflow.data.check import check
-
-            return check(arguments.path, num_turns=arguments.num_turns, max_bad_share=arguments.max_bad_share)
-        from mteditflow.data.coco import write_sessions
-
-        print(
-            write_sessions(
-                arguments.coco, images=arguments.images, out=arguments.out, num_turns=arguments.turns,
-                seed=arguments.seed, per_image=arguments.per_image,
-            )
-        )  # fmt: skip
-        return 0
-    except ValueError as error:
-        cli.fail(error)
-
-
-def _parser() -> argparse.ArgumentParser:
-    default = DataConfig()
-    parser = argparse.ArgumentParser(
-        prog="python -m mteditflow.data", description="Check users' data, or make sessions of photographs."
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    check = commands.add_parser(
-        "check", help="count what is in the data and name what is wrong; exit code 1 if too much"
-    )
-    check.add_argument("path", help="as data.path: .jsonl, EdiVal's .csv, .parquet, a folder, or owner/name of the hub")
-    check.add_argument("--num_turns", type=int, default=default.num_turns, help="data.num_turns (%(default)s)")
-    check.add_argument(
-        "--max_bad_share", type=float, default=default.max_bad_share, help="data.max_bad_share (%(default)s)"
-    )
-    generate = commands.add_parser("generate", help="write K-turn sessions from a COCO file of images and objects")
-    generate.add_argument("coco", help="JSON with images, annotations (bbox) and categories")
-    generate.add_argument("--images", required=True, help="folder of the images")
-    generate.add_argument("--out", required=True, help="JSONL file to write; must not be there yet")
-    generate.add_argument("--turns", type=int, default=default.num_turns, help="instructions per session (%(default)s)")
-    generate.add_argument("--per_image", type=int, default=1, help="sessions per image (%(default)s)")
-    generate.add_argument("--seed", type=int, default=0, help="of everything that is drawn (%(default)s)")
-    return parser

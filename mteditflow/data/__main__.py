@@ -1,7 +1,7 @@
-"""`python -m mteditflow.data`: see `mteditflow.data`."""
+"""`python -m mteditflow.data`: see `mteditflow.config.command`."""
 
 import sys
 
-from mteditflow.data import main
+from mteditflow.config import command
 
-sys.exit(main())
+sys.exit(command.main(["data", *sys.argv[1:]]))

@@ -4,20 +4,21 @@ Unlike a run, it reads every image.
 """
 
 from collections import Counter
+from collections.abc import Iterable, Sequence
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from mteditflow.data.formats import read_sessions
-from mteditflow.data.images import read_picture
-from mteditflow.data.sessions import Fault, Sessions
+from mteditflow.data.sessions import MAX_BAD_SHARE, Fault, Sessions
 
 MAX_PLACES = 20  # faults of a kind that are listed
+FAULTS = {"line": "lines that cannot be read", "fields": "wrong fields", "image": "missing or damaged images"}
 ASPECTS = {"1:1": 1, "5:4": 5 / 4, "4:3": 4 / 3, "3:2": 3 / 2, "16:9": 16 / 9, "2:1": 2.0}  # and on end
 
 
-def check(path: str, *, num_turns: int, max_bad_share: float) -> int:
-    """Print the tables. 0, or 1 where more than `max_bad_share` is damaged or no session has `num_turns`.
+def check(path: str, *, num_turns: int, max_bad_share: float = MAX_BAD_SHARE) -> int:
+    """Print the tables; returns 1 where more than `max_bad_share` is damaged or no session has `num_turns`, else 0.
 
     ValueError, one line, where the data as a whole cannot be read.
     """
@@ -30,36 +31,33 @@ def check(path: str, *, num_turns: int, max_bad_share: float) -> int:
     except ValueError as error:
         raise ValueError(f"{path!r}: {error}") from None
     sizes, damaged = read_images(sessions)
-    faults = [*sessions.faults, *damaged]
-    bad_share = len(faults) / sessions.total
+    faults, bad = [*sessions.faults, *damaged], {fault.place for fault in damaged}
+    good = Sessions(found=[session for session in sessions.found if session.place not in bad], faults=faults)
+    num_usable = sum(len(session.instructions) >= num_turns for session in good.found)
     console = Console(width=None if Console().is_terminal else 120)
-    bad = {fault.place for fault in damaged}
-    good = Sessions(found=[it for it in sessions.found if it.place not in bad], faults=faults, unused=sessions.unused)
-    num_usable = sum(len(it.instructions) >= num_turns for it in good.found)
     for table in tables(good, sizes, num_turns):
         console.print(table)
     for line in fault_lines(faults):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
-    if good.unused:
-        console.print(f"fields that are not used: {', '.join(good.unused)}", markup=False, highlight=False)
-    is_right = bad_share <= max_bad_share and num_usable > 0
-    verdict = "fit for" if is_right else "not fit for"
+    if sessions.unused:
+        console.print(f"fields that are not used: {', '.join(sessions.unused)}", markup=False, highlight=False)
+    is_fit = num_usable > 0 and not good.is_too_damaged(len(faults), max_bad_share)
     console.print(
-        f"{verdict} data.num_turns {num_turns}: {num_usable} of {sessions.total} sessions usable, "
-        f"{len(faults)} damaged ({100 * bad_share:.1f} %, at most {100 * max_bad_share:.1f} %)",
+        f"{'fit for' if is_fit else 'not fit for'} data.num_turns {num_turns}: {num_usable} of {good.total} sessions "
+        f"usable, {len(faults)} damaged ({100 * len(faults) / good.total:.1f} %, at most {100 * max_bad_share:.1f} %)",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
-    return 0 if is_right else 1
+    return 0 if is_fit else 1
 
 
 def read_images(sessions: Sessions) -> tuple[list[tuple[int, int]], list[Fault]]:
-    """Width and height of every image, each counted once, and a fault for every session whose image is damaged."""
+    """Read every image once: width and height of each, and a fault for every session whose image is damaged."""
     known: dict[str, tuple[int, int] | str] = {}
     faults = []
     for session in sessions.found:
         if session.image not in known:
             try:
-                known[session.image] = read_picture(session.read()).size
+                known[session.image] = session.read().size
             except ValueError as error:
                 known[session.image] = str(error)
         found = known[session.image]
@@ -69,49 +67,56 @@ def read_images(sessions: Sessions) -> tuple[list[tuple[int, int]], list[Fault]]
 
 
 def tables(sessions: Sessions, sizes: list[tuple[int, int]], num_turns: int) -> list[Table]:
-    """Sessions by number of turns, instructions by edit type, images by shape."""
-    turns = Table(title="sessions")
-    for column in ("turns", "sessions", "use"):
-        turns.add_column(column, justify="left" if column == "use" else "right")
-    for length, count in sorted(Counter(len(it.instructions) for it in sessions.found).items()):
-        use = "too short" if length < num_turns else "whole" if length == num_turns else f"cut to {num_turns}"
-        turns.add_row(str(length), str(count), use)
-    types = Table(title="instructions")
-    for column in ("edit type", "count", "with untouched objects"):
-        types.add_column(column, justify="left" if column == "edit type" else "right")
-    counts, known = Counter[str](), Counter[str]()
-    for it in sessions.found:
-        counts.update(it.edit_types)
-        known.update(it.edit_types if it.untouched else ())
-    for name, count in sorted(counts.items()):
-        types.add_row(name, str(count), str(known[name]))
-    shapes = Table(title="images")
-    for column in ("nearest aspect", "images", "smallest", "largest"):
-        shapes.add_column(column, justify="left" if column == "nearest aspect" else "right")
+    """Count sessions by number of turns, instructions by edit type, images by shape."""
+    lengths = Counter(len(session.instructions) for session in sessions.found)
+    types, with_untouched = Counter[str](), Counter[str]()
+    for session in sessions.found:
+        types.update(session.edit_types)
+        with_untouched.update(session.edit_types if session.untouched else ())
     by_aspect: dict[str, list[tuple[int, int]]] = {}
     for size in sizes:
         by_aspect.setdefault(nearest_aspect(*size), []).append(size)
-    for name, own in sorted(by_aspect.items(), key=lambda item: -len(item[1])):
-        own = sorted(own, key=lambda size: size[0] * size[1])
-        shapes.add_row(name, str(len(own)), *("{}x{}".format(*size) for size in (own[0], own[-1])))
-    return [turns, types, shapes]
+
+    def use(length: int) -> str:
+        return "too short" if length < num_turns else "whole" if length == num_turns else f"cut to {num_turns}"
+
+    def span(found: list[tuple[int, int]]) -> tuple[str, ...]:
+        ordered = sorted(found, key=lambda size: size[0] * size[1])
+        return tuple("{}x{}".format(*size) for size in (ordered[0], ordered[-1]))
+
+    turns = [(length, count, use(length)) for length, count in sorted(lengths.items())]
+    edits = [(name, count, with_untouched[name]) for name, count in sorted(types.items())]
+    most_first = sorted(by_aspect.items(), key=lambda item: -len(item[1]))
+    shapes = [(name, len(found), *span(found)) for name, found in most_first]
+    return [
+        _table("sessions", ("turns", "sessions", "use"), turns, text="use"),
+        _table("instructions", ("edit type", "count", "with untouched objects"), edits, text="edit type"),
+        _table("images", ("nearest aspect", "images", "smallest", "largest"), shapes, text="nearest aspect"),
+    ]
+
+
+def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, text: str) -> Table:
+    """Make a table of numbers, but for the column `text`."""
+    table = Table(*(Column(name, justify="left" if name == text else "right") for name in columns), title=title)
+    for row in rows:
+        table.add_row(*map(str, row))
+    return table
 
 
 def nearest_aspect(width: int, height: int) -> str:
-    """The common shape nearest to width : height, by ratio."""
+    """Name the common shape nearest to width : height, by ratio."""
     ratio = max(width, height) / min(width, height)
-    name = min(ASPECTS, key=lambda it: max(ratio / ASPECTS[it], ASPECTS[it] / ratio))
+    name = min(ASPECTS, key=lambda name: max(ratio / ASPECTS[name], ASPECTS[name] / ratio))
     return name if width >= height else ":".join(reversed(name.split(":")))
 
 
 def fault_lines(faults: list[Fault]) -> list[str]:
-    """Faults by kind, each with its place."""
-    titles = {"line": "lines that cannot be read", "fields": "wrong fields", "image": "missing or damaged images"}
+    """List the faults by kind, with their places."""
     lines = []
-    for kind, title in titles.items():
-        own = [fault for fault in faults if fault.kind == kind]
-        if own:
-            lines.append(f"{title}: {len(own)}")
-            lines += [f"  {fault.place}: {fault.text}" for fault in own[:MAX_PLACES]]
-            lines += [f"  and {len(own) - MAX_PLACES} more"] if len(own) > MAX_PLACES else []
+    for kind, title in FAULTS.items():
+        found = [f"  {fault.place}: {fault.text}" for fault in faults if fault.kind == kind]
+        if found:
+            lines += [f"{title}: {len(found)}", *found[:MAX_PLACES]]
+        if len(found) > MAX_PLACES:
+            lines.append(f"  and {len(found) - MAX_PLACES} more")
     return lines

@@ -10,12 +10,13 @@ import difflib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mteditflow.data.images import SUFFIXES
-from mteditflow.data.sessions import FIELDS, Fault, Sessions, from_record, image_name
+from mteditflow.data.sessions import FIELDS, Fault, Picture, Sessions, image_name, make_session
 
 METADATA = "metadata.jsonl"
 EDIVAL_COLUMNS = (
@@ -27,10 +28,18 @@ EDIVAL_FOLDERS = (".", "input_images_resize_512", "images")  # beside the CSV; t
 KNOWN = "a .jsonl file, EdiVal's .csv, a .parquet file, a folder of images, or a data set of the hub (owner/name)"
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")  # owner/name:split
 
+Entry = tuple[Mapping[str, Any], str, Picture]
+"""A record, the image's name, and the image."""
+
+
+class UnreadableError(ValueError):
+    """A line or a text that cannot be read, so that nothing is known of its fields."""
+
 
 def read_sessions(path: str) -> Sessions:
-    """All sessions of `path`. ValueError, one line without the path: not there, of another format, a wrong column, or
-    empty. What is wrong with a single line is a Fault.
+    """Read all sessions of `path`. What is wrong with a single line is a Fault.
+
+    ValueError, one line without the path: not there, of another format, a wrong column, or empty.
     """
     file = Path(path)
     if file.is_dir():
@@ -44,14 +53,14 @@ def read_sessions(path: str) -> Sessions:
     if not sessions.total:
         raise ValueError("holds no session: give data with at least one")
     is_there: dict[Path, bool] = {}
-    found, missing = [], []
+    found, faults = [], [*sessions.faults]
     for session in sessions.found:
         file = session.file
-        if file is not None and not is_there.setdefault(file, file.is_file()):
-            missing.append(Fault(place=session.place, kind="image", text=f"no such file: {file}"))
-        else:
+        if file is None or is_there.setdefault(file, file.is_file()):
             found.append(session)
-    return Sessions(found=found, faults=[*sessions.faults, *missing], unused=sessions.unused)
+        else:
+            faults.append(Fault(place=session.place, kind="image", text=f"no such file: {file}"))
+    return replace(sessions, found=found, faults=faults)
 
 
 def _read_file(path: Path) -> Sessions:
@@ -69,49 +78,52 @@ def _read_file(path: Path) -> Sessions:
 
 
 def _unused(names: Iterable[str], what: str) -> tuple[str, ...]:
-    """Fields that mean nothing here. ValueError where one looks like a misspelt field that is not there."""
+    """List the fields that mean nothing here. ValueError where one looks like a misspelt field that is not there."""
     given = set(names)
-    absent = [field for field in FIELDS if field not in given]
-    unknown = sorted(given - set(FIELDS))
+    absent, unknown = [field for field in FIELDS if field not in given], sorted(given - set(FIELDS))
     for name in unknown:
         if near := difflib.get_close_matches(name, absent, n=1, cutoff=0.85):
             raise ValueError(f"{name} is no {what}: did you mean {near[0]}?")
     return tuple(unknown)
 
 
+def _sessions(entries: Iterable[tuple[str, Callable[[], Entry]]]) -> Sessions:
+    """Make a session of every entry, named by its place; what is wrong with one is a Fault."""
+    found, faults = [], []
+    for place, parse in entries:
+        try:
+            found.append(make_session(place, *parse()))
+        except ValueError as error:
+            kind = "line" if isinstance(error, UnreadableError) else "fields"
+            faults.append(Fault(place=place, kind=kind, text=str(error)))
+    return Sessions(found=found, faults=faults)
+
+
 def _read_jsonl(path: Path, image_fields: tuple[str, ...] = ("image",)) -> Sessions:
-    """One record a line; empty lines are passed over. Image paths are relative to the file."""
-    found, faults, unused = [], [], set()
+    """Read one record a line, passing over empty lines. Image paths are relative to the file."""
+    unused: dict[str, tuple[str, ...]] = {}
+
+    def parse(place: str, line: str) -> Entry:
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UnreadableError(f"is not JSON: {error.msg}") from None
+        if not isinstance(record, dict):
+            raise ValueError("must be an object with fields such as image and instructions")
+        unused[place] = _unused([name for name in record if name not in image_fields[1:]], "field")
+        image = image_name(record, image_fields)
+        return record, image, path.parent / image
+
     with path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            place = f"{path.name}:{number}"
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                faults.append(Fault(place=place, kind="line", text=f"is not JSON: {error.msg}"))
-                continue
-            try:
-                if not isinstance(record, dict):
-                    raise ValueError("must be an object with fields such as image and instructions")
-                extra = _unused([name for name in record if name not in image_fields[1:]], "field")
-                image = image_name(record, image_fields)
-                file = path.parent / image
-                found.append(from_record(record, place, image, file, partial(_same, file)))
-                unused |= set(extra)
-            except ValueError as error:
-                faults.append(Fault(place=place, kind="fields", text=str(error)))
-    return Sessions(found=found, faults=faults, unused=tuple(sorted(unused)))
-
-
-def _same(path: Path) -> Path:
-    return path
+        places = ((f"{path.name}:{number}", line) for number, line in enumerate(lines, 1) if line.strip())
+        sessions = _sessions((place, partial(parse, place, line)) for place, line in places)
+    names = {name for session in sessions.found for name in unused[session.place]}
+    return replace(sessions, unused=tuple(sorted(names)))
 
 
 def _read_folder(folder: Path) -> Sessions:
-    """`metadata.jsonl` (the image's field may be `file_name`), or images with a .txt of the same name beside them, one
-    instruction a line.
+    """Read `metadata.jsonl` (the image's field may be `file_name`), or images with a .txt of the same name beside them,
+    one instruction a line.
     """
     metadata = folder / METADATA
     if metadata.exists():
@@ -119,24 +131,23 @@ def _read_folder(folder: Path) -> Sessions:
     images = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     if not images:
         raise ValueError(f"folder without {METADATA} and without images: give {KNOWN}")
-    found, faults = [], []
-    for image in images:
-        text, name = image.with_suffix(".txt"), str(image.relative_to(folder))
+
+    def parse(image: Path, name: str) -> Entry:
+        text = image.with_suffix(".txt")
+        if not text.exists():
+            raise ValueError(f"there is no {text.name} beside it")
         try:
-            if not text.exists():
-                raise ValueError(f"there is no {text.name} beside it")
-            lines = [line for line in text.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-            found.append(from_record({"instructions": lines}, name, name, image, partial(_same, image)))
+            lines = text.read_text(encoding="utf-8-sig").splitlines()
         except UnicodeDecodeError:
-            faults.append(Fault(place=name, kind="line", text=f"{text.name} is not text in UTF-8"))
-        except ValueError as error:
-            faults.append(Fault(place=name, kind="fields", text=str(error)))
-    return Sessions(found=found, faults=faults)
+            raise UnreadableError(f"{text.name} is not text in UTF-8") from None
+        return {"instructions": [line for line in lines if line.strip()]}, name, image
+
+    return _sessions((name := str(image.relative_to(folder)), partial(parse, image, name)) for image in images)
 
 
 def _read_edival(path: Path) -> Sessions:
-    """EdiVal's CSV: a row per image and turn, whose cells are Python lists that grow with the turn. The last entry of
-    turn t's list is turn t's own; a cell that is no list is it already.
+    """Read EdiVal's CSV: a row per image and turn, whose cells are Python lists that grow with the turn. The last entry
+    of turn t's list is of turn t; so is a cell that is no list.
     """
     with path.open(encoding="utf-8-sig", newline="") as file:
         rows = csv.DictReader(file)
@@ -144,51 +155,40 @@ def _read_edival(path: Path) -> Sessions:
         for name in EDIVAL_NEEDED:
             if name not in columns:
                 raise ValueError(f"has no column {name}: EdiVal's are {', '.join(EDIVAL_COLUMNS)}")
-        by_image: dict[str, list[tuple[int, dict[str, Any]]]] = {}
+        places, by_image = dict[str, str](), dict[str, list[dict[str, Any]]]()
         for row in rows:
-            by_image.setdefault(row["image_index"], []).append((rows.line_num, row))
-    found, faults = [], []
-    for index, own in by_image.items():
-        place = f"{path.name}:{own[0][0]}"
-        try:
-            record = _edival_record([row for _, row in own])
-        except ValueError as error:
-            faults.append(Fault(place=place, kind="fields", text=str(error)))
-            continue
-        image = _edival_image(path.parent, index)
-        name = image.name if image else f"{index}_input_raw.jpg"
-        image = image or path.parent / EDIVAL_FOLDERS[1] / name
-        try:
-            found.append(from_record(record, place, name, image, partial(_same, image)))
-        except ValueError as error:
-            faults.append(Fault(place=place, kind="fields", text=str(error)))
-    return Sessions(found=found, faults=faults, unused=tuple(sorted(set(columns) - set(EDIVAL_COLUMNS))))
+            places.setdefault(row["image_index"], f"{path.name}:{rows.line_num}")
+            by_image.setdefault(row["image_index"], []).append(row)
+
+    def parse(index: str) -> Entry:
+        record, image = _edival_record(by_image[index]), _edival_image(path.parent, index)
+        return record, image.name, image
+
+    sessions = _sessions((places[index], partial(parse, index)) for index in by_image)
+    return replace(sessions, unused=tuple(sorted(set(columns) - set(EDIVAL_COLUMNS))))
 
 
 def _edival_record(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The fields of a session from the rows of its image."""
+    """Make the fields of a session of the rows of its image."""
     turns = {row["turns"]: row for row in rows}
-    ordered = [turns.get(str(turn)) for turn in range(1, len(rows) + 1)]
-    if any(row is None for row in ordered):
+    if set(turns) != {str(turn) for turn in range(1, len(rows) + 1)}:
         raise ValueError(f"turns are {', '.join(sorted(map(str, turns)))}: must be 1 to {len(rows)}, each once")
-    kept = [row for row in ordered if row is not None]
-    record: dict[str, Any] = {
-        "instructions": [_unwrapped(str(_last(_literal(row, "instructions"))).strip()) for row in kept]
-    }
-    if all(row.get("task_type") for row in kept):
-        record["edit_types"] = [str(_last(_literal(row, "task_type"))) for row in kept]
-    if all(row.get("unchanged_objects") for row in kept):
-        record["untouched_objects"] = [_literal(row, "unchanged_objects") for row in kept]
+    rows = [turns[str(turn)] for turn in range(1, len(rows) + 1)]
+    record = {"instructions": [_unwrap(str(_last(_literal(row, "instructions"))).strip()) for row in rows]}
+    if all(row.get("task_type") for row in rows):
+        record["edit_types"] = [str(_last(_literal(row, "task_type"))) for row in rows]
+    if all(row.get("unchanged_objects") for row in rows):
+        record["untouched_objects"] = [_literal(row, "unchanged_objects") for row in rows]
     return record
 
 
-def _unwrapped(text: str) -> str:
-    """The text without quotes around all of it, as the public file has around some."""
+def _unwrap(text: str) -> str:
+    """Take off quotes around all of a text, as the public file has around some."""
     return text[1:-1].strip() if len(text) > 2 and text[0] == text[-1] == '"' else text
 
 
 def _literal(row: Mapping[str, Any], name: str) -> Any:
-    """A cell as the Python list that it shows, or its text."""
+    """Read a cell as the Python list that it shows, or else as text."""
     text = (row[name] or "").strip()
     if not text.startswith("["):
         return text
@@ -202,11 +202,12 @@ def _last(value: Any) -> Any:
     return value[-1] if isinstance(value, list) and value else value
 
 
-def _edival_image(folder: Path, index: str) -> Path | None:
-    """The picture of an image_index, by the names that EdiVal's own code looks for."""
+def _edival_image(folder: Path, index: str) -> Path:
+    """Find the picture of an image_index by the names that EdiVal's code looks for; one of them where none is there."""
     names = [f"{index}{stem}{suffix}" for stem in ("_input_raw", "") for suffix in SUFFIXES]
     paths = (folder / sub / name for sub in EDIVAL_FOLDERS for name in names)
-    return next((path for path in paths if path.is_file()), None)
+    missing = folder / EDIVAL_FOLDERS[1] / f"{index}_input_raw.jpg"
+    return next((path for path in paths if path.is_file()), missing)
 
 
 def _datasets() -> Any:
@@ -228,7 +229,7 @@ def _read_parquet(path: Path) -> Sessions:
 
 
 def _read_hub(name: str) -> Sessions:
-    """`owner/name`, its split train, or `owner/name:split`."""
+    """Read `owner/name`, its split train, or `owner/name:split`."""
     repository, _, split = name.partition(":")
     try:
         table = _datasets().load_dataset(repository, split=split or "train")
@@ -241,8 +242,8 @@ def _read_hub(name: str) -> Sessions:
 
 
 def _read_table(table: Any, name: str, folder: Path) -> Sessions:
-    """Sessions of a `datasets` table with the columns of a JSONL record. A picture in the table counts as one of its
-    own; a text is a path, relative to `folder`.
+    """Read a `datasets` table with the columns of a JSONL record. Every picture in the table counts as another image; a
+    text is a path, relative to `folder`.
     """
     columns = table.column_names
     unused = _unused(columns, "column")
@@ -252,21 +253,19 @@ def _read_table(table: Any, name: str, folder: Path) -> Sessions:
     if type(table.features["image"]).__name__ == "Image":
         table = table.cast_column("image", type(table.features["image"])(decode=False))
     texts = [column for column in FIELDS if column in columns and (column != "image" or is_path)]
-    found, faults = [], []
-    for number, record in enumerate(table.select_columns(texts)):
-        place = f"{name}:{number + 1}"
-        try:
-            image = image_name(record) if is_path else f"row {number + 1}"
-            file = folder / image if is_path else None
-            read = partial(_same, file) if file else partial(_picture_of, table, number, folder)
-            found.append(from_record(record, place, image, file, read))
-        except ValueError as error:
-            faults.append(Fault(place=place, kind="fields", text=str(error)))
-    return Sessions(found=found, faults=faults, unused=unused)
+
+    def parse(number: int, record: Mapping[str, Any]) -> Entry:
+        if is_path:
+            return record, image_name(record), folder / image_name(record)
+        return record, f"row {number}", partial(_picture_of, table, number - 1, folder)
+
+    records = enumerate(table.select_columns(texts), 1)
+    sessions = _sessions((f"{name}:{number}", partial(parse, number, record)) for number, record in records)
+    return replace(sessions, unused=unused)
 
 
 def _picture_of(table: Any, number: int, folder: Path) -> Path | bytes:
-    """The bytes of a row's picture, or its path. ValueError where it has neither."""
+    """Read the bytes of a row's picture, or its path. ValueError where it has neither."""
     image = table[number]["image"]
     if isinstance(image, bytes):
         return image

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from random import Random
 
-from mteditflow.types import Region
+from mteditflow.types import Box, Region
 
 NEW_OBJECTS = (
     *("wooden bench", "potted plant", "red balloon", "straw hat", "paper lantern", "street lamp", "garden gnome"),
@@ -48,10 +48,9 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
         "Change the background to a {value}, keep {kept} unchanged",
         "Set the scene in a {value} and leave {kept} as before",
     ),
+    "text_change": ("Replace the text '{old}' with '{value}'", "Change the text '{old}' to '{value}'"),
 }
-TEXT_ADD = ("Add the text '{value}' to the image", "Write '{value}' on the image")
-TEXT_REPLACE = ("Replace the text '{old}' with '{value}'", "Change the text '{old}' to '{value}'")
-EDIT_TYPES = (*TEMPLATES, "text_change")
+FIRST_TEXT = ("Add the text '{value}' to the image", "Write '{value}' on the image")  # where there is none to change
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,24 +63,30 @@ class Thing:
     count: int = 1
     color: str = ""
     material: str = ""
-    boxes: tuple[tuple[float, float, float, float], ...] = ()  # of the source; shares of width and height
+    boxes: tuple[Box, ...] = ()  # of the source
     is_foreground: bool = True
     is_new: bool = False
 
     @property
     def name(self) -> str:
-        """Such as 'red wood chair'."""
+        """Name one of them, as in 'red wood chair'."""
         return " ".join(word for word in (self.color, self.material, self.kind) if word)
 
     @property
     def plural(self) -> str:
-        """The name of several."""
+        """Name several of them."""
         return self.name.removesuffix(self.kind) + plural(self.kind)
 
     @property
     def called(self) -> str:
-        """The name in a sentence: 'the dog', 'the 3 dogs'."""
+        """Name them in a sentence: 'the dog', 'the 3 dogs'."""
         return f"the {self.name}" if self.count == 1 else f"the {self.count} {self.plural}"
+
+
+Pool = dict[str, Thing]
+"""What is in an image, by kind."""
+Edit = tuple[dict[str, str], tuple[str, ...], Pool]
+"""The words of an instruction, the kinds that it touches, and the pool after it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,16 +96,14 @@ class Step:
     edit_type: str
     instruction: str
     touched: tuple[str, ...]
-    pool: dict[str, Thing]
+    pool: Pool
     text: str  # that is written on the image; '' for none
 
 
 def plural(kind: str) -> str:
-    """English plural of a noun, its last word where the noun has no 'of'."""
+    """Form the English plural of a noun, of its last word where the noun has no 'of'."""
     head, of, tail = kind.partition(" of ")
-    if head in IRREGULAR:
-        return IRREGULAR[head] + of + tail
-    before, space, word = head.rpartition(" ")
+    before, space, word = ("", "", head) if head in IRREGULAR else head.rpartition(" ")
     if word in IRREGULAR:
         word = IRREGULAR[word]
     elif word.endswith(("s", "x", "z", "ch", "sh")):
@@ -113,31 +116,40 @@ def plural(kind: str) -> str:
 
 
 def with_article(noun: str) -> str:
-    """'a dog', 'an owl'."""
+    """Put the article before a noun: 'a dog', 'an owl'."""
     return f"{'an' if noun[0] in 'aeiou' and not noun.startswith('uni') else 'a'} {noun}"
 
 
 def generate(things: Sequence[Thing], num_turns: int, random: Random) -> list[Step]:
-    """The K steps of a session on an image with these things."""
-    seen = {thing.kind for thing in things}  # whatever was ever in the image is not added as something new
-    pool, text, steps = {thing.kind: thing for thing in things}, "", []
-    unused = list(EDIT_TYPES)
+    """Draw the K steps of a session on an image with these things."""
+    pool, text = {thing.kind: thing for thing in things}, ""
+    steps, unused, seen = list[Step](), list(TEMPLATES), set(pool)
     for _ in range(num_turns):
-        may_be = [name for name in unused if is_feasible(name, pool, seen, steps)]
-        if not may_be:
-            unused = list(EDIT_TYPES)
-            may_be = [name for name in unused if is_feasible(name, pool, seen, steps)]
-        edit_type = random.choice(may_be)
+        fresh = [kind for kind in NEW_OBJECTS if kind not in seen]  # what never was in the image
+        if not any(is_feasible(edit_type, pool, fresh, steps) for edit_type in unused):
+            unused = list(TEMPLATES)
+        edit_type = random.choice([name for name in unused if is_feasible(name, pool, fresh, steps)])
         unused.remove(edit_type)
-        step = MAKERS[edit_type](pool, text, seen, random)
-        pool, text = step.pool, step.text
+        steps.append(make_step(edit_type, pool, text, fresh, random))
+        pool, text = steps[-1].pool, steps[-1].text
         seen |= set(pool)
-        steps.append(step)
     return steps
 
 
-def untouched(things: Sequence[Thing], steps: Sequence[Step]) -> list[list[Region]]:
-    """For each step the objects of the source that no step so far touches and that are in its pool."""
+def make_step(edit_type: str, pool: Pool, text: str, fresh: Sequence[str], random: Random) -> Step:
+    """Draw a feasible edit of this type, and its instruction."""
+    forms = TEMPLATES[edit_type]
+    if edit_type == "text_change":
+        words, touched = {"old": text, "value": random.choice([other for other in TEXTS if other != text])}, ()
+        forms, text = forms if text else FIRST_TEXT, words["value"]
+    else:
+        words, touched, pool = EDITS[edit_type](pool, fresh, random)
+    instruction = random.choice(forms).format(**words)
+    return Step(edit_type=edit_type, instruction=instruction, touched=touched, pool=pool, text=text)
+
+
+def untouched_regions(things: Sequence[Thing], steps: Sequence[Step]) -> list[list[Region]]:
+    """List for each step the objects of the source that no step so far touches and that are in its pool."""
     turns, touched = [], set[str]()
     for step in steps:
         touched |= set(step.touched)
@@ -146,19 +158,17 @@ def untouched(things: Sequence[Thing], steps: Sequence[Step]) -> list[list[Regio
     return turns
 
 
-def is_feasible(edit_type: str, pool: dict[str, Thing], seen: set[str], steps: Sequence[Step]) -> bool:
-    """Whether an edit of this type can be asked for; text_change always can."""
-    has_new = not seen.issuperset(NEW_OBJECTS)
-    has_old = any(not thing.is_new for thing in pool.values())
+def is_feasible(edit_type: str, pool: Pool, fresh: Sequence[str], steps: Sequence[Step]) -> bool:
+    """Say whether an edit of this type can be asked for after the steps; text_change always can."""
     match edit_type:
         case "text_change":
             return True
         case "subject_add":
-            return has_new
+            return bool(fresh)
         case "subject_remove":
-            return has_old
+            return bool(_from_source(pool))
         case "subject_replace":
-            return has_old and has_new
+            return bool(_from_source(pool) and fresh)
         case "background_change":
             is_first = all(step.edit_type != edit_type for step in steps)
             return is_first and any(thing.is_foreground for thing in pool.values())
@@ -168,71 +178,52 @@ def is_feasible(edit_type: str, pool: dict[str, Thing], seen: set[str], steps: S
             return bool(pool)
 
 
-def _draw(names: Sequence[str], without: set[str], random: Random) -> str:
-    return random.choice([name for name in names if name not in without])
+def _from_source(pool: Pool) -> list[Thing]:
+    return [thing for thing in pool.values() if not thing.is_new]
 
 
-def _say(edit_type: str, random: Random, **words: str) -> str:
-    return random.choice(TEMPLATES[edit_type]).format(**words)
+def _singles(pool: Pool) -> list[Thing]:
+    return [thing for thing in pool.values() if thing.count == 1]
 
 
-def _add(pool: dict[str, Thing], text: str, seen: set[str], random: Random) -> Step:
-    kind = _draw(NEW_OBJECTS, seen, random)
-    singles = [thing for thing in pool.values() if thing.count == 1]
+def _add(pool: Pool, fresh: Sequence[str], random: Random) -> Edit:
+    kind, singles = random.choice(fresh), _singles(pool)
     place = f"{random.choice(POSITIONS)} {random.choice(singles).called}" if singles else "in the image"
-    after = {**pool, kind: Thing(kind=kind, is_new=True)}
-    said = _say("subject_add", random, new=with_article(kind), place=place)
-    return Step(edit_type="subject_add", instruction=said, touched=(), pool=after, text=text)
+    return {"new": with_article(kind), "place": place}, (), {**pool, kind: Thing(kind=kind, is_new=True)}
 
 
-def _remove(pool: dict[str, Thing], text: str, _seen: set[str], random: Random) -> Step:
-    old = random.choice([thing for thing in pool.values() if not thing.is_new])
-    after = {kind: thing for kind, thing in pool.items() if kind != old.kind}
-    said = _say("subject_remove", random, old=old.called)
-    return Step(edit_type="subject_remove", instruction=said, touched=(old.kind,), pool=after, text=text)
+def _remove(pool: Pool, _fresh: Sequence[str], random: Random) -> Edit:
+    old = random.choice(_from_source(pool))
+    return {"old": old.called}, (old.kind,), {kind: thing for kind, thing in pool.items() if kind != old.kind}
 
 
-def _replace(pool: dict[str, Thing], text: str, seen: set[str], random: Random) -> Step:
-    old = random.choice([thing for thing in pool.values() if not thing.is_new])
-    kind = _draw(NEW_OBJECTS, seen, random)
-    new = Thing(kind=kind, count=old.count, is_new=True)
-    after = {it: thing for it, thing in pool.items() if it != old.kind} | {kind: new}
-    words = with_article(kind) if old.count == 1 else f"{old.count} {plural(kind)}"
-    said = _say("subject_replace", random, old=old.called, new=words)
-    return Step(edit_type="subject_replace", instruction=said, touched=(old.kind,), pool=after, text=text)
+def _replace(pool: Pool, fresh: Sequence[str], random: Random) -> Edit:
+    words, touched, after = _remove(pool, fresh, random)
+    kind, count = random.choice(fresh), pool[touched[0]].count
+    words["new"] = with_article(kind) if count == 1 else f"{count} {plural(kind)}"
+    return words, touched, {**after, kind: Thing(kind=kind, count=count, is_new=True)}
 
 
-def _color(pool: dict[str, Thing], text: str, _seen: set[str], random: Random) -> Step:
+def _color(pool: Pool, _fresh: Sequence[str], random: Random) -> Edit:
     old = random.choice(list(pool.values()))
-    value = _draw(COLORS, {old.color, *old.kind.split()}, random)
-    said = _say("color_alter", random, old=old.called, value=value)
-    after = {**pool, old.kind: replace(old, color=value)}
-    return Step(edit_type="color_alter", instruction=said, touched=(old.kind,), pool=after, text=text)
+    value = random.choice([color for color in COLORS if color not in (old.color, *old.kind.split())])
+    return {"old": old.called, "value": value}, (old.kind,), {**pool, old.kind: replace(old, color=value)}
 
 
-def _material(pool: dict[str, Thing], text: str, _seen: set[str], random: Random) -> Step:
+def _material(pool: Pool, _fresh: Sequence[str], random: Random) -> Edit:
     old = random.choice(list(pool.values()))
-    value = _draw(MATERIALS, {old.material}, random)
-    said = _say("material_alter", random, old=old.called, value=value)
-    after = {**pool, old.kind: replace(old, material=value)}
-    return Step(edit_type="material_alter", instruction=said, touched=(old.kind,), pool=after, text=text)
+    value = random.choice([material for material in MATERIALS if material != old.material])
+    return {"old": old.called, "value": value}, (old.kind,), {**pool, old.kind: replace(old, material=value)}
 
 
-def _text(pool: dict[str, Thing], text: str, _seen: set[str], random: Random) -> Step:
-    value = _draw(TEXTS, {text}, random)
-    said = random.choice(TEXT_REPLACE if text else TEXT_ADD).format(old=text, value=value)
-    return Step(edit_type="text_change", instruction=said, touched=(), pool=pool, text=value)
-
-
-def _moves(pool: dict[str, Thing]) -> list[tuple[Thing, str, Thing]]:
-    """What can be moved where: single things, to a side of another where they are not already."""
-    singles = [thing for thing in pool.values() if thing.count == 1]
-    pairs = [(old, at) for old in singles for at in singles if old.kind != at.kind]
+def _moves(pool: Pool) -> list[tuple[Thing, str, Thing]]:
+    """List what can be moved where: single things, to a side of another where they are not already."""
+    pairs = [(old, at) for old in _singles(pool) for at in _singles(pool) if old.kind != at.kind]
     return [(old, place, at) for old, at in pairs for place in POSITIONS if not _is_there(old, place, at)]
 
 
 def _is_there(old: Thing, place: str, at: Thing) -> bool:
-    """Whether the boxes, where both are known, say that `old` is at that side of `at` already, by their centres."""
+    """Say whether the boxes, where both are known, put `old` at that side of `at` already, by their centres."""
     if not old.boxes or not at.boxes:
         return False
     axis = 0 if place in POSITIONS[:2] else 1
@@ -240,33 +231,27 @@ def _is_there(old: Thing, place: str, at: Thing) -> bool:
     return here < there if place in (POSITIONS[0], POSITIONS[2]) else here > there
 
 
-def _position(pool: dict[str, Thing], text: str, _seen: set[str], random: Random) -> Step:
+def _position(pool: Pool, _fresh: Sequence[str], random: Random) -> Edit:
     old, place, at = random.choice(_moves(pool))
-    said = _say("position_change", random, old=old.called, place=f"{place} {at.called}")
     after = {**pool, old.kind: replace(old, boxes=())}  # where it is now is not known
-    touched = (old.kind, at.kind)
-    return Step(edit_type="position_change", instruction=said, touched=touched, pool=after, text=text)
+    return {"old": old.called, "place": f"{place} {at.called}"}, (old.kind, at.kind), after
 
 
-def _count(pool: dict[str, Thing], text: str, _seen: set[str], random: Random) -> Step:
+def _count(pool: Pool, _fresh: Sequence[str], random: Random) -> Edit:
     old = random.choice(list(pool.values()))
-    count = random.choice([n for n in range(1, MAX_COUNT + 1) if n != old.count])
-    counted = old.name if count == 1 else old.plural
-    said = _say("count_change", random, plural=old.plural, counted=counted, value=str(count))
-    after = {**pool, old.kind: replace(old, count=count, boxes=())}
-    return Step(edit_type="count_change", instruction=said, touched=(old.kind,), pool=after, text=text)
+    count = random.choice([number for number in range(1, MAX_COUNT + 1) if number != old.count])
+    words = {"plural": old.plural, "counted": old.name if count == 1 else old.plural, "value": str(count)}
+    return words, (old.kind,), {**pool, old.kind: replace(old, count=count, boxes=())}
 
 
-def _background(pool: dict[str, Thing], text: str, _seen: set[str], random: Random) -> Step:
+def _background(pool: Pool, _fresh: Sequence[str], random: Random) -> Edit:
     after = {kind: thing for kind, thing in pool.items() if thing.is_foreground}
-    names = [thing.called for thing in after.values()]
-    kept = " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
-    said = _say("background_change", random, value=random.choice(BACKGROUNDS), kept=kept)
-    return Step(edit_type="background_change", instruction=said, touched=(), pool=after, text=text)
+    *names, last = (thing.called for thing in after.values())
+    kept = f"{', '.join(names)} and {last}" if names else last
+    return {"value": random.choice(BACKGROUNDS), "kept": kept}, (), after
 
 
-MAKERS: dict[str, Callable[[dict[str, Thing], str, set[str], Random], Step]] = {
+EDITS: dict[str, Callable[[Pool, Sequence[str], Random], Edit]] = {
     "subject_add": _add, "subject_remove": _remove, "subject_replace": _replace, "color_alter": _color,
     "material_alter": _material, "position_change": _position, "count_change": _count, "background_change": _background,
-    "text_change": _text,
 }  # fmt: skip

@@ -19,10 +19,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from mteditflow.pictures import from_pil
-from mteditflow.types import Region
+from mteditflow.types import Box, Region
 
 Fit = Literal["crop", "stretch"]
-Box = tuple[float, float, float, float]  # left, top, right, bottom in shares of width and height
 
 MIN_VISIBLE = 0.5  # of an object's box: what a crop leaves less of cannot be compared
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
@@ -38,22 +37,22 @@ class Fitted:
 
 
 def read_size(source: Path | bytes) -> tuple[int, int]:
-    """Width and height as shown, from the header alone. ValueError as `read_picture`."""
-    with _opened(source) as picture:
+    """Read width and height as shown, from the header alone. ValueError as `read_picture`."""
+    with _open(source) as picture:
         is_turned = picture.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # EXIF's Orientation: on its side
         return (picture.height, picture.width) if is_turned else picture.size
 
 
 def read_picture(source: Path | bytes) -> Image.Image:
-    """The picture as 8-bit RGB, as it is meant to be seen. ValueError in one line where it cannot be read."""
-    with _opened(source) as picture:
+    """Read a picture as 8-bit RGB, as it is meant to be seen. ValueError in one line where it cannot be read."""
+    with _open(source) as picture:
         picture.load()
         return to_rgb(ImageOps.exif_transpose(picture))
 
 
 @contextmanager
-def _opened(source: Path | bytes) -> Iterator[Image.Image]:
-    """A picture whose header is read; damage found in the header or later is a ValueError in one line."""
+def _open(source: Path | bytes) -> Iterator[Image.Image]:
+    """Read a picture's header; damage found in it or later is a ValueError in one line."""
     try:
         with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as picture:
             yield picture
@@ -68,7 +67,7 @@ def _opened(source: Path | bytes) -> Iterator[Image.Image]:
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
-    """8-bit RGB of a picture in any of pillow's modes; what is transparent becomes white."""
+    """Convert a picture from any of pillow's modes to 8-bit RGB; what is transparent becomes white."""
     if picture.mode == "F":
         raise ValueError("pixels are floating-point numbers: save it with 8 or 16 bits")
     if picture.mode == "I" or picture.mode.startswith("I;16"):  # pillow itself would cut at 255
@@ -81,8 +80,8 @@ def to_rgb(picture: Image.Image) -> Image.Image:
 
 
 def frame_of(size: tuple[int, int], *, height: int, width: int, fit: Fit) -> Box:
-    """The part of a picture of `size` (width, height) that is shown: all of it, or the largest centred part with the
-    aspect ratio of width : height.
+    """Choose the part of a picture of `size` (width, height) that is shown: all of it, or the largest centred part with
+    the aspect ratio of width : height.
     """
     if fit == "stretch":
         return (0.0, 0.0, 1.0, 1.0)
@@ -92,8 +91,8 @@ def frame_of(size: tuple[int, int], *, height: int, width: int, fit: Fit) -> Box
     return (x, y, 1 - x, 1 - y)
 
 
-def fitted(picture: Image.Image, *, height: int, width: int, fit: Fit) -> Fitted:
-    """An RGB picture at the model's size."""
+def fit_picture(picture: Image.Image, *, height: int, width: int, fit: Fit) -> Fitted:
+    """Bring an RGB picture to the model's size."""
     frame = frame_of(picture.size, height=height, width=width, fit=fit)
     left, top, right, bottom = frame
     box = (left * picture.width, top * picture.height, right * picture.width, bottom * picture.height)
@@ -101,8 +100,8 @@ def fitted(picture: Image.Image, *, height: int, width: int, fit: Fit) -> Fitted
     return Fitted(image=from_pil(small), frame=frame)
 
 
-def in_frame(region: Region, frame: Box) -> Region | None:
-    """The region in shares of the frame; None where less than MIN_VISIBLE of its box is inside. No box: as it is."""
+def crop_region(region: Region, frame: Box) -> Region | None:
+    """Express a region in shares of the frame; None where less than MIN_VISIBLE of its box is inside it."""
     if region.box is None:
         return region
     left, top, right, bottom = region.box

@@ -8,12 +8,12 @@ The slot is the task's id: two tasks of a step have different noise even where t
 """
 
 import sys
-from functools import cache
+from functools import cache, lru_cache
 
 from mteditflow.config import Config, DataConfig
 from mteditflow.data.formats import read_sessions
-from mteditflow.data.images import fitted, in_frame, read_picture
-from mteditflow.data.sessions import Fault, Sessions, UserSession, digest
+from mteditflow.data.images import crop_region, fit_picture
+from mteditflow.data.sessions import MAX_BAD_SHARE, Sessions, UserSession, digest
 from mteditflow.types import EditTask
 
 MAX_NAMED = 10  # faults that are printed; `python -m mteditflow.data check` prints them all
@@ -21,103 +21,101 @@ MAX_NAMED = 10  # faults that are printed; `python -m mteditflow.data check` pri
 
 @cache
 def read_named(name: str, path: str) -> Sessions:
-    """The sessions of the field `name`. ValueError: the field, its value, and what is wrong with it."""
+    """Read the sessions of the field `name`. ValueError: the field, its value, and what is wrong with it."""
     try:
         return read_sessions(path)
     except ValueError as error:
         raise ValueError(f"{name} is {path!r}: {error}") from None
 
 
-def is_held_out(image: str, share: float) -> bool:
-    """Whether an image is among the share that is held out."""
+def is_held_out_image(image: str, share: float) -> bool:
+    """Say whether an image is among the share that is held out."""
     return int(digest(f"held out {image}")[:13], 16) / 16**13 < share
 
 
+def _say(text: str) -> None:
+    print(f"mteditflow: {text}", file=sys.stderr)
+
+
 class Source:
-    """The sessions of one file, some of them left out; knows which images have turned out to be damaged."""
+    """Sessions of one file that are long enough, on one side of the split; knows which of their images are damaged.
 
-    def __init__(self, name: str, path: str, sessions: list[UserSession], everything: Sessions) -> None:
-        self.name, self.path, self.sessions = name, path, sessions
-        self.num_faults, self.total = len(everything.faults), everything.total
-        self._keys = [session.key for session in sessions]
-        self._damaged: set[int] = set()
-        self._order: tuple[str, list[int]] = ("", [])
+    ValueError where too much of the file is damaged.
+    """
 
-    def check(self, max_bad_share: float) -> None:
-        """ValueError where too much is damaged."""
-        num_bad = self.num_faults + len(self._damaged)
-        if num_bad > max_bad_share * self.total:
+    def __init__(self, name: str, path: str, sessions: list[UserSession], num_turns: int) -> None:
+        self.name, self.path, self.num_turns = name, path, num_turns
+        self.everything = read_named(name, path)
+        self.sessions = [session for session in sessions if len(session.instructions) >= num_turns]
+        self._damaged: set[str] = set()  # places
+        self._check()
+
+    def _check(self) -> None:
+        num_bad = len(self.everything.faults) + len(self._damaged)
+        if self.everything.is_too_damaged(num_bad, MAX_BAD_SHARE):
             raise ValueError(
-                f"{self.name} is {self.path!r}: {num_bad} of {self.total} sessions are damaged, more than "
-                f"data.max_bad_share {max_bad_share:g}: see python -m mteditflow.data check {self.path}"
+                f"{self.name} is {self.path!r}: {num_bad} of {self.everything.total} sessions are damaged, more than "
+                f"{MAX_BAD_SHARE:.0%}: see python -m mteditflow.data check {self.path}"
             )
 
-    def order(self, seed: str) -> list[int]:
-        """Places of the sessions, sorted by a hash."""
-        if self._order[0] != seed:
-            places = sorted(range(len(self.sessions)), key=lambda i: digest(f"{seed} {self._keys[i]}"))
-            self._order = (seed, places)
-        return self._order[1]
-
-    def task(self, place: int, identity: int, num_turns: int, config: Config) -> EditTask | None:
-        """The task of a session, its image read now; None where the image is damaged, which is said once."""
-        if place in self._damaged:
+    def task(self, session: UserSession, task_id: int, config: Config) -> EditTask | None:
+        """Make the task of a session, reading its image; None where the image is damaged, which is said once."""
+        if session.place in self._damaged:
             return None
-        session = self.sessions[place]
         try:
-            picture = read_picture(session.read())
+            picture = session.read()
         except ValueError as error:
-            self._damaged.add(place)
-            print(f"mteditflow: skipped {session.place}: image {session.image}: {error}", file=sys.stderr)
-            self.check(config.data.max_bad_share)
+            self._damaged.add(session.place)
+            _say(f"skipped {session.place}: image {session.image}: {error}")
+            self._check()
             return None
-        model = config.model
-        seen = fitted(picture, height=model.height, width=model.width, fit=config.data.fit)
+        seen = fit_picture(picture, height=config.model.height, width=config.model.width, fit=config.data.fit)
         objects, *untouched = [
-            tuple(region for region in (in_frame(it, seen.frame) for it in regions) if region)
-            for regions in (session.objects, *session.untouched[:num_turns])
+            tuple(region for region in (crop_region(region, seen.frame) for region in regions) if region)
+            for regions in (session.objects, *session.untouched[: self.num_turns])
         ]
         return EditTask(
-            id=identity, source=seen.image, instructions=session.instructions[:num_turns],
-            edit_types=session.edit_types[:num_turns], objects=objects, untouched=tuple(untouched),
+            id=task_id, source=seen.image, instructions=session.instructions[: self.num_turns],
+            edit_types=session.edit_types[: self.num_turns], objects=objects, untouched=tuple(untouched),
         )  # fmt: skip
+
+
+@lru_cache(maxsize=2)  # an epoch of each source
+def _in_order(source: Source, seed: str) -> list[UserSession]:
+    """Sort the sessions by a hash."""
+    return sorted(source.sessions, key=lambda session: digest(f"{seed} {session.key}"))
 
 
 @cache
 def training_source(data: DataConfig) -> Source:
-    """The sessions to train on. ValueError where there are none, or too many are damaged."""
-    everything = read_named("data.path", data.path)
-    is_split = not data.held_out
-    own = [it for it in everything.found if not (is_split and is_held_out(it.image, data.held_out_share))]
-    long = [it for it in own if len(it.instructions) >= data.num_turns]
-    source = Source("data.path", data.path, long, everything)
-    source.check(data.max_bad_share)
-    if not long:
-        longest = max((len(it.instructions) for it in own), default=0)
+    """Find the sessions to train on. ValueError where there are none, or too many are damaged."""
+    found, share = read_named("data.path", data.path).found, 0.0 if data.held_out else data.held_out_share
+    sessions = [session for session in found if not is_held_out_image(session.image, share)]
+    source = Source("data.path", data.path, sessions, data.num_turns)
+    if not source.sessions:
+        longest = max((len(session.instructions) for session in sessions), default=0)
         raise ValueError(
             f"data.num_turns is {data.num_turns}: no session of {data.path} to train on is that long, the longest "
             f"has {longest}; lower it, or add data"
         )
-    if not is_split:
-        _check_disjoint(own, read_named("data.held_out", data.held_out).found, data)
+    if data.held_out:
+        _check_disjoint(sessions, read_named("data.held_out", data.held_out).found, data)
     return source
 
 
 @cache
 def held_out_source(data: DataConfig, num_turns: int) -> Source:
-    """The sessions to evaluate on, of at least `num_turns` turns. ValueError where too many are damaged."""
+    """Find the sessions to evaluate on, of at least `num_turns` turns. ValueError where too many are damaged."""
     name, path = ("data.held_out", data.held_out) if data.held_out else ("data.path", data.path)
-    everything = read_named(name, path)
-    own = [it for it in everything.found if data.held_out or is_held_out(it.image, data.held_out_share)]
-    source = Source(name, path, [it for it in own if len(it.instructions) >= num_turns], everything)
-    source.check(data.max_bad_share)
-    return source
+    share = 1.0 if data.held_out else data.held_out_share
+    sessions = [session for session in read_named(name, path).found if is_held_out_image(session.image, share)]
+    return Source(name, path, sessions, num_turns)
 
 
 def _check_disjoint(training: list[UserSession], held_out: list[UserSession], data: DataConfig) -> None:
-    """ValueError where an image file is trained and evaluated on."""
-    files = {it.file.resolve() for it in training if it.file}
-    both = sorted({it.image for it in held_out if it.file and it.file.resolve() in files})
+    """Raise ValueError where an image file is trained and evaluated on."""
+    files = {session.file.resolve() for session in training if session.file}
+    both = sorted({session.image for session in held_out if session.file and session.file.resolve() in files})
     if both or data.held_out == data.path:
         image = f" ({len(both)}, such as {both[0]})" if both else ""
         raise ValueError(
@@ -127,52 +125,47 @@ def _check_disjoint(training: list[UserSession], held_out: list[UserSession], da
 
 
 def check_sessions(config: Config, is_speaking: bool) -> None:
-    """ValueError for anything that is wrong with the data before an image is read; faults are named on stderr."""
-    sources = [training_source(config.data), held_out_source(config.data, config.num_held_out_turns)]
-    _check_count(sources[1], len(sources[1].sessions), config)
-    if is_speaking:
-        names = {source.name: source.path for source in sources}
-        for name, path in names.items():
-            _say(read_named(name, path).faults)
-        for source, use in zip(sources, ("training", "evaluation"), strict=True):
-            print(f"mteditflow: {len(source.sessions)} sessions of {source.path} for {use}", file=sys.stderr)
-
-
-def _say(faults: list[Fault]) -> None:
-    for fault in faults[:MAX_NAMED]:
-        print(f"mteditflow: skipped {fault.place}: {fault.text}", file=sys.stderr)
-    if len(faults) > MAX_NAMED:
-        print(f"mteditflow: skipped {len(faults) - MAX_NAMED} more", file=sys.stderr)
+    """Raise ValueError for what is wrong with the data before an image is read; faults are named on stderr."""
+    training, held_out = training_source(config.data), held_out_source(config.data, config.num_held_out_turns)
+    _check_count(held_out, len(held_out.sessions), config)
+    if not is_speaking:
+        return
+    for everything in {source.name: source.everything for source in (training, held_out)}.values():
+        for fault in everything.faults[:MAX_NAMED]:
+            _say(f"skipped {fault.place}: {fault.text}")
+        if len(everything.faults) > MAX_NAMED:
+            _say(f"skipped {len(everything.faults) - MAX_NAMED} more")
+    for source, use in ((training, "training"), (held_out, "evaluation")):
+        _say(f"{len(source.sessions)} sessions of {source.path} for {use}")
 
 
 def user_task(config: Config, slot: int) -> EditTask:
-    """The task of slot j, whichever rank asks. ValueError where no image can be read."""
-    source, data = training_source(config.data), config.data
+    """Make the task of slot j, whichever rank asks. ValueError where no image can be read."""
+    source = training_source(config.data)
     num = len(source.sessions)
-    epoch, place = divmod(slot, num)
-    order = source.order(f"{data.seed}/{epoch}")
-    for i in range(num):
-        task = source.task(order[(place + i) % num], slot, data.num_turns, config)
+    epoch, first = divmod(slot, num)
+    order = _in_order(source, f"{config.data.seed}/{epoch}")
+    for session in order[first:] + order[:first]:
+        task = source.task(session, slot, config)
         if task:
             return task
-    raise ValueError(f"data.path is {data.path!r}: none of its {num} images can be read")
+    raise ValueError(f"data.path is {source.path!r}: none of its {num} images can be read")
 
 
 def held_out_user_tasks(config: Config) -> list[EditTask]:
-    """The first evaluation.num_sessions of the held-out sessions by hash. ValueError where there are fewer."""
+    """Make the first evaluation.num_sessions of the held-out sessions by hash. ValueError where there are fewer."""
     source, tasks = held_out_source(config.data, config.num_held_out_turns), []
-    _check_count(source, len(source.sessions), config)
-    for place in source.order("held out"):
-        task = source.task(place, len(tasks), config.num_held_out_turns, config)
-        if task:
-            tasks.append(task)
+    for session in _in_order(source, "held out"):
+        task = source.task(session, len(tasks), config)
+        tasks += [task] if task else []
         if len(tasks) == config.evaluation.num_sessions:
-            return tasks
+            break
     _check_count(source, len(tasks), config)
     return tasks
 
 
 def _check_count(source: Source, num: int, config: Config) -> None:
+    """Raise ValueError where there are fewer held-out sessions than evaluation wants."""
     wanted = config.evaluation.num_sessions
     if num < wanted:
         lever = "add data" if config.data.held_out else "raise data.held_out_share"

@@ -1,6 +1,7 @@
-"""`python -m mteditflow.evaluate`: see `mteditflow.evaluate.command`."""
+"""`python -m mteditflow.evaluate`: see `mteditflow.config.command`."""
 
-from mteditflow.evaluate.command import main
+import sys
 
-if __name__ == "__main__":
-    main()
+from mteditflow.config import command
+
+sys.exit(command.main(["evaluate", *sys.argv[1:]]))

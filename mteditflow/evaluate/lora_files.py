@@ -12,22 +12,21 @@ import hashlib
 import json
 import math
 import re
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import safetensors
+import safetensors.torch
 import torch
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from mteditflow.config import Config, LoraConfig
-from mteditflow.config.cli import BASE, LORA_FILE, from_yaml
-from mteditflow.record import checkpoint
+from mteditflow.config.cli import BASE, LORA_FILE
+from mteditflow.export.weights import PREFIX, read_run
 
-PREFIX = "transformer."
 KEY = re.compile(r"transformer\.(?P<module>.+)\.lora_(?P<half>[AB])\.weight")
 NOT_HAD = ("use_dora", "use_rslora", "lora_bias")
 """Fields of peft's config that would make a LoRA another function than S B A."""
@@ -62,12 +61,9 @@ class Subject:
     @property
     def fingerprint(self) -> str:
         """Hash of all numbers of the adapter."""
-        digest = hashlib.sha256()
-        for name, module in sorted(self.lora.items()):
-            digest.update(f"{name} {module.scale!r} {tuple(module.down.shape)} {tuple(module.up.shape)} ".encode())
-            for half in (module.down, module.up):
-                digest.update(half.contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        content = {f"{name}.{half}": value for name, it in self.lora.items() for half, value in vars(it).items()}
+        tensors = {key: torch.as_tensor(value).contiguous() for key, value in content.items()}
+        return hashlib.sha256(safetensors.torch.save(tensors)).hexdigest()
 
 
 def is_run(word: str) -> bool:
@@ -97,31 +93,26 @@ def check_names(words: Sequence[str]) -> None:
 
 
 def read_subject(word: str) -> Subject:
-    """The adapter of a subject. ValueError: one line, where there is none or it cannot be read."""
+    """Read the adapter of a subject. ValueError: one line, where there is none or it cannot be read."""
     if word == BASE:
         return Subject(word=word, what="the editor without adapter", lora={})
-    folder = Path(word)
     if not is_run(word):
-        return Subject(word=word, what="LoRA", lora=read_lora(folder))
-    saved = checkpoint.load_latest(folder, None, lambda line: print(line, file=sys.stderr))
-    if saved:
-        config = from_yaml(folder / "config.yaml")
-        if config.lora.rank == 0:
-            raise ValueError(
-                f"{word!r} trained whole weights, not a LoRA: export it (python -m mteditflow.export {word} --format "
-                f"merged) and evaluate base with model.path set to the exported folder"
-            )
-        scale = config.lora.alpha / config.lora.rank
-        halves = {f"{PREFIX}{key}": weight for key, weight in saved.state["ema"].items()}
-        what = f"run, averaged adapter after iteration {saved.iteration} of {config.run.num_iterations}"
-        return Subject(word=word, what=what, lora=_modules(halves, folder, lambda _: scale))
-    if (folder / "lora" / LORA_FILE).is_file():
-        return Subject(word=word, what="run, exported adapter", lora=read_lora(folder / "lora"))
-    raise ValueError(f"run {word!r} has no checkpoint yet, and no lora/{LORA_FILE}: train it first")
+        return Subject(word=word, what="LoRA", lora=read_lora(Path(word)))
+    trained = read_run(Path(word), "ema")
+    config = trained.config
+    if config.lora.is_full:
+        raise ValueError(
+            f"{word!r} trained whole weights, not a LoRA: export it (python -m mteditflow.export {word} --format "
+            f"merged) and evaluate base with model.path set to the exported folder"
+        )
+    scale = config.lora.alpha / config.lora.rank
+    halves = {f"{PREFIX}{key}": weight for key, weight in trained.state.items()}
+    what = f"run, averaged adapter after iteration {trained.iteration} of {config.run.num_iterations}"
+    return Subject(word=word, what=what, lora=_pair_halves(halves, Path(word), lambda _: scale))
 
 
 def read_lora(folder: Path) -> Lora:
-    """A LoRA in diffusers' format; alpha, as there, by its metadata, or alpha tensors, or else equal to the rank.
+    """Read a LoRA in diffusers' format; alpha, as there, by its metadata, or alpha tensors, or else equal to the rank.
 
     ValueError: one line that names what is not of that format.
     """
@@ -152,11 +143,11 @@ def read_lora(folder: Path) -> Lora:
         pattern = settings.get("alpha_pattern") or {}
         return pattern.get(get_pattern_key(list(pattern), module), settings["lora_alpha"]) / rank
 
-    return _modules(tensors, path, scale)
+    return _pair_halves(tensors, path, scale)
 
 
-def _modules(tensors: dict[str, Tensor], path: Path, scale: Any) -> Lora:
-    """The modules of tensors by diffusers' keys; `scale` of a module's name."""
+def _pair_halves(tensors: dict[str, Tensor], path: Path, scale: Callable[[str], float]) -> Lora:
+    """Put A and B of each module together, from tensors by diffusers' keys; `scale` of a module's name."""
     halves: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         match = KEY.fullmatch(key)
@@ -183,16 +174,16 @@ def check_fit(subject: Subject, shapes: dict[str, tuple[int, int]], path: str) -
             f"({len(absent)} of its {len(subject.lora)} are not); set model.path to the editor it was trained on"
         )
     for name, module in subject.lora.items():
-        own = (module.up.shape[0], module.down.shape[1])
-        if own != shapes[name]:
+        num_out, num_in = module.up.shape[0], module.down.shape[1]
+        if (num_out, num_in) != shapes[name]:
             raise ValueError(
-                f"{subject.word!r} does not fit model.path {path!r}: {name} is {own[1]} to {own[0]} in it and "
+                f"{subject.word!r} does not fit model.path {path!r}: {name} is {num_in} to {num_out} in it and "
                 f"{shapes[name][1]} to {shapes[name][0]} in the model; set model.path to the editor it was trained on"
             )
 
 
 def common_lora(subjects: Sequence[Subject], config: Config) -> LoraConfig:
-    """The adapter that can hold each subject's; that of `config` where none has any."""
+    """Describe the adapter that can hold each subject's; that of `config` where none has any."""
     modules = [module for subject in subjects for module in subject.lora.values()]
     if not modules:
         return config.lora
@@ -203,9 +194,9 @@ def common_lora(subjects: Sequence[Subject], config: Config) -> LoraConfig:
     return replace(config.lora, rank=rank, alpha=round(alpha) if is_whole else rank, targets=tuple(names))
 
 
-def state_of(lora: Lora, wide: LoraConfig, zeros: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of `Adapters.load` that hold a LoRA; `zeros` is any state of that adapter, for names and shapes."""
-    state = {key: torch.zeros(weight.shape) for key, weight in zeros.items()}
+def padded_state(lora: Lora, wide: LoraConfig, like: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Make weights for `Adapters.load` that hold a LoRA; `like` is any state of that adapter, for names and shapes."""
+    state = {key: torch.zeros(weight.shape) for key, weight in like.items()}
     for name, module in lora.items():
         rank, factor = len(module.down), module.scale * wide.rank / wide.alpha
         state[f"{name}.lora_A.weight"][:rank] = module.down

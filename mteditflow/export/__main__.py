@@ -1,6 +1,7 @@
-"""`python -m mteditflow.export`: see `mteditflow.export.weights`."""
+"""`python -m mteditflow.export`: see `mteditflow.config.command`."""
 
-from mteditflow.export.weights import main
+import sys
 
-if __name__ == "__main__":
-    main()
+from mteditflow.config import command
+
+sys.exit(command.main(["export", *sys.argv[1:]]))

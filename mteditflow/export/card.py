@@ -1,26 +1,22 @@
 """The model card beside an export: what it is, how to use it, how it was trained, what it scored, what it draws."""
 
-import json
+import re
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import jinja2
 import yaml
 
 from mteditflow.config import EMBEDDED, Config
 from mteditflow.config.cli import to_yaml
 from mteditflow.policy import family_of
+from mteditflow.record.figures import METRICS, RESULTS, align_turns
+from mteditflow.record.files import read_json
+from mteditflow.record.templates import write_page
 
 TAG = "mt-editflow"
 """By which an export is known as one."""
-METRICS = {
-    "MT": "success of each turn",
-    "IF": "success of all turns so far",
-    "CC": "consistency of what no instruction touched",
-    "O": "square root of IF x CC",
-}
 Format = Literal["diffusers", "comfyui", "merged"]
 
 
@@ -42,48 +38,54 @@ class Card:
 
     @property
     def is_lora(self) -> bool:
-        return self.config.lora.rank > 0 and self.form != "merged"
+        return not self.config.lora.is_full and self.form != "merged"
 
 
 def write_card(card: Card, run: Path, out: Path) -> None:
-    """Writes README.md, and strips.png where the run has drawn some."""
+    """Write README.md, and strips.png where the run has drawn some."""
     strips = sorted((run / "strips").glob("iteration-*.png"))
     (out / "strips.png").unlink(missing_ok=True)  # of an export that this one replaces
     if strips:
         shutil.copy(strips[-1], out / "strips.png")
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    template = jinja2.Environment(loader=loader, trim_blocks=True, undefined=jinja2.StrictUndefined)
     recipe = replace(card.config, run=replace(card.config.run, folder=f"runs/{run.resolve().name}"))
-    page = template.get_template("card.md.jinja").render(
-        matter=yaml.safe_dump(front_matter(card), sort_keys=False),
-        title=run.resolve().name,
-        card=card,
-        config=card.config,
-        code=usage(card),
-        notes=_notes(card),
-        base=_base_in_words(card.config),
-        rows=_rows(run),
-        metrics=METRICS,
-        num_sessions=_json(run / "evaluation_before.json").get("num_sessions"),
-        has_strips=bool(strips),
-        recipe=to_yaml(recipe),
-    )
-    (out / "README.md").write_text(page, encoding="utf-8")
+    before, after, gain = (read_json(run / f"{name}.json") for name in RESULTS)
+    values = {
+        "matter": yaml.safe_dump(front_matter(card), sort_keys=False),
+        "title": run.resolve().name,
+        "card": card,
+        "config": card.config,
+        "code": usage(card),
+        "notes": _notes(card),
+        "base": _base_in_words(card.config),
+        "metrics": METRICS,
+        "before": before,
+        "turns": align_turns(before, after, gain),
+        "has_strips": bool(strips),
+        "recipe": to_yaml(recipe),
+    }
+    write_page("export/card.md.jinja", values, out / "README.md")
+
+
+def read_usage(out: Path) -> str:
+    """Read the Python of an export's card; empty where there is no card, or one without Python."""
+    path = out / "README.md"
+    found = re.search(r"^```python\n(.*?)\n```$", path.read_text() if path.is_file() else "", re.DOTALL | re.MULTILINE)
+    return found[1] if found else ""
 
 
 def front_matter(card: Card) -> dict[str, Any]:
-    """The YAML that the hub reads. The base is named where it has a hub name."""
+    """Say in the hub's words what the export is; the base is named where it has a hub name."""
     path = card.config.model.path
     matter: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "image-to-image"}
     if path.count("/") == 1 and not Path(path).exists() and not path.startswith((".", "/", "~")):
-        relation = "adapter" if card.is_lora else "merge" if card.config.lora.rank else "finetune"
+        relation = "adapter" if card.is_lora else "finetune" if card.config.lora.is_full else "merge"
         matter |= {"base_model": path, "base_model_relation": relation}
     tags = ["lora"] if card.is_lora else []
     return matter | {"tags": [*tags, "image-to-image", "image-editing", "diffusers", "reinforcement-learning", TAG]}
 
 
 def usage(card: Card) -> str:
-    """Python that loads the export and edits a picture at the size, steps and guidance of the run's evaluation."""
+    """Write Python that loads the export and edits a picture at the size, steps and guidance of the evaluation."""
     model, dtype = card.config.model, f"torch.{card.config.model.dtype}"
     base = f'"{model.path}"' if model.path != EMBEDDED else 'str(files("mteditflow") / "world" / "editor")'
     lines = ["from importlib.resources import files", ""] if model.path == EMBEDDED and card.form != "merged" else []
@@ -137,33 +139,3 @@ def _notes(card: Card) -> list[str]:
 
 def _base_in_words(config: Config) -> str:
     return "the miniature editor that ships with mteditflow" if config.model.path == EMBEDDED else config.model.path
-
-
-def _rows(run: Path) -> list[dict[str, str]]:
-    """A row per metric and turn: before, after and paired gain with 95 % intervals; what is not there is a dash."""
-    before, after, gain = (
-        {turn["turn"]: turn for turn in _json(run / f"{name}.json").get("turns", [])}
-        for name in ("evaluation_before", "evaluation_after", "comparison")
-    )
-    return [
-        {
-            "metric": metric,
-            "turn": str(turn),
-            "before": _cell(before[turn], metric),
-            "after": _cell(after.get(turn, {}), metric),
-            "gain": _cell(gain.get(turn, {}), f"{metric}_gain", "+"),
-        }
-        for metric in METRICS
-        for turn in before
-    ]
-
-
-def _cell(turn: dict[str, Any], name: str, sign: str = "") -> str:
-    value, interval = turn.get(name), turn.get(f"{name}_interval")
-    if value is None:
-        return "\N{EN DASH}"
-    return f"{value:{sign}.1f}" + (f" [{interval[0]:{sign}.1f}, {interval[1]:{sign}.1f}]" if interval else "")
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.is_file() else {}

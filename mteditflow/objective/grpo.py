@@ -95,7 +95,7 @@ def clipped_loss(
     each row, default 1/B: microbatches with weight 1/B_total add up to the minibatch.
     """
     advantage = transitions.advantage.clamp(-config.max_advantage, config.max_advantage)
-    if config.step_weight == "inverse_dt":  # the policy term is proportional to the advantage
+    if config.ratio == "guard":  # the policy term is proportional to the advantage
         advantage = advantage / (transitions.sigma - transitions.sigma_next)
     return grpo_loss(
         velocity, transitions.latents, transitions.next_latents, transitions.old_log_prob, advantage, table,

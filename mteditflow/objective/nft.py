@@ -102,21 +102,8 @@ class Nft:
                 return min(0.0075 * max(num_updates - 75, 0), 0.999)
 
 
-def optimality(advantage: Tensor, max_advantage: float, mode: str = "all") -> Tensor:
-    """r in [0, 1] from the advantage: clamp(A, +-A_max) / A_max / 2 + 1/2, of the same shape.
-
-    mode: what A is first. all: itself; positive_only, negative_only: 0 where it has the other sign; one_only: 1 where
-    it is positive, else 0; binary: its sign.
-    """
-    match mode:
-        case "positive_only":
-            advantage = advantage.clamp(min=0)
-        case "negative_only":
-            advantage = advantage.clamp(max=0)
-        case "one_only":
-            advantage = (advantage > 0).to(advantage.dtype)
-        case "binary":
-            advantage = advantage.sign()
+def optimality(advantage: Tensor, max_advantage: float) -> Tensor:
+    """r in [0, 1] from the advantage: clamp(A, +-A_max) / A_max / 2 + 1/2, of the same shape."""
     return (advantage.clamp(-max_advantage, max_advantage) / max_advantage / 2 + 0.5).clamp(0, 1)
 
 
@@ -137,7 +124,7 @@ def contrastive_loss(
     kl_beta > 0) none; `clean_latents` (B, L, C) are the edits, the last latents of their turns; sigma, advantage (B,);
     `weight` (B,), default 1/B.
     """
-    probability = optimality(advantage, config.max_advantage, config.nft_advantage)
+    probability = optimality(advantage, config.max_advantage)
     return nft_loss(
         velocity, old_velocity, clean_latents, noise, sigma, probability, beta=config.nft_beta, kl_beta=config.kl_beta,
         ref_velocity=ref_velocity, max_advantage=config.max_advantage, weight=weight,

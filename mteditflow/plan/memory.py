@@ -75,13 +75,13 @@ def read_sizes(config: Config) -> Sizes:
 
 
 def _num_trained(config: Config, model: nn.Module, family: Family) -> int:
-    """Weights of an adapter, or of the transformer itself with rank 0."""
+    """Weights of an adapter, or with lora.is_full of the transformer itself."""
     lora = config.lora
-    if lora.rank == 0 and not lora.targets:
+    if lora.is_full and not lora.targets:
         return sum(weight.numel() for weight in model.parameters())
     names = set(find_targets(model, lora.targets, family.targets))
     linears = [module for name, module in model.named_modules() if name in names and isinstance(module, nn.Linear)]
-    if lora.rank == 0:
+    if lora.is_full:
         return sum(weight.numel() for module in linears for weight in module.parameters())
     return lora.rank * sum(module.in_features + module.out_features for module in linears)
 
@@ -102,7 +102,7 @@ def memory_plan(config: Config, sizes: Sizes) -> dict[str, float]:
     per_turn = 4 * (numbers * sizes.transformer["in_channels"] + 3 * model.height * model.width)
     per_turn += text_tokens * sizes.transformer["joint_attention_dim"] * num_bytes
     rows = min(config.optimizer.microbatch_size, rows_of_rank)
-    is_full = config.lora.rank == 0
+    is_full = config.lora.is_full
     rounded = sizes.num_trained * num_bytes if is_full and model.dtype != "float32" else 0
     kept = rows * (sum(tokens) + text_tokens) * _saved_per_token(config, sizes) * num_bytes * num_passes(config)
     resident = sizes.num_text_encoders if model.text_encoder == "resident" else 0
@@ -137,7 +137,7 @@ def _saved_per_token(config: Config, sizes: Sizes) -> float:
         (sizes.transformer["num_layers"], *saved.double, saved.full_double),
         (sizes.transformer.get("num_single_layers") or 0, *saved.single, saved.full_single),
     )
-    blocks = [(count, full * width if rank == 0 else a * width + b * rank) for count, a, b, full in kinds]
+    blocks = [(count, full * width if config.lora.is_full else a * width + b * rank) for count, a, b, full in kinds]
     if config.model.is_checkpointed:
         return sum(count for count, _ in blocks) * width + max(size for _, size in blocks)
     return sum(count * size for count, size in blocks)

@@ -61,7 +61,7 @@ class Policy:
         self.num_condition_tokens = condition_grid[0] * condition_grid[1]  # L', of the image that is edited
         self.num_channels: int = pipeline.transformer.config.in_channels  # C, of a latent token
         self.editor = family.editor(base)
-        if lora.rank == 0:
+        if lora.is_full:
             self.adapters = full_weights(pipeline.transformer, lora, has_old=has_old)
         else:
             self.adapters = lora_adapters(pipeline.transformer, lora, family.targets, seed=seed, has_old=has_old)

@@ -1,4 +1,4 @@
-"""Full fine-tuning: the transformer's own weights are trained, with `lora.rank` 0.
+"""Full fine-tuning: the transformer's own weights are trained, with `lora.is_full`.
 
 Rank 0 rather than a field of its own, because then no setting contradicts another: `lora.targets` says which linears
 are trained (empty: every weight of the transformer), `lora.rank` says how (0: as they are; else by a change of that

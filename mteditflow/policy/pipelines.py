@@ -102,8 +102,6 @@ def prepare_pipeline(pipeline: Any, config: ModelConfig, device: torch.device) -
         pipeline.transformer.enable_gradient_checkpointing()
     if config.vae_slicing:
         pipeline.vae.enable_slicing()
-    if config.vae_tiling:
-        pipeline.vae.enable_tiling()
 
 
 def check_scheduler(pipeline: Any, config: ModelConfig, constants: Mapping[str, object]) -> None:

@@ -1,6 +1,7 @@
-"""`python -m mteditflow.profile`: see `mteditflow.profile.command`."""
+"""`python -m mteditflow.profile`: see `mteditflow.config.command`."""
 
-from mteditflow.profile.command import main
+import sys
 
-if __name__ == "__main__":
-    main()
+from mteditflow.config import command
+
+sys.exit(command.main(["profile", *sys.argv[1:]]))

@@ -22,17 +22,17 @@ from torch.nn.functional import interpolate
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from mteditflow import rollout, update
-from mteditflow.config import EMBEDDED, Config, cli
+from mteditflow.config import EMBEDDED, Config
 from mteditflow.data import SIZE, training_tasks
 from mteditflow.distributed import Ranks, local_device
 from mteditflow.objective import Objective, build_objective
-from mteditflow.plan.dry_run import batch_plan, dry_run
+from mteditflow.plan.dry_run import batch_plan
 from mteditflow.plan.flops import forward_flops
 from mteditflow.plan.memory import num_passes
 from mteditflow.policy import DTYPES, Policy, build_policy
 from mteditflow.policy.published import RANDOM
 from mteditflow.profile.random_kontext import random_kontext
-from mteditflow.record.metrics import Timer, memory_gib
+from mteditflow.record.metrics import Timer, used_memory
 from mteditflow.reward import build_reward
 from mteditflow.types import EditTask
 
@@ -59,7 +59,7 @@ class Case:
         made = rollout.sample_rollout(policy, objective, self.tasks, config, 0)
         if config.data.path == EMBEDDED and (config.model.height, config.model.width) == (SIZE, SIZE):
             with context("score"):
-                build_reward(config.reward)(made)
+                build_reward(config)(made)
         sign = 1.0 - 2.0 * (torch.arange(len(made.group)) % 2)
         advantages = sign[:, None].repeat(1, len(made.turns))
         update.update(policy, optimizer, objective, made, advantages, config, 0, self.ranks)
@@ -173,7 +173,7 @@ def count_work(case: Case) -> tuple[float, dict[str, float]]:
         policy.family, policy.pipeline.transformer.config, text_tokens=policy.family.num_text_tokens(config.model),
         image_tokens=policy.num_tokens + policy.num_condition_tokens,
     )  # fmt: skip
-    backward = batches.transitions * (row.backward if config.lora.rank else row.backward_full)
+    backward = batches.transitions * (row.backward_full if config.lora.is_full else row.backward)
     return row.total / 1e12, {
         "denoise": passes * batches.rollout_rows * row.total / 1e12,
         "forward, backward": passes * (batches.train_forward_rows * row.total + backward) / 1e12,
@@ -184,7 +184,7 @@ def measure(config: Config, folder: Path) -> dict[str, Any]:
     """All figures of a profile, as `profile.json` has them."""
     case = build_case(config)
     device, num_images = case.policy.device, batch_plan(config).turn_images
-    figures: dict[str, Any] = time_phases(case) | {"memory_gib": memory_gib()}
+    figures: dict[str, Any] = time_phases(case) | {"memory_gib": used_memory()[1]}
     ceiling, (forward, work) = matmul_ceiling(device, DTYPES[config.model.dtype]), count_work(case)
     seconds = figures["seconds"]
     rollout_s = sum(seconds[phase] for phase in ("encode text", "encode images", "denoise", "decode"))
@@ -228,18 +228,11 @@ def tables(figures: dict[str, Any]) -> list[Table | str]:
     ]
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line: every field of a run; writes `profile.json` and `trace.json.gz` into `run.folder`."""
-    config, is_dry_run = cli.parse(argv, prog="python -m mteditflow.profile")
+def write_profile(config: Config) -> None:
+    """Profile an iteration, show the tables, and write `profile.json` and `trace.json.gz` into `run.folder`."""
     folder = Path(config.run.folder)
-    try:
-        if is_dry_run:
-            print(dry_run(config).table)
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        figures = measure(config, folder)
-    except ValueError as error:
-        cli.fail(error)
+    folder.mkdir(parents=True, exist_ok=True)
+    figures = measure(config, folder)
     (folder / "profile.json").write_text(json.dumps(figures, indent=1))
     console = Console(width=None if Console().is_terminal else 120)
     for part in tables(figures):

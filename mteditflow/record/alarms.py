@@ -11,7 +11,6 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from mteditflow.config import AlarmConfig
 from mteditflow.types import Rollout, Scores
 
 NO_EDIT = 0.08  # of a pixel's range: the miniature's autoencoder alone moves no block of a picture by more
@@ -21,34 +20,25 @@ NUM_BLOCKS = 8  # per side of a picture
 
 @dataclass(frozen=True, kw_only=True)
 class Alarm:
-    """What a figure of the metrics means, and the field that holds its threshold."""
+    """What a figure of the metrics means, and the threshold above which it warns."""
 
     title: str
     meaning: str
-    threshold: str
+    threshold: float
 
 
+DRIFT = "last turn against source, relative"
+NO_EDIT_SHARE = "share of turns that return their input"
+OVER_EDIT_SHARE = f"share of turns with consistency below {OVER_EDIT}"
+GAP = "success in training, by the judge, less success on held-out sessions, by the truth"
 ALARMS = {
-    "alarm/edge_density_drift": Alarm(
-        title="Edge density", meaning="last turn against source, relative", threshold="max_drift"
-    ),
-    "alarm/saturation_drift": Alarm(
-        title="Saturation", meaning="last turn against source, relative", threshold="max_drift"
-    ),
-    "alarm/colourfulness_drift": Alarm(
-        title="Colourfulness", meaning="last turn against source, relative", threshold="max_drift"
-    ),
-    "alarm/no_edit_share": Alarm(
-        title="No edit", meaning="share of turns that return their input", threshold="max_no_edit_share"
-    ),
-    "alarm/over_edit_share": Alarm(
-        title="Over-edit", meaning=f"share of turns with consistency below {OVER_EDIT}", threshold="max_over_edit_share"
-    ),
-    "alarm/held_out_gap": Alarm(
-        title="Judge against truth",
-        meaning="success in training, by the judge, less success on held-out sessions, by the truth",
-        threshold="max_held_out_gap",
-    ),
+    "alarm/edge_density_drift": Alarm(title="Edge density", meaning=DRIFT, threshold=0.3),
+    "alarm/saturation_drift": Alarm(title="Saturation", meaning=DRIFT, threshold=0.3),
+    "alarm/colourfulness_drift": Alarm(title="Colourfulness", meaning=DRIFT, threshold=0.3),
+    "alarm/no_edit_share": Alarm(title="No edit", meaning=NO_EDIT_SHARE, threshold=0.5),
+    "alarm/over_edit_share": Alarm(title="Over-edit", meaning=OVER_EDIT_SHARE, threshold=0.3),
+    # docs/results/study.md: at most 0.14 by a kind judge, at least 0.21 by one that is hacked
+    "alarm/held_out_gap": Alarm(title="Judge against truth", meaning=GAP, threshold=0.18),
 }
 
 
@@ -79,32 +69,31 @@ def is_unedited(before: Tensor, after: Tensor) -> Tensor:
 
 
 def rollout_figures(rollout: Rollout, scores: Scores) -> dict[str, float]:
-    """The figures of a rank's own trajectories that have finite pictures, and of their scores."""
-    sources = torch.stack([task.source for task in rollout.tasks])[rollout.group]
+    """Measure the finite pictures of this rank's trajectories, and the consistency that is scored."""
+    sources = rollout.sources
     pictures = [sources, *(turn.image.to(sources) for turn in rollout.turns)]
-    keep = torch.stack([picture.flatten(1).isfinite().all(1) for picture in pictures]).all(0)
-    pictures = [picture[keep] for picture in pictures]
-    drifts = {
+    is_finite = torch.stack([picture.flatten(1).isfinite().all(1) for picture in pictures]).all(0)
+    pictures = [picture[is_finite] for picture in pictures]
+    values = {
         f"alarm/{measure.__name__}_drift": (measure(pictures[-1]).mean() / measure(pictures[0]).mean() - 1).abs()
         for measure in (edge_density, saturation, colourfulness)
     }
     unedited = [is_unedited(before, after) for before, after in pairwise(pictures)]
-    kept = scores.consistency[~scores.consistency.isnan()]
-    shares = {
-        "alarm/no_edit_share": torch.stack(unedited).float().mean(),
-        "alarm/over_edit_share": (kept < OVER_EDIT).float().mean(),
-    }
-    return {name: value.item() for name, value in (drifts | shares).items()}
+    values["alarm/no_edit_share"] = torch.stack(unedited).float().mean()
+    if "consistency" in scores.rewards:
+        kept = scores.rewards["consistency"]
+        values["alarm/over_edit_share"] = (kept[~kept.isnan()] < OVER_EDIT).float().mean()
+    return {name: value.item() for name, value in values.items()}
 
 
 def held_out_figures(values: dict[str, float]) -> dict[str, float]:
-    """The gap between judge and truth, of an iteration with a short evaluation; else nothing."""
-    told = [value for name, value in values.items() if name.startswith("reward/success_")]
-    true = [value / 100 for name, value in values.items() if name.startswith("heldout/MT_")]
-    num = min(len(told), len(true))
-    return {"alarm/held_out_gap": (sum(told[:num]) - sum(true[:num])) / num} if num else {}
+    """Compute the gap between judge and truth, of an iteration with a short evaluation; else nothing."""
+    by_judge = [value for name, value in values.items() if name.startswith("reward/success_")]
+    by_truth = [value / 100 for name, value in values.items() if name.startswith("heldout/MT_")]
+    num = min(len(by_judge), len(by_truth))
+    return {"alarm/held_out_gap": (sum(by_judge[:num]) - sum(by_truth[:num])) / num} if num else {}
 
 
-def raised(values: dict[str, float], config: AlarmConfig) -> list[str]:
-    """Names of the figures that are above their thresholds."""
-    return [name for name, alarm in ALARMS.items() if values.get(name, 0.0) > getattr(config, alarm.threshold)]
+def find_alarms(values: dict[str, float]) -> list[str]:
+    """Name the figures that are above their thresholds."""
+    return [name for name, alarm in ALARMS.items() if values.get(name, 0.0) > alarm.threshold]

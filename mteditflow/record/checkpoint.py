@@ -7,7 +7,6 @@ new one is durable. No pickle: a checkpoint cannot run code. Tensors pass throug
 hashed is what is written and what is read; an adapter with its optimizer is small.
 """
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -25,26 +24,17 @@ import torch
 from torch import Tensor
 
 from mteditflow.config import Config
+from mteditflow.record.files import is_disk_full, read_json, replace_file, write_json
 
 VERSION = 1
 MANIFEST = "checkpoint.json"
-MAY_CHANGE = (
-    "run.num_iterations",
-    "run.save_every",
-    "run.keep_checkpoints",
-    "run.folder",
-    "run.max_invalid_share",
-    "run.max_ratio_error",
-    "rollout.cuda_graph",
-    "data.max_bad_share",
-)
-"""Fields that a resumed run may change, with all of `evaluation` and `alarms`; the others change the numbers that
+NUM_KEPT = 2  # newest checkpoints: one to fall back on where the last is damaged
+MAY_CHANGE = {"run.num_iterations", "run.save_every", "run.folder", "run.max_ratio_error", "rollout.cuda_graph"}
+"""Fields that a resumed run may change, with all of `evaluation`; the others change the numbers that
 follow."""
 
-_REPLACED = ".replaced"
+_REPLACED, _TEMPORARY, _DOOMED = ".replaced", ".saving-", ".deleting-"
 _NAME = re.compile(rf"iteration-(\d{{6,}})({re.escape(_REPLACED)})?")
-_TEMPORARY = ".saving-"
-_DOOMED = ".deleting-"
 
 State = dict[str, dict[str, Tensor]]
 
@@ -61,7 +51,7 @@ class _Damaged(Exception):
     """A checkpoint that cannot be read whole."""
 
 
-def save(folder: Path, *, iteration: int, config: Config, state: State, keep: int) -> Path:
+def save(folder: Path, *, iteration: int, config: Config, state: State, keep: int = NUM_KEPT) -> Path:
     """Write the checkpoint of an iteration into `folder/checkpoints` and delete all but the newest `keep`.
 
     Raises ValueError when the disk is full; the checkpoints before it are then as they were.
@@ -69,31 +59,27 @@ def save(folder: Path, *, iteration: int, config: Config, state: State, keep: in
     assert keep >= 1 and iteration >= 0
     parent = folder / "checkpoints"
     final = parent / f"iteration-{iteration:06d}"
-    replaced = parent / f"{final.name}{_REPLACED}"
-    temporary = parent / f"{_TEMPORARY}{final.name}-{os.getpid()}"
+    replaced, temporary = parent / f"{final.name}{_REPLACED}", parent / f"{_TEMPORARY}{final.name}"
     try:
         parent.mkdir(parents=True, exist_ok=True)
         _sync(folder)
-        _remove_leftovers(parent)
+        for path in parent.iterdir():  # what killed saves left; by the run's lock nobody is writing them
+            if path.name.startswith((_TEMPORARY, _DOOMED)):
+                shutil.rmtree(path, ignore_errors=True)
         temporary.mkdir()
         _write(temporary, iteration, config, state)
-        if (
-            final.exists()
-        ):  # saved again, as after a fall back past a damaged one; killed here, the replaced one is read
-            if replaced.exists():
-                _delete(replaced)
+        if final.exists():  # as after a fall back past a damaged one; killed here, the replaced one is read
+            _delete(replaced)
             os.rename(final, replaced)
         os.rename(temporary, final)
         _sync(parent)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        if is_no_room(error):
-            raise ValueError(
-                f"no room on the disk to save {final}: previous checkpoint kept; free some space and run again"
-            ) from error
-        raise
-    if replaced.exists():
-        _delete(replaced)
+        if not is_disk_full(error):
+            raise
+        remedy = "previous checkpoint kept; free some space and run again"
+        raise ValueError(f"no room on the disk to save {final}: {remedy}") from error
+    _delete(replaced)
     for old in _finished(parent)[keep:]:
         if old != final:  # damaged ones that were passed over may be newer: never the one just written
             _delete(old)
@@ -106,8 +92,8 @@ def load_latest(
     warn: Callable[[str], None] = print,
     groups: Collection[str] | None = None,
 ) -> Checkpoint | None:
-    """The newest checkpoint of `folder` that is whole, or None where there is none yet. config: of the run that goes on
-    from it; None where none does. With `groups`, no others are read.
+    """Read the newest checkpoint of `folder` that is whole; None where there is none yet. config: of the run that goes
+    on from it; None where none does. With `groups`, no others are read.
 
     A damaged one is passed over, and `warn` is told. Raises ValueError for a checkpoint of another version, for a
     config that changes the problem, and when every checkpoint is damaged: starting anew would bury them.
@@ -133,16 +119,13 @@ def load_latest(
 def check_resume(saved: dict[str, Any], config: Config, path: Path) -> None:
     """Raise ValueError, naming the fields, where `config` changes the problem that the `saved` config set."""
     before, now = _flat(saved), _flat(config_dict(config))
-    may_change = set(MAY_CHANGE)
     # Both move over the whole run, so its length matters.
-    if config.rollout.window_placement == "progressive" or config.optimizer.schedule == "linear":
-        may_change.remove("run.num_iterations")
+    is_length_fixed = config.rollout.window_placement == "progressive" or config.optimizer.schedule == "linear"
+    may_change = MAY_CHANGE - ({"run.num_iterations"} if is_length_fixed else set())
     changed = [
         f"{name}: was {before.get(name)!r}, is {now.get(name)!r}"
         for name in dict.fromkeys([*now, *before])
-        if name not in may_change
-        and not name.startswith(("evaluation.", "alarms."))
-        and before.get(name) != now.get(name)
+        if before.get(name) != now.get(name) and name not in may_change and not name.startswith("evaluation.")
     ]
     if changed:
         raise ValueError(
@@ -178,38 +161,18 @@ def config_dict(config: Config) -> dict[str, Any]:
     return json.loads(json.dumps(asdict(config)))
 
 
-def is_no_room(error: BaseException) -> bool:
-    """Whether an error says that the disk, or the user's share of it, is full."""
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-
-
 def _write(folder: Path, iteration: int, config: Config, state: State) -> None:
     """Files and manifest, every one synced before its folder."""
     files: dict[str, str] = {}
     for group, tensors in state.items():
-        content = safetensors.torch.save({name: _own(tensor) for name, tensor in tensors.items()})
-        _write_file(folder / f"{group}.safetensors", content)
+        # copies: safetensors refuses tensors that share their memory
+        copies = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
+        content = safetensors.torch.save(copies)
+        replace_file(folder / f"{group}.safetensors", content, is_durable=True)
         files[f"{group}.safetensors"] = hashlib.sha256(content).hexdigest()
-    manifest = {
-        "version": VERSION,
-        "iteration": iteration,
-        "files": files,
-        "config": config_dict(config),
-    }
-    _write_file(folder / MANIFEST, json.dumps({**manifest, "sha256": _digest(manifest)}, indent=1).encode())
+    manifest = {"version": VERSION, "iteration": iteration, "files": files, "config": config_dict(config)}
+    write_json(folder / MANIFEST, {**manifest, "sha256": _digest(manifest)}, is_durable=True)
     _sync(folder)
-
-
-def _write_file(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _own(tensor: Tensor) -> Tensor:
-    """A copy with memory of its own, on the CPU: safetensors refuses tensors that share theirs."""
-    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
 
 
 def _digest(manifest: dict[str, Any]) -> str:
@@ -220,61 +183,44 @@ def _digest(manifest: dict[str, Any]) -> str:
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        raise _Damaged(f"{MANIFEST} is missing") from None
-    except ValueError:  # UnicodeDecodeError and JSONDecodeError alike
-        raise _Damaged(f"{MANIFEST} is not JSON") from None
-    if not isinstance(manifest, dict):
-        raise _Damaged(f"{MANIFEST} is not an object")
-    if "version" in manifest and manifest["version"] != VERSION:
+        manifest = read_json(path / MANIFEST)
+    except ValueError:
+        raise _Damaged(f"{MANIFEST} is no JSON object") from None
+    if manifest.get("version", VERSION) != VERSION:
         raise ValueError(
             f"checkpoint {path} has version {manifest['version']!r}, this program reads {VERSION}: "
             "use the program that wrote it, or another run.folder"
         )
-    for name, kind in {"version": int, "iteration": int, "files": dict, "config": dict}.items():
-        if not isinstance(manifest.get(name), kind):
-            raise _Damaged(f"{MANIFEST} has no {name}")
     if manifest.get("sha256") != _digest(manifest):
-        raise _Damaged(f"{MANIFEST} is not what was written: its sha256 differs")
+        raise _Damaged(f"{MANIFEST} is missing or not what was written: its sha256 differs")
     return manifest
 
 
 def _read_state(path: Path, files: dict[str, str], groups: Collection[str] | None) -> State:
     state: State = {}
     for name, expected in files.items():
-        if groups is not None and name.removesuffix(".safetensors") not in groups:
-            continue
-        try:
-            content = (path / name).read_bytes()
-        except FileNotFoundError:
-            raise _Damaged(f"{name} is missing") from None
-        if hashlib.sha256(content).hexdigest() != expected:
-            raise _Damaged(f"{name} is not what was written: its sha256 differs")
-        state[name.removesuffix(".safetensors")] = safetensors.torch.load(content)
+        group = name.removesuffix(".safetensors")
+        if groups is None or group in groups:
+            content = (path / name).read_bytes() if (path / name).is_file() else b""
+            if hashlib.sha256(content).hexdigest() != expected:
+                raise _Damaged(f"{name} is missing or not what was written: its sha256 differs")
+            state[group] = safetensors.torch.load(content)
     return state
 
 
 def _finished(parent: Path) -> list[Path]:
-    """Finished checkpoints, newest first."""
-    if not parent.is_dir():
-        return []
-    matches = [(match, path) for path in parent.iterdir() if (match := _NAME.fullmatch(path.name))]
-    return [path for match, path in sorted(matches, key=lambda it: (int(it[0][1]), not it[0][2]), reverse=True)]
-
-
-def _remove_leftovers(parent: Path) -> None:
-    """What killed saves left; the run's lock makes sure that nobody is writing them."""
-    for path in parent.iterdir():
-        if path.name.startswith((_TEMPORARY, _DOOMED)):
-            shutil.rmtree(path, ignore_errors=True)
+    """Finished checkpoints, newest first; of one iteration, the replaced one last."""
+    paths = parent.iterdir() if parent.is_dir() else ()
+    found = [(int(match[1]), not match[2], path) for path in paths if (match := _NAME.fullmatch(path.name))]
+    return [path for *_, path in sorted(found, reverse=True)]
 
 
 def _delete(path: Path) -> None:
-    """Renamed first: a checkpoint half deleted by a killed process must not look like a finished one."""
-    doomed = path.with_name(f"{_DOOMED}{path.name}")
-    os.rename(path, doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+    """Delete a checkpoint that may be there; renamed first, since half of one must not look like a finished one."""
+    if path.exists():
+        doomed = path.with_name(f"{_DOOMED}{path.name}")
+        os.rename(path, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _flat(sections: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a run says of itself: one JSON line per iteration, TensorBoard, a progress bar, image strips.
+"""What a run says of itself: one JSON line per iteration, TensorBoard, a progress bar.
 
 The JSON lines are the truth: synced one by one, cut back on resume to the iterations that the checkpoint holds, so that
 each iteration has exactly one line after any kill. Values that depend on the clock or the machine have keys that end in
@@ -18,18 +18,17 @@ from typing import Any
 import psutil
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from mteditflow.pictures import to_pil, to_uint8
-from mteditflow.record.checkpoint import is_no_room
+from mteditflow.advantage import SUCCESS, mean_reward
+from mteditflow.config import AdvantageConfig
+from mteditflow.pictures import to_uint8
+from mteditflow.record.files import is_disk_full, replace_file
 from mteditflow.types import Scores
 
 FILE = "metrics.jsonl"
-TIMED = ("_s", "_per_second", "_gib")
-"""How the keys end whose values a resumed run does not repeat."""
 
 
 class Reporter:
@@ -46,12 +45,9 @@ class Reporter:
         _truncate(self._path, iteration)
         self._file = self._path.open("ab", buffering=0)  # nothing is left to be written when the disk is full
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=iteration)
-        self._num_iterations = num_iterations
-        self._first = iteration
-        self._start = time.monotonic()
-        self._progress = _progress() if sys.stderr.isatty() else None
+        self._first, self._num_iterations, self._start = iteration, num_iterations, time.monotonic()
+        self._progress = _start_progress() if sys.stderr.isatty() else None
         if self._progress is not None:
-            self._progress.start()
             self._task = self._progress.add_task("", total=num_iterations, completed=iteration)
 
     def write(self, iteration: int, values: dict[str, float]) -> None:
@@ -63,26 +59,26 @@ class Reporter:
                 rest = rest[self._file.write(rest) :]
             os.fsync(self._file.fileno())
         except OSError as error:
-            if is_no_room(error):
-                raise ValueError(f"no room on the disk to write {self._path}: free some and run again") from error
-            raise
+            if not is_disk_full(error):
+                raise
+            raise ValueError(f"no room on the disk to write {self._path}: free some and run again") from error
         for name, value in values.items():
             self._board.add_scalar(name, value, iteration)
         self._show(iteration, values)
 
-    def images(self, name: str, iteration: int, tensor: Tensor) -> None:
-        """Images (3, H, W) or (N, 3, H, W) in [-1, 1], to TensorBoard."""
-        batch = tensor if tensor.ndim == 4 else tensor[None]
-        self._board.add_images(name, to_uint8(batch).cpu(), iteration)
+    def image(self, name: str, iteration: int, image: Tensor) -> None:
+        """Show an image (3, H, W) in [-1, 1] in TensorBoard."""
+        self._board.add_image(name, to_uint8(image).cpu(), iteration)
 
     def say(self, text: str) -> None:
-        """A line to the user, above the progress bar where there is one."""
+        """Print a line for the user, above the progress bar where there is one."""
         if self._progress is not None:
             self._progress.console.print(text, markup=False, highlight=False)
         else:
             print(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:
+        """Let go of the terminal and the files."""
         if self._progress is not None:
             self._progress.stop()
         self._board.close()
@@ -120,20 +116,15 @@ class Timer:
         return {f"{phase}_s": value for phase, value in seconds.items()}
 
 
-def is_timed(name: str) -> bool:
-    """Whether a metric depends on the clock or the machine."""
-    return name.endswith(TIMED)
-
-
-def memory_gib() -> float:
-    """Peak GPU memory of this process where it uses one, else its resident memory."""
+def used_memory() -> tuple[str, float]:
+    """Name and value, GiB, of this process's memory: its peak on the GPU where it uses one, else what is resident."""
     if torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated() / 2**30
-    return psutil.Process().memory_info().rss / 2**30
+        return "memory/cuda_peak_gib", torch.cuda.max_memory_allocated() / 2**30
+    return "memory/rss_gib", psutil.Process().memory_info().rss / 2**30
 
 
 def reduce_mean(values: dict[str, float]) -> dict[str, float]:
-    """Mean over the ranks, which must give the same names; NaN on one is NaN. One process gets its values back."""
+    """Average over the ranks, which must give the same names; NaN on one is NaN. One process gets its values back."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return values
     names = sorted(values)
@@ -145,75 +136,20 @@ def reduce_mean(values: dict[str, float]) -> dict[str, float]:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics.jsonl; one that a kill tore is left out."""
+    """Read the whole lines of a metrics.jsonl; one that a kill tore is left out."""
     return [value for value, _ in _whole_lines(path)]
 
 
 def summary(values: dict[str, float]) -> str:
-    """What to watch in one line; what an iteration lacks is left out."""
-    shown = {
-        "reward": values.get("reward/mean"),
-        "instruction": values.get("reward/instruction"),
-        "consistency": values.get("reward/consistency"),
-    }
-    parts = [f"{name} {value:.3f}" for name, value in shown.items() if value is not None]
-    held_out = [
-        (int(name[len("heldout/O_") :]), value) for name, value in values.items() if name.startswith("heldout/O_")
-    ]
+    """Say in one line what to watch; what an iteration lacks is left out."""
+    names = {"reward": "reward/mean", "instruction": "reward/instruction", "consistency": "reward/consistency"}
+    parts = [f"{word} {values[name]:.3f}" for word, name in names.items() if name in values]
+    held_out = {int(name.removeprefix("heldout/O_")): value for name, value in values.items() if "heldout/O_" in name}
     if held_out:
-        turn, value = max(held_out)
-        parts.append(f"held-out O at turn {turn} {value:.1f} %")
+        turn = max(held_out)
+        parts.append(f"held-out O at turn {turn} {held_out[turn]:.1f} %")
     seconds = [value for name, value in values.items() if name.startswith("time/") and name.endswith("_s")]
     return "  ".join([*parts, f"{sum(seconds):.1f} s"] if seconds else parts)
-
-
-def strip(rows: list[list[Tensor]], captions: list[list[str]] | None = None, scale: int = 3) -> Image.Image:
-    """A grid of images (3, H, W) in [-1, 1], each pixel `scale` pixels wide, with the captions under them."""
-    assert rows and any(rows) and scale >= 1
-    font = ImageFont.load_default(12)
-    margin, line_height = 10, 15
-    width = scale * max(image.shape[2] for row in rows for image in row)
-    texts = [
-        [
-            _wrap(captions[r][c], font, width) if captions and r < len(captions) and c < len(captions[r]) else []
-            for c in range(len(row))
-        ]
-        for r, row in enumerate(rows)
-    ]
-    picture_heights = [scale * max((image.shape[1] for image in row), default=0) for row in rows]
-    text_heights = [line_height * max(map(len, row), default=0) + (4 if any(row) else 0) for row in texts]
-    columns = max(map(len, rows))
-    size = (margin + columns * (width + margin), margin + sum(picture_heights) + sum(text_heights) + margin * len(rows))
-    canvas = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(canvas)
-    top = margin
-    for row, lines, picture_height, text_height in zip(rows, texts, picture_heights, text_heights, strict=True):
-        for column, image in enumerate(row):
-            left = margin + column * (width + margin)
-            picture = to_pil(image)
-            canvas.paste(
-                picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST), (left, top)
-            )
-            for place, text in enumerate(lines[column]):
-                draw.text((left, top + picture_height + 4 + place * line_height), text, fill=(60, 60, 67), font=font)
-        top += picture_height + text_height + margin
-    return canvas
-
-
-def _wrap(text: str, font: Any, width: int) -> list[str]:
-    """Lines no wider than `width` pixels; a word that is wider is broken."""
-    lines: list[str] = []
-    line = ""
-    for word in text.split():
-        if line and font.getlength(f"{line} {word}") > width:
-            lines.append(line)
-            line = ""
-        line = f"{line} {word}" if line else word
-        while font.getlength(line) > width and len(line) > 1:
-            cut = max(1, next(n for n in range(len(line), 0, -1) if n == 1 or font.getlength(line[:n]) <= width))
-            lines.append(line[:cut])
-            line = line[cut:]
-    return [*lines, line] if line else lines
 
 
 def _whole_lines(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
@@ -228,28 +164,17 @@ def _whole_lines(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
 
 def _truncate(path: Path, iteration: int) -> None:
     """Keep the lines before `iteration`, atomically."""
-    if not path.exists():
-        return
-    kept = "".join(f"{text}\n" for value, text in _whole_lines(path) if value["iteration"] < iteration)
-    temporary = path.with_name(f".{path.name}.new")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    if path.exists():
+        lines = [f"{text}\n" for value, text in _whole_lines(path) if value["iteration"] < iteration]
+        replace_file(path, "".join(lines).encode(), is_durable=True)
 
 
-def _progress() -> Progress:
-    return Progress(
-        MofNCompleteColumn(),
-        BarColumn(bar_width=24),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}"),
-        console=Console(stderr=True),
-        speed_estimate_period=600,  # seconds: an iteration takes many
-    )
+def _start_progress() -> Progress:
+    columns = (MofNCompleteColumn(), BarColumn(bar_width=24), TimeElapsedColumn(), TextColumn("left"),
+               TimeRemainingColumn(), TextColumn("{task.description}"))  # fmt: skip
+    progress = Progress(*columns, console=Console(stderr=True), speed_estimate_period=600)  # s: an iteration takes many
+    progress.start()
+    return progress
 
 
 def _duration(seconds: float) -> str:
@@ -265,31 +190,34 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-def score_figures(scores: Scores, advantages: Tensor, group: Tensor) -> dict[str, float]:
-    """What an iteration's scores say, over the valid trajectories; a group without spread has advantages (N, K) of 0
-    alone.
+def score_figures(scores: Scores, advantages: Tensor, group: Tensor, config: AdvantageConfig) -> dict[str, float]:
+    """Describe an iteration's scores, over the valid trajectories.
+
+    reward/mean: what training maximises, `advantage.mean_reward`. reward/NAME: mean of a reward over trajectories and
+    turns where it is defined. reward/std: within a group, of the mean instruction score, averaged over the groups. A
+    group without spread has advantages (N, K) of 0 alone.
     """
-    valid, instruction, kept = scores.valid, scores.instruction[scores.valid], scores.consistency[scores.valid]
+    valid, instruction = scores.valid, scores.instruction[scores.valid]
+    others = {name: values[valid].nanmean() for name, values in list(scores.rewards.items())[1:]}
     means = scores.instruction.mean(1)
     spread = [means[rows].std(correction=0) for g in group.unique() if (rows := (group == g) & valid).sum() > 1]
     no_spread = [not advantages[group == g].any() for g in group.unique()]
     values = {
-        "reward/mean": instruction.mean(),
+        "reward/mean": mean_reward(scores, config),
         "reward/std": torch.stack(spread).mean() if spread else torch.zeros(()),
         "reward/instruction": instruction.mean(),
-        "reward/consistency": kept.nanmean(),
+        **{f"reward/{name}": mean for name, mean in others.items()},
         "reward/valid_share": valid.float().mean(),
         "reward/zero_spread_share": torch.tensor(no_spread).float().mean(),
     }
-    for turn in range(instruction.shape[1]):
-        values[f"reward/turn_{turn + 1}"] = instruction[:, turn].mean()
-        values[f"reward/success_{turn + 1}"] = (instruction[:, turn] >= 0.75).float().mean()
+    for turn, score in enumerate(instruction.T, start=1):
+        values |= {f"reward/turn_{turn}": score.mean(), f"reward/success_{turn}": (score >= SUCCESS).float().mean()}
     if scores.truth is not None:
-        truth = scores.truth[scores.valid]
+        truth = scores.truth[valid]
         values |= {
             "judge/bias": (instruction - truth).mean(),
             "judge/std": (instruction - truth).std(correction=0),
-            "judge/agreement": ((instruction >= 0.75) == (truth >= 0.75)).float().mean(),
+            "judge/agreement": ((instruction >= SUCCESS) == (truth >= SUCCESS)).float().mean(),
             "judge/truth": truth.mean(),
         }
     return {name: value.item() for name, value in values.items()}

@@ -1,8 +1,7 @@
-"""`python -m mteditflow.report`: see `mteditflow.report.run_page`."""
+"""`python -m mteditflow.report`: see `mteditflow.config.command`."""
 
 import sys
 
-from mteditflow.report.run_page import main
+from mteditflow.config import command
 
-if __name__ == "__main__":
-    sys.exit(main())
+sys.exit(command.main(["report", *sys.argv[1:]]))

@@ -27,11 +27,9 @@ from transformers import AutoModel
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.utils.logging import disable_progress_bar
 
-from mteditflow.config.reward import RewardConfig
+from mteditflow.config.errors import first_line
 from mteditflow.policy.encoding import in_chunks
-from mteditflow.types import EditTask
-
-Box = tuple[float, float, float, float]
+from mteditflow.types import Box, EditTask, Rollout, Score
 
 FAMILIES = ("dinov2", "dinov2_with_registers", "dinov3_vit")
 INTERPOLATION = {2: "bilinear", 3: "bicubic"}  # PIL's numbers, in which a preprocessor's file speaks
@@ -42,9 +40,9 @@ BACKGROUND_CHANGE = "background_change"
 class DinoConsistency:
     """The features' model, resident on its device in float32. ValueError: it is none that can be had."""
 
-    def __init__(self, config: RewardConfig, device: torch.device) -> None:
+    def __init__(self, path: str, device: torch.device, *, is_edival_compat: bool = False) -> None:
         self.device = device
-        self.model, preparation = _load(config.consistency)
+        self.model, preparation = _load(path)
         self.model.requires_grad_(False).eval().to(device)
         size = preparation["crop_size" if preparation.get("do_center_crop") else "size"]
         self.size = (int(size["height"]), int(size["width"]))
@@ -55,24 +53,28 @@ class DinoConsistency:
         patch, num_registers = self.model.config.patch_size, getattr(self.model.config, "num_register_tokens", 0)
         self.grid = (self.size[0] // patch, self.size[1] // patch)
         self.num_skipped = 1 + num_registers  # tokens before the patches
-        if config.is_edival_compat:
+        if is_edival_compat:
             self.grid = nearest_grid(num_registers + self.grid[0] * self.grid[1], self.size[0] / self.size[1])
             self.num_skipped = 1
 
+    def __call__(self, rollout: Rollout) -> Score:
+        """Consistency (N, K)."""
+        return Score(values=self.score(rollout.tasks, rollout.group, rollout.pictures.nan_to_num()).cpu())
+
     @torch.inference_mode()
-    def __call__(self, tasks: Sequence[EditTask], group: Tensor, pictures: Tensor) -> Tensor:
+    def score(self, tasks: Sequence[EditTask], group: Tensor, pictures: Tensor) -> Tensor:
         """c (N, K) in [0, 1], NaN where undefined, of pictures (K, N, 3, H, W) in [-1, 1]; row n is of
         tasks[group[n]].
         """
         place = group.tolist()
         weights = torch.stack([background_weights(boxes(task), self.size, self.grid) for task in tasks]).to(self.device)
         sources = [task.source.to(self.device) for task in tasks]
-        before = _pooled(self._features([self._prepare(source) for source in sources])[1], weights)[place]
+        before = _mean_patch(self._features([self._prepare(source) for source in sources])[1], weights)[place]
         parts = []
         for turn, edited in enumerate(pictures.to(self.device)):
             after = self._features([self._prepare(picture) for picture in edited])[1]
-            background = cosine_similarity(before, _pooled(after, weights[place]), dim=1)  # (N,)
-            is_lost = [_is_background_lost(task, turn) for task in tasks]
+            background = cosine_similarity(before, _mean_patch(after, weights[place]), dim=1)  # (N,)
+            is_lost = [BACKGROUND_CHANGE in task.edit_types[: turn + 1] for task in tasks]
             is_lost = torch.tensor(is_lost, device=self.device) | (weights.sum(1) == 0)
             background = background.masked_fill(is_lost[place], torch.nan)
             parts.append(torch.stack([background, self._objects(tasks, place, sources, edited, turn)]).nanmean(0))
@@ -82,20 +84,20 @@ class DinoConsistency:
         self, tasks: Sequence[EditTask], place: list[int], sources: list[Tensor], edited: Tensor, turn: int
     ) -> Tensor:
         """Mean over the untouched objects (N,); NaN where none has a box."""
-        here = [[region.box for regions in task.untouched[turn : turn + 1] for region in regions] for task in tasks]
-        rows = [(row, g, box) for row, g in enumerate(place) for box in here[g] if box]
-        if not rows:
+        known = [[region.box for regions in task.untouched[turn : turn + 1] for region in regions] for task in tasks]
+        objects = [(row, g, box) for row, g in enumerate(place) for box in known[g] if box]
+        if not objects:
             return torch.full([len(place)], torch.nan, device=self.device)
-        known = {pair: i for i, pair in enumerate(dict.fromkeys((g, box) for _, g, box in rows))}
-        old = self._features([self._prepare(sources[g], box) for g, box in known])
-        new = self._features([self._prepare(edited[row], box) for row, _, box in rows])
-        of = torch.tensor([known[g, box] for _, g, box in rows], device=self.device)
-        cls = cosine_similarity(old[0][of], new[0], dim=1)
-        texture = cosine_similarity(old[1].mean(1)[of], new[1].mean(1), dim=1)
-        index = torch.tensor([row for row, _, _ in rows], device=self.device)
+        of_source = {pair: i for i, pair in enumerate(dict.fromkeys((g, box) for _, g, box in objects))}
+        old = self._features([self._prepare(sources[g], box) for g, box in of_source])
+        new = self._features([self._prepare(edited[row], box) for row, _, box in objects])
+        match, rows = torch.tensor(
+            [(of_source[g, box], row) for row, g, box in objects], device=self.device
+        ).T.contiguous()
+        cls = cosine_similarity(old[0][match], new[0], dim=1)
+        texture = cosine_similarity(old[1].mean(1)[match], new[1].mean(1), dim=1)
         total, count = (torch.zeros(len(place), device=self.device) for _ in range(2))
-        total = total.index_add(0, index, (cls + texture) / 2)
-        return total / count.index_add(0, index, torch.ones_like(cls))
+        return total.index_add(0, rows, (cls + texture) / 2) / count.index_add(0, rows, torch.ones_like(cls))
 
     def _prepare(self, picture: Tensor, box: Box | None = None) -> Tensor:
         """A picture (3, H, W) in [-1, 1], or a box of it, as the model wants it: (3, h, w)."""
@@ -139,14 +141,10 @@ def nearest_grid(num_tokens: int, aspect: float) -> tuple[int, int]:
     return min(((count, num_tokens // count) for count in rows), key=lambda grid: abs(grid[0] / grid[1] - aspect))
 
 
-def _pooled(patches: Tensor, weights: Tensor) -> Tensor:
+def _mean_patch(patches: Tensor, weights: Tensor) -> Tensor:
     """Weighted mean (M, D) of the normed patch tokens (M, T, D); 0 where no patch has weight."""
     total = (normalize(patches, dim=-1) * weights[..., None]).sum(1)
     return total / weights.sum(1, keepdim=True).clamp(min=1e-6)
-
-
-def _is_background_lost(task: EditTask, turn: int) -> bool:
-    return BACKGROUND_CHANGE in task.edit_types[: turn + 1]
 
 
 def _load(path: str) -> tuple[Any, dict[str, Any]]:
@@ -157,10 +155,9 @@ def _load(path: str) -> tuple[Any, dict[str, Any]]:
         preparation = ImageProcessingMixin.get_image_processor_dict(path)[0]
         model = AutoModel.from_pretrained(path, dtype=torch.float32)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(":.")
         raise ValueError(
-            f"{name} cannot be loaded ({reason}): give the folder or hub name of a DINOv2 or DINOv3; DINOv3 is gated: "
-            f"accept its licence there and log in (hf auth login), or take facebook/dinov2-small, which is open"
+            f"{name} cannot be loaded ({first_line(error)}): give the folder or hub name of a DINOv2 or DINOv3; "
+            "DINOv3 is gated: accept its licence there and log in (hf auth login), or take facebook/dinov2-small"
         ) from error
     if model.config.model_type not in FAMILIES:
         raise ValueError(f"{name} is a {model.config.model_type}: must be one of {', '.join(FAMILIES)}")

@@ -8,7 +8,7 @@ kind.
 Noise and failures are counted by Philox, so an answer depends neither on the batch nor on ranks nor on a resume.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from mteditflow_kernels import counter_normal, counter_uniform
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from mteditflow.config import RewardConfig
 from mteditflow.noise import Place
-from mteditflow.reward.exact import ExactReward, quality
-from mteditflow.types import Rollout, Scores
+from mteditflow.reward.exact import ExactInstruction, quality
+from mteditflow.types import Rollout, Score
 from mteditflow.world.render import render
 from mteditflow.world.scenes import Scene
 from mteditflow.world.verify import MIN_SCORE_DONE, Reading, read
@@ -31,7 +31,10 @@ class Profile:
     std: float
 
 
-PROFILES = {"thinking": Profile(bias=0.1, std=0.9), "direct": Profile(bias=0.8, std=0.3)}
+PROFILES = {
+    "simulated_thinking": Profile(bias=0.1, std=0.9),
+    "simulated_direct": Profile(bias=0.8, std=0.3),
+}
 
 
 def corruption(pictures: Tensor) -> Tensor:
@@ -49,37 +52,27 @@ def _scene(reading: Reading) -> Scene:
     return Scene(background=reading.background, cells=(a, b, c, d))
 
 
-def answers(grades: Tensor, damage: Tensor, noise: Tensor, profile: Profile, leniency: float) -> Tensor:
+def answer_with_faults(grades: Tensor, damage: Tensor, noise: Tensor, profile: Profile, leniency: float) -> Tensor:
     """Answers 1 to 5 from true grades 1 to 5, corruption and standard normal noise, all (N, K)."""
-    shown = grades + profile.bias + leniency * damage * (grades < MIN_SCORE_DONE) + profile.std * noise
-    return shown.round().clamp(1, 5)
-
-
-def answer_probabilities(grade: int, profile: Profile) -> Tensor:
-    """(5,) of the answers 1 to 5 to an undamaged turn of that grade, float64."""
-    edges = torch.tensor([-torch.inf, 1.5, 2.5, 3.5, 4.5, torch.inf], dtype=torch.float64)
-    return torch.special.ndtr((edges - grade - profile.bias) / profile.std).diff()
+    points = grades + profile.bias + leniency * damage * (grades < MIN_SCORE_DONE) + profile.std * noise
+    return points.round().clamp(1, 5)
 
 
 class SimulatedJudge:
-    """The exact verifier behind a profile; a trajectory whose question fails is not valid."""
+    """The exact verifier behind a profile; a trajectory whose question fails gets no score."""
 
     def __init__(self, config: RewardConfig) -> None:
-        self.config = config
+        self.config, self.verifier = config, ExactInstruction()
 
-    def __call__(self, rollout: Rollout) -> Scores:
-        """Scores of the N trajectories."""
-        exact = ExactReward()(rollout)
-        images = torch.stack([turn.image for turn in rollout.turns]).cpu().nan_to_num()  # (K, N, 3, H, W)
-        damage = torch.stack([corruption(picture) for picture in images], dim=1)  # (N, K)
-        keys = [rollout.keys(turn=turn, place=Place.JUDGE_ANSWER) for turn in range(len(images))]
-        noise = torch.cat([counter_normal(own, (1,)) for own in keys], dim=1)  # (N, K)
-        chance = counter_uniform(rollout.keys(turn=0, place=Place.JUDGE_FAILURE), 1)[:, 0]
-        grades = exact.instruction * 4 + 1
-        shown = answers(grades, damage, noise, PROFILES[self.config.judge], self.config.leniency)
-        return replace(
-            exact,
-            instruction=quality(shown, self.config.scale),
-            truth=quality(grades, self.config.scale),
-            valid=exact.valid & (chance >= self.config.failure_rate),
-        )
+    def __call__(self, rollout: Rollout) -> Score:
+        """Instruction scores (N, K), with the truth beside them."""
+        grades = self.verifier(rollout).values * 4 + 1
+        pictures = rollout.pictures.cpu().nan_to_num()
+        damage = torch.stack([corruption(picture) for picture in pictures], dim=1)  # (N, K)
+        keys = [rollout.keys(turn=turn, place=Place.JUDGE_ANSWER) for turn in range(len(pictures))]
+        noise = torch.cat([counter_normal(turn_keys, (1,)) for turn_keys in keys], dim=1)  # (N, K)
+        chance = counter_uniform(rollout.keys(turn=0, place=Place.JUDGE_FAILURE), 1)  # (N, 1)
+        answers = answer_with_faults(grades, damage, noise, PROFILES[self.config.judge], self.config.leniency)
+        has_failed = (chance < self.config.failure_rate) | grades.isnan()
+        values = quality(answers, self.config.scale).masked_fill(has_failed, torch.nan)
+        return Score(values=values, truth=quality(grades, self.config.scale))

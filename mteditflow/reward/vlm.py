@@ -5,7 +5,7 @@ after reasoning ('thinking', which the paper finds better) or at once. The rubri
 paper's; the words around them are ours. An answer that does not have that form is asked for again with another seed;
 after the last try the trajectory is invalid, and gets no number.
 
-Scoring needs tasks and images alone, no policy: `VlmReward.score`.
+Scoring needs tasks and images alone, no policy: `VlmJudge.score`.
 """
 
 import re
@@ -21,8 +21,9 @@ from mteditflow.config.reward import RewardConfig
 from mteditflow.noise import NoiseSource, Place, row_keys
 from mteditflow.pictures import to_uint8
 from mteditflow.reward.exact import quality
-from mteditflow.types import EditTask, Rollout, Scores
+from mteditflow.types import EditTask, Rollout, Score
 
+IMAGE_SIZE = 512  # longest side of the images that the judge is shown, pixels; larger ones are shrunk. Ours
 SCORE = re.compile(r"<Turn(\d)Score>\s*([1-5])\s*</Turn\1Score>")
 
 RUBRIC = """You judge the work of an image editor. You see a source image and then, turn by turn, an instruction and \
@@ -66,14 +67,6 @@ class Ask(Protocol):
         ...
 
 
-class Consistency(Protocol):
-    """How far the edits leave alone what no instruction touches."""
-
-    def __call__(self, tasks: Sequence[EditTask], group: Tensor, pictures: Tensor) -> Tensor:
-        """(N, K) in [0, 1], NaN where undefined, of pictures (K, N, 3, H, W); row n is of tasks[group[n]]."""
-        ...
-
-
 def read_answer(text: str, num_turns: int) -> list[int] | None:
     """The scores of turns 1 to K after the last </Thought>, each there once; None where the answer has another form.
 
@@ -86,8 +79,8 @@ def read_answer(text: str, num_turns: int) -> list[int] | None:
     return [score for _, score in sorted(found)]
 
 
-def shown(pictures: Tensor, size: int) -> Tensor:
-    """What the judge sees of pictures (N, 3, H, W) in [-1, 1]: uint8 on the host, longest side at most `size`."""
+def to_judge_size(pictures: Tensor, size: int) -> Tensor:
+    """Pictures (N, 3, H, W) in [-1, 1] as the judge sees them: uint8 on the host, longest side at most `size`."""
     longest = max(pictures.shape[-2:])
     pictures = pictures.float()
     if longest > size:
@@ -96,58 +89,49 @@ def shown(pictures: Tensor, size: int) -> Tensor:
     return to_uint8(pictures).cpu()
 
 
-class VlmReward:
-    """Instruction scores by the VLM behind `ask`, consistency by `consistency`, where there is one."""
+class VlmJudge:
+    """Instruction scores by the VLM behind `ask`."""
 
-    def __init__(self, config: RewardConfig, ask: Ask, consistency: Consistency | None) -> None:
-        self.config, self.ask, self.consistency = config, ask, consistency
+    def __init__(self, config: RewardConfig, ask: Ask) -> None:
+        self.config, self.ask = config, ask
 
-    def __call__(self, rollout: Rollout) -> Scores:
-        """Scores of the N trajectories."""
-        return self.score(rollout.tasks, torch.stack([turn.image for turn in rollout.turns]), rollout.noise)
+    def __call__(self, rollout: Rollout) -> Score:
+        """Instruction scores (N, K)."""
+        return Score(values=self.score(rollout.tasks, rollout.pictures, rollout.noise))
 
-    def score(self, tasks: Sequence[EditTask], pictures: Tensor, noise: NoiseSource) -> Scores:
-        """Scores of pictures (K, N, 3, H, W) in [-1, 1], the same number of trajectories for each task, in order.
+    def score(self, tasks: Sequence[EditTask], pictures: Tensor, noise: NoiseSource) -> Tensor:
+        """Score pictures (K, N, 3, H, W) in [-1, 1], the same number of trajectories for each task, in order: (N, K).
 
-        A trajectory with a non-finite pixel is not asked about. The instruction scores of an invalid trajectory are
-        NaN. ValueError: no answer at all could be read.
+        A trajectory without a score is NaN at every turn; one with a non-finite pixel is not asked about. ValueError:
+        no answer at all could be read.
         """
         num_turns, num_rows = pictures.shape[:2]
-        group = torch.arange(num_rows) // (num_rows // len(tasks))
         is_finite = pictures.isfinite().flatten(2).all(2).all(0).cpu()  # (N,)
-        pictures = pictures.nan_to_num()
         grades = torch.full((num_rows, num_turns), torch.nan)
-        open_rows, answers = is_finite.nonzero()[:, 0].tolist(), [""]
+        rows, answers = is_finite.nonzero()[:, 0].tolist(), [""]  # those that still need scores
         for attempt in range(self.config.num_retries + 1):
-            if not open_rows:
+            if not rows:
                 break
-            answers = self.ask(self._questions(tasks, pictures, open_rows, noise, attempt))
-            read = [read_answer(answer, num_turns) for answer in answers]
-            for row, scores in zip(open_rows, read, strict=True):
-                if scores is not None:
-                    grades[row] = torch.tensor(scores, dtype=torch.float32)
-            open_rows = [row for row, scores in zip(open_rows, read, strict=True) if scores is None]
-        valid = ~grades.isnan().any(1)
-        if is_finite.any() and not valid.any():
+            answers = self.ask(self._questions(tasks, pictures, rows, noise, attempt))
+            for row, answer in zip(rows, answers, strict=True):
+                grades[row] = torch.tensor(read_answer(answer, num_turns) or [torch.nan] * num_turns)
+            rows = [row for row in rows if grades[row].isnan().any()]
+        if is_finite.any() and grades.isnan().all():
             raise ValueError(
                 f"reward.vlm {self.config.vlm!r}: none of {int(is_finite.sum())} trajectories got scores that can be "
                 f"read, asked {self.config.num_retries + 1} times each; the last answer ends {answers[-1][-120:]!r}: "
                 f"raise reward.max_answer_tokens, or take a VLM that keeps to the form"
             )
-        kept = torch.full_like(grades, torch.nan)
-        if self.consistency is not None:
-            kept = self.consistency(tasks, group, pictures).cpu()
-        instruction = quality(grades, self.config.scale).masked_fill(~valid[:, None], torch.nan)
-        return Scores(instruction=instruction, consistency=kept, valid=valid)
+        return quality(grades, self.config.scale).masked_fill(grades.isnan(), torch.nan)
 
     def _questions(
         self, tasks: Sequence[EditTask], pictures: Tensor, rows: list[int], noise: NoiseSource, attempt: int
     ) -> list[Question]:
         group_size = pictures.shape[1] // len(tasks)
-        ids = [task.id for task in tasks]
+        ids, size = [task.id for task in tasks], IMAGE_SIZE
         keys = row_keys(ids, group_size, noise, turn=0, place=Place.VLM_QUESTION, number=attempt)
-        sources = {g: shown(tasks[g].source[None], self.config.image_size)[0] for g in {r // group_size for r in rows}}
-        edits = [shown(picture[rows], self.config.image_size) for picture in pictures]
+        sources = {g: to_judge_size(tasks[g].source[None], size)[0] for g in {row // group_size for row in rows}}
+        edits = [to_judge_size(picture[rows], size) for picture in pictures]
         return [
             Question(
                 images=(sources[row // group_size], *(edit[place] for edit in edits)),

@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 from mteditflow_kernels import counter_uniform
-from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, LogitsProcessorList
 from transformers.utils.logging import disable_progress_bar
 
+from mteditflow.config.errors import first_line
 from mteditflow.config.reward import RewardConfig
 from mteditflow.noise import TURN_SHIFT
+from mteditflow.pictures import to_pil
 from mteditflow.reward.vlm import RUBRIC, Question
 
 TOP_K = 20  # likeliest tokens among which one is drawn, as in Qwen3-VL's own generation config
@@ -50,12 +51,12 @@ class LocalVlm:
         self.processor, self.model = _load(config.vlm, self.dtype)
         self.processor.tokenizer.padding_side = "left"
         self.model.requires_grad_(False).eval().to(device)
-        own = self.model.generation_config
+        defaults = self.model.generation_config
         self._generation = GenerationConfig(
             do_sample=False,  # what chance there is comes from CountedSampling
             max_new_tokens=config.max_answer_tokens,
-            eos_token_id=own.eos_token_id or self.processor.tokenizer.eos_token_id,
-            pad_token_id=own.pad_token_id or self.processor.tokenizer.pad_token_id,
+            eos_token_id=defaults.eos_token_id or self.processor.tokenizer.eos_token_id,
+            pad_token_id=defaults.pad_token_id or self.processor.tokenizer.pad_token_id,
         )
         # What `generate` is not told it takes from here; Qwen's own file has it sample.
         self.model.generation_config = self._generation
@@ -66,11 +67,11 @@ class LocalVlm:
         return [
             answer
             for start in range(0, len(questions), size)
-            for answer in self._answers(questions[start : start + size])
+            for answer in self._generate(questions[start : start + size])
         ]
 
     @torch.inference_mode()
-    def _answers(self, questions: Sequence[Question]) -> list[str]:
+    def _generate(self, questions: Sequence[Question]) -> list[str]:
         inputs = self.prepare(questions).to(self.device, self.dtype)
         length = inputs["input_ids"].shape[1]
         processors = LogitsProcessorList()
@@ -86,7 +87,7 @@ class LocalVlm:
             self.processor.apply_chat_template(_messages(question), tokenize=False, add_generation_prompt=True)
             for question in questions
         ]
-        images = [[_picture(image) for image in question.images] for question in questions]
+        images = [[to_pil(image) for image in question.images] for question in questions]
         return self.processor(text=texts, images=images, padding=True, return_tensors="pt")
 
 
@@ -97,10 +98,6 @@ def _messages(question: Question) -> list[dict[str, Any]]:
     return [{"role": "system", "content": [{"type": "text", "text": RUBRIC}]}, {"role": "user", "content": content}]
 
 
-def _picture(image: Tensor) -> Image.Image:
-    return Image.fromarray(image.permute(1, 2, 0).numpy())
-
-
 def _load(path: str, dtype: torch.dtype) -> tuple[Any, Any]:
     """Processor and model of a folder or a hub name."""
     name = f"reward.vlm {path!r}"
@@ -109,17 +106,12 @@ def _load(path: str, dtype: torch.dtype) -> tuple[Any, Any]:
         processor: Any = AutoProcessor.from_pretrained(path)
         model: Any = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
     except ImportError as error:
-        raise ValueError(f"{name} needs a package that is missing ({_first_line(error)}): install it") from error
+        raise ValueError(f"{name} needs a package that is missing ({first_line(error)}): install it") from error
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{name} cannot be loaded as a vision-language model ({_first_line(error)}): give the folder or hub name "
+            f"{name} cannot be loaded as a vision-language model ({first_line(error)}): give the folder or hub name "
             f"of one, such as Qwen/Qwen3-VL-8B-Instruct"
         ) from error
     if getattr(processor, "chat_template", None) is None:
         raise ValueError(f"{name} has no chat template: give an instruction-tuned {model.config.model_type}")
     return processor, model
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].strip().rstrip(":.") if lines else type(error).__name__

@@ -5,7 +5,6 @@ not have the model stops the run with one line. Nothing of that becomes a score.
 """
 
 import base64
-import io
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,11 +12,11 @@ from typing import Any
 
 import httpx
 from mteditflow_kernels import counter_uniform
-from PIL import Image
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 from torch import Tensor
 
 from mteditflow.config.reward import RewardConfig
+from mteditflow.pictures import png_bytes, to_pil
 from mteditflow.reward.vlm import RUBRIC, Question
 
 API_KEY = "MTEDITFLOW_API_KEY"
@@ -107,35 +106,29 @@ class RemoteVlm:
             response = self._client.request(method, self.url + path, json=body)
         except httpx.TransportError as error:
             raise UnavailableError(f"{type(error).__name__}: {error}") from error
-        status, name = response.status_code, f"reward.url {self.url!r} answers {response.status_code}"
+        status, text = response.status_code, " ".join(response.text.split())[:160]
         if status == 429 or status >= 500:
-            raise UnavailableError(f"status {status}: {_reason(response)}")
+            raise UnavailableError(f"status {status}: {text}")
+        name = f"reward.url {self.url!r} answers {status}"
         if status in (401, 403):
             raise ValueError(f"{name}, it wants another key: set the environment variable {API_KEY}")
         if status == 404:
             raise ValueError(f"{name} to {path}: give the address up to and with /v1, and as reward.vlm a served name")
         if not response.is_success:
-            raise ValueError(f"{name} to {path} ({_reason(response)}): start the server as docs/judge.md says")
+            raise ValueError(f"{name} to {path} ({text}): start the server as docs/judge.md says")
         try:
             return response.json()
         except ValueError:
-            raise ValueError(
-                f"{name} with {_reason(response)!r}, which is no JSON: give the address of an OpenAI-compatible server"
-            ) from None
+            remedy = "give the address of an OpenAI-compatible server"
+            raise ValueError(f"{name} with {text!r}, which is no JSON: {remedy}") from None
 
 
 def data_url(image: Tensor) -> str:
     """An image (3, h, w) uint8 as a PNG in base64."""
-    file = io.BytesIO()
-    Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "PNG", compress_level=1)
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    return "data:image/png;base64," + base64.b64encode(png_bytes(to_pil(image))).decode()
 
 
 def _list(body: Any, name: str) -> list[dict[str, Any]]:
     """body[name] where it is a list of objects, else nothing."""
     values = body.get(name) if isinstance(body, dict) else None
     return [value for value in values if isinstance(value, dict)] if isinstance(values, list) else []
-
-
-def _reason(response: httpx.Response) -> str:
-    return " ".join(response.text.split())[:160]

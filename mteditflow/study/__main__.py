@@ -1,8 +1,7 @@
-"""`python -m mteditflow.study`: see `mteditflow.study.runner`."""
+"""`python -m mteditflow.study`: see `mteditflow.config.command`."""
 
 import sys
 
-from mteditflow.study.runner import main
+from mteditflow.config import command
 
-if __name__ == "__main__":
-    sys.exit(main())
+sys.exit(command.main(["study", *sys.argv[1:]]))

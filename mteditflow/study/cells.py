@@ -23,10 +23,9 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mteditflow.config import Config
-from mteditflow.config.cli import as_arguments, from_overrides, suggest
+from mteditflow.config.cli import as_arguments, from_overrides, read_yaml
+from mteditflow.config.errors import suggest
 from mteditflow.evaluate.held_out import check_held_out
 
 OWNED = ("run.folder", "run.seed", "data.seed")
@@ -90,12 +89,7 @@ class CellRun:
 
 def read_study(path: Path) -> list[Comparison]:
     """The comparisons of a study file. ValueError: one line that names file or cell, value and remedy."""
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"study {path} cannot be read ({error.strerror}): give the path of a YAML file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"study {path} is not valid YAML: {error}") from None
+    tree = read_yaml(path, "study")
     _check_keys(tree, {"base": dict, "seeds": list, "comparisons": dict}, {}, f"study {path}")
     seeds = _seeds(tree["seeds"], "seeds")
     cells: dict[str, Cell] = {}

@@ -7,10 +7,8 @@ a killed study, or of a second study in the same folder) is waited for. SIGINT a
 which save. study.json, study.md and the figures are written after every finished run.
 """
 
-import argparse
-import json
 import os
-import shutil
+import re
 import signal
 import subprocess
 import sys
@@ -25,12 +23,17 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from mteditflow.config import cli
-from mteditflow.report.html import figure
+from mteditflow.config.cli import from_yaml
+from mteditflow.config.version import git_commit
+from mteditflow.record.checkpoint import lock
+from mteditflow.record.figures import figure
+from mteditflow.record.files import read_json, replace_file
+from mteditflow.record.metrics import FILE, read_lines
 from mteditflow.study.cells import CellRun, Comparison, read_study, runs_of, select
+from mteditflow.study.study_page import write_study
 
 POLL_S = 0.5
-BASE_FILES = ("evaluation_before.safetensors", "evaluation_before.json")  # as evaluate.py writes them, json last
+BASE_FILES = ("evaluation_before.safetensors", "evaluation_before.json")  # as held_out.py writes them, json last
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,13 +52,13 @@ def is_finished(run: CellRun) -> bool:
     if not all((run.folder / name).is_file() for name in files):
         return False
     try:
-        return cli.from_yaml(run.folder / "config.yaml") == run.config
+        return from_yaml(run.folder / "config.yaml") == run.config
     except ValueError:  # of another version of the program: train says what is wrong with it
         return False
 
 
 def share_base(run: CellRun, runs: Sequence[CellRun]) -> None:
-    """Give a run the base's evaluation that another of the study has made: grid.py makes sure that all would be equal.
+    """Give a run the base's evaluation that another of the study has made: cells.py makes sure that all would be equal.
 
     Both files appear whole or not at all, and the run takes them for its own only where sessions, turns and steps fit.
     """
@@ -64,42 +67,38 @@ def share_base(run: CellRun, runs: Sequence[CellRun]) -> None:
         return
     run.folder.mkdir(parents=True, exist_ok=True)
     for name in BASE_FILES:
-        temporary = run.folder / f".{name}"
-        shutil.copyfile(sources[0] / name, temporary)
-        temporary.replace(run.folder / name)
+        replace_file(run.folder / name, (sources[0] / name).read_bytes())
 
 
 def expected_seconds(run: CellRun, runs: Sequence[CellRun]) -> float | None:
     """Seconds of the iterations that the run has still to do, from the seconds per turn-image of runs with iterations
     done: its own cell's where there are some, else all; None where nothing is measured.
     """
-    measured = [(other, *_progress(other)) for other in runs]
-    measured = [it for it in measured if it[0].cell is run.cell and it[1]] or [it for it in measured if it[1]]
-    num_images = sum(done * _turn_images(other) for other, done, _ in measured)
+    started = [row for row in ((other, *_progress(other)) for other in runs) if row[1]]
+    started = [row for row in started if row[0].cell is run.cell] or started
+    num_images = sum(done * _turn_images(other) for other, done, _ in started)
     if not num_images:
         return None
-    seconds = sum(seconds for *_, seconds in measured) / num_images
+    seconds = sum(seconds for *_, seconds in started) / num_images
     return seconds * _turn_images(run) * (run.config.run.num_iterations - _progress(run)[0])
 
 
 def _turn_images(run: CellRun) -> int:
+    """Count the turns that an iteration makes."""
     config = run.config
     return config.rollout.num_tasks * config.rollout.group_size * config.data.num_turns
 
 
 def _progress(run: CellRun) -> tuple[int, float]:
-    """Iterations done, and the seconds that they took."""
-    from mteditflow.record.metrics import FILE, read_lines
-
+    """Read how many iterations are done, and the seconds that they took."""
     path = run.folder / FILE
     lines = read_lines(path) if path.is_file() else []
-    return len(lines), sum(
-        v or 0.0 for line in lines for k, v in line.items() if k.startswith("time/") and k[-2:] == "_s"
-    )
+    phases = [value for line in lines for key, value in line.items() if re.fullmatch(r"time/\w+_s", key)]
+    return len(lines), sum(value or 0.0 for value in phases)
 
 
-def slots_of(num_jobs: int | None) -> list[dict[str, Any]]:
-    """Where runs work side by side: an environment and, without GPUs, cores for each. None: one per GPU or core.
+def make_slots(num_jobs: int | None) -> list[dict[str, Any]]:
+    """Say where runs work side by side: an environment and, without GPUs, cores for each. None: one per GPU or core.
 
     Two processes of two threads on two cores are several times slower than two of one: every run has cores of its own.
     """
@@ -110,15 +109,15 @@ def slots_of(num_jobs: int | None) -> list[dict[str, Any]]:
     if num_gpus:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(num_gpus)))).split(",")
         return [{"env": {"CUDA_VISIBLE_DEVICES": visible[i % num_gpus]}, "cores": cores} for i in range(num_jobs)]
-    own = [cores[i::num_jobs] or [cores[i % len(cores)]] for i in range(num_jobs)]
-    return [{"env": {"OMP_NUM_THREADS": "1"}, "cores": each} for each in own]
+    shares = [cores[i::num_jobs] or [cores[i % len(cores)]] for i in range(num_jobs)]
+    return [{"env": {"OMP_NUM_THREADS": "1"}, "cores": share} for share in shares]
 
 
 class Runner:
     """Runs at work, those to come, and those that failed."""
 
-    def __init__(self, pending: list[CellRun], every: list[CellRun], slots: list[dict[str, Any]]) -> None:
-        self.pending, self.every, self.slots = pending, every, slots
+    def __init__(self, pending: list[CellRun], all_runs: list[CellRun], slots: list[dict[str, Any]]) -> None:
+        self.pending, self.all_runs, self.slots = pending, all_runs, slots
         self.jobs: list[Job] = []
         self.failed: dict[str, str] = {}
         self.num_done, self.is_stopping, self.is_waiting = 0, False, False
@@ -143,14 +142,14 @@ class Runner:
             if is_finished(run):  # by the process that was waited for
                 self.num_done += 1
                 continue
-            share_base(run, self.every)
+            share_base(run, self.all_runs)
             self.jobs.append(self._launch(run, slot))
             lines.append(f"started {run.label}: {run.folder}")
         return lines
 
     def _launch(self, run: CellRun, slot: int) -> Job:
         run.folder.mkdir(parents=True, exist_ok=True)
-        (run.folder / "commit").write_text(cli.commit() + "\n")
+        (run.folder / "commit").write_text(git_commit() + "\n")
         with (run.folder / "log.txt").open("ab") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "mteditflow.train", *run.arguments],
@@ -188,15 +187,13 @@ class Runner:
             table.add_column(column)
         for job in self.jobs:
             done, left = _progress(job.run)[0], expected_seconds(job.run, [job.run])
-            shown = "unknown" if left is None else f"{left / 60:.0f}"
-            table.add_row(job.run.label, f"{done}/{job.run.config.run.num_iterations}", shown)
+            minutes = "unknown" if left is None else f"{left / 60:.0f}"
+            table.add_row(job.run.label, f"{done}/{job.run.config.run.num_iterations}", minutes)
         return table
 
 
 def _is_held(folder: Path) -> bool:
     """Whether a process is at work in a run folder."""
-    from mteditflow.record.checkpoint import lock
-
     if not folder.exists():
         return False
     try:
@@ -207,10 +204,8 @@ def _is_held(folder: Path) -> bool:
 
 
 def _result(run: CellRun) -> str:
-    before, after = (
-        json.loads((run.folder / f"evaluation_{name}.json").read_text())["turns"][-1] for name in ("before", "after")
-    )
-    return f"O at turn {after['turn']} {figure(before['O'])} to {figure(after['O'])}"
+    before, after = (read_json(run.folder / f"evaluation_{name}.json")["turns"][-1] for name in ("before", "after"))
+    return f"O at turn {after['turn']} {figure(before, 'O').value} to {figure(after, 'O').value}"
 
 
 def _last_line(path: Path, code: int) -> str:
@@ -219,17 +214,15 @@ def _last_line(path: Path, code: int) -> str:
     return f"{lines[-1] if lines else 'it said nothing'} ({ended}, {path})"
 
 
-def write(folder: Path, comparisons: list[Comparison], command: str) -> Path | None:
-    """The page of what is finished so far; None where nothing is."""
-    from mteditflow.study.statistics import write_findings
-
-    every = runs_of(comparisons, folder)
-    done = [run for run in every if is_finished(run)]
+def write_finished(folder: Path, comparisons: list[Comparison], command: str) -> Path | None:
+    """Write the page of what is finished so far; None where nothing is."""
+    runs = runs_of(comparisons, folder)
+    done = [run for run in runs if is_finished(run)]
     if not done:
         return None
     commits = sorted({(run.folder / "commit").read_text().strip() for run in done if (run.folder / "commit").is_file()})
-    how = {"command": command, "commits": commits, "num_finished": len(done), "num_runs": len(every)}
-    return write_findings(folder, comparisons, done, how)
+    how = {"command": command, "commits": commits, "num_finished": len(done), "num_runs": len(runs)}
+    return write_study(folder, comparisons, done, how)
 
 
 def work(runner: Runner, page: Any, console: Console) -> None:
@@ -253,56 +246,46 @@ def work(runner: Runner, page: Any, console: Console) -> None:
 
 
 def plan(runs: list[CellRun]) -> Table:
-    """What would be run."""
+    """List what would be run."""
     num_done = sum(map(is_finished, runs))
     left = [expected_seconds(run, runs) for run in runs if not is_finished(run)]
-    minutes = "unknown" if None in left else f"{sum(s for s in left if s is not None) / 60:.0f}"
-    table = Table(title=f"{len(runs)} runs, {num_done} finished; minutes of the others, evaluations aside: {minutes}")
+    total = "unknown" if None in left else f"{sum(s for s in left if s is not None) / 60:.0f}"
+    table = Table(title=f"{len(runs)} runs, {num_done} finished; minutes of the others, evaluations aside: {total}")
     for column in ("cell", "seed", "folder", "state", "minutes left"):
         table.add_column(column, overflow="fold")
     for run in runs:
         is_done, done, seconds = is_finished(run), _progress(run)[0], expected_seconds(run, runs)
         state = "finished" if is_done else f"iteration {done}/{run.config.run.num_iterations}" if done else "to come"
-        shown = "" if is_done else "unknown" if seconds is None else f"{seconds / 60:.1f}"
-        table.add_row(run.cell.name, str(run.seed), run.cell.key, state, shown)
+        minutes = "" if is_done else "unknown" if seconds is None else f"{seconds / 60:.1f}"
+        table.add_row(run.cell.name, str(run.seed), run.cell.key, state, minutes)
     return table
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m mteditflow.study", description="A grid of configs and seeds.")
-    parser.add_argument("study", type=Path, help="YAML file of the comparisons; configs/study.yaml is the paper's")
-    parser.add_argument("--folder", type=Path, default=Path("runs/study"), help="where the runs and the page are kept")
-    parser.add_argument("--only", nargs="+", metavar="COMPARISON", help="run these comparisons alone")
-    parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="run these seeds, not the file's")
-    parser.add_argument("--jobs", type=int, help="runs at a time; left out: one per GPU, or without GPUs one per core")
-    parser.add_argument("--dry_run", action="store_true", help="show the runs and what is finished, and stop")
-    return parser
+def run_study(
+    study: Path, folder: Path, *, only: list[str] | None, seeds: list[int] | None, num_jobs: int | None,
+    is_dry_run: bool, command: str,
+) -> int:  # fmt: skip
+    """Run what a study file asks for: 0 when all is finished, 1 when a run failed or was stopped. ValueError: one line.
 
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line: 0 when all is finished, 1 when a run failed or was stopped, 2 for a wrong argument or file."""
-    arguments = _parser().parse_args(argv)
+    `command` is what the page says that it was made by.
+    """
+    if num_jobs is not None and num_jobs < 1:
+        raise ValueError(f"--jobs is {num_jobs}: must be at least 1")
+    everything = read_study(study)
+    chosen = runs_of(select(everything, only, seeds), folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--folder is '{folder}': no folder; choose another")
     console = Console()
-    try:
-        if arguments.jobs is not None and arguments.jobs < 1:
-            raise ValueError(f"--jobs is {arguments.jobs}: must be at least 1")
-        everything = read_study(arguments.study)
-        chosen = runs_of(select(everything, arguments.only, arguments.seeds), arguments.folder)
-        if arguments.folder.exists() and not arguments.folder.is_dir():
-            raise ValueError(f"--folder is '{arguments.folder}': no folder; choose another")
-    except ValueError as error:
-        cli.fail(error)
-    shown = [replace(it, seeds=tuple(sorted({*it.seeds, *(arguments.seeds or ())}))) for it in everything]
-    if arguments.dry_run:
+    reported = [replace(it, seeds=tuple(sorted({*it.seeds, *(seeds or ())}))) for it in everything]
+    if is_dry_run:
         console.print(plan(chosen))
         return 0
-    command = " ".join(["python -m mteditflow.study", *map(str, sys.argv[1:] if argv is None else argv)])
     pending = [run for run in chosen if not is_finished(run)]
-    runner = Runner(pending, runs_of(shown, arguments.folder), slots_of(arguments.jobs))
+    runner = Runner(pending, runs_of(reported, folder), make_slots(num_jobs))
     runner.num_done = len(chosen) - len(pending)
     console.print(f"{len(chosen)} runs, {runner.num_done} finished already", highlight=False)
-    work(runner, lambda: write(arguments.folder, shown, command), console)
-    path = write(arguments.folder, shown, command)
+    work(runner, lambda: write_finished(folder, reported, command), console)
+    path = write_finished(folder, reported, command)
     for label, line in runner.failed.items():
         print(f"mteditflow: {label} failed: {line}", file=sys.stderr)
     console.print(f"report: {path}" if path else "nothing is finished yet", soft_wrap=True, highlight=False)

@@ -1,4 +1,4 @@
-"""What a study has found: `study.json`, `study.md` and a figure per comparison, from the folders of finished runs.
+"""What the finished runs of a study say of its cells: means over seeds, with intervals over sessions and seeds.
 
 Every cell is evaluated on the same held-out sessions, and seed s gives all cells the same tasks and noise, so cells are
 compared pair by pair. For cells a and b with the R seeds that both have finished,
@@ -20,25 +20,21 @@ freedom, and has itself about (S + S')^2 / (S^2 / g + S'^2 / f) of them (Sattert
 Without a cell of several seeds the interval is of the sessions alone, and the page says so.
 """
 
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import jinja2
 import numpy as np
-from numpy.typing import NDArray
 
-from mteditflow.evaluate.edival import METRICS, Evaluation, load_evaluation, point_metrics, resampled
+from mteditflow.evaluate.edival import Evaluation, Floats, point_metrics, resampled_metrics
+from mteditflow.evaluate.held_out import load_evaluation
+from mteditflow.record.figures import METRICS
 from mteditflow.record.metrics import FILE, read_lines
-from mteditflow.study.cells import CellRun, Comparison
 
 T_DRAWS = 50  # per bootstrap sample: 100,000 in all put the ends of the interval within about 1 % of its width
-NUM_LAST = 5  # iterations over which the training reward at the end is taken
-OVERALL = METRICS.index("O")
+NUM_LAST = 5  # iterations over which the training reward at the start and at the end is taken
+OVERALL = list(METRICS).index("O")
 
-Floats = NDArray[np.float64]
 Points = Mapping[str, Mapping[int, float]]
 """O in percent by cell and seed."""
 
@@ -72,16 +68,18 @@ class Estimate:
 
 
 def spreads(points: Points) -> tuple[Spread, Spread]:
-    """Between seeds of a cell; and between seeds of a difference of cells, the seeds' common part taken out."""
+    """Measure the spread between seeds of a cell; and between seeds of a difference of cells, the seeds' common part
+    taken out.
+    """
     rows = [(cell, seed, value) for cell, by_seed in points.items() for seed, value in by_seed.items()]
     values = np.array([value for *_, value in rows])
     seeds = sorted({seed for _, seed, _ in rows})
-    of_cells = np.array([[cell == own for own in points] for cell, _, _ in rows], dtype=float)
-    of_seeds = np.array([[seed == own for own in seeds] for _, seed, _ in rows], dtype=float)
-    alone, dof = _residual(of_cells, values)
-    paired, paired_dof = _residual(np.hstack([of_cells, of_seeds]), values)
-    parts = [(part, own) for part, own in ((alone - paired, dof - paired_dof), (paired, paired_dof)) if own]
-    scale = sum(part**2 / own for part, own in parts)
+    cell_columns = np.array([[cell == column for column in points] for cell, _, _ in rows], dtype=float)
+    seed_columns = np.array([[seed == column for column in seeds] for _, seed, _ in rows], dtype=float)
+    alone, dof = _residual(cell_columns, values)
+    paired, paired_dof = _residual(np.hstack([cell_columns, seed_columns]), values)
+    parts = [(alone - paired, dof - paired_dof), (paired, paired_dof)]
+    scale = sum(squares**2 / freedom for squares, freedom in parts if freedom)
     return (
         Spread(mean_square=alone / dof if dof else 0.0, dof=alone**2 / scale if scale else dof),
         Spread(mean_square=paired / paired_dof if paired_dof else 0.0, dof=paired_dof),
@@ -89,13 +87,13 @@ def spreads(points: Points) -> tuple[Spread, Spread]:
 
 
 def _residual(design: Floats, values: Floats) -> tuple[float, int]:
-    """Sum of squares that least squares leave, and its degrees of freedom."""
+    """Compute the sum of squares that least squares leave, and its degrees of freedom."""
     fit, _, rank, _ = np.linalg.lstsq(design, values, rcond=None)
     return float(((values - design @ fit) ** 2).sum()), len(values) - int(rank)
 
 
 def estimate(value: float, samples: Floats, variance: float, dof: float) -> Estimate:
-    """The interval of a mean whose bootstrap samples of the sessions are `samples` (B,), and whose seeds add
+    """Compute the interval of a mean whose bootstrap samples of the sessions are `samples` (B,), and whose seeds add
     `variance`, known to `dof` degrees of freedom; none: of the sessions alone.
     """
     draws = np.repeat(samples, T_DRAWS)
@@ -106,39 +104,44 @@ def estimate(value: float, samples: Floats, variance: float, dof: float) -> Esti
 
 
 def read_outcome(folder: Path) -> Outcome:
-    """The outcome of a finished run."""
+    """Read the outcome of a finished run."""
     after = load_evaluation(folder, "after")
     assert after is not None
-    rewards = [line["reward/mean"] for line in read_lines(folder / FILE) if line["reward/mean"] is not None]
+    lines = [line["reward/instruction"] for line in read_lines(folder / FILE)]
+    rewards = [value for value in lines if value is not None]
     ends = float(np.mean(rewards[:NUM_LAST])), float(np.mean(rewards[-NUM_LAST:]))
-    return Outcome(point=point_metrics(after)[:, -1], samples=resampled(after)[OVERALL, :, -1], rewards=ends)
+    return Outcome(point=point_metrics(after)[:, -1], samples=resampled_metrics(after)[OVERALL, :, -1], rewards=ends)
 
 
-class Findings:
-    """The outcomes of a study's finished runs, and what they say. `base` is the evaluation before training, of all."""
+class Outcomes:
+    """The outcomes of a study's finished runs by cell and seed, with their pooled spreads. `base` is the evaluation
+    before training, of all.
+    """
 
-    def __init__(self, base: Evaluation, outcomes: dict[str, dict[int, Outcome]]) -> None:
-        self.base, self.outcomes = base, outcomes
-        self.base_point, self.base_samples = point_metrics(base)[:, -1], resampled(base)[OVERALL, :, -1]
-        points = {c: {seed: float(own.point[OVERALL]) for seed, own in by.items()} for c, by in outcomes.items()}
-        self.alone, self.paired = spreads(points)
+    def __init__(self, base: Evaluation, by_cell: dict[str, dict[int, Outcome]]) -> None:
+        self.by_cell = by_cell
+        self.base_point, self.base_samples = point_metrics(base)[:, -1], resampled_metrics(base)[OVERALL, :, -1]
+        overall = {c: {s: float(run.point[OVERALL]) for s, run in by_seed.items()} for c, by_seed in by_cell.items()}
+        self.alone, self.paired = spreads(overall)
+
+    def at(self, cell: str, seeds: Iterable[int]) -> dict[int, Outcome]:
+        """Select a cell's outcomes at those of the seeds that are finished."""
+        by_seed = self.by_cell.get(cell, {})
+        return {seed: by_seed[seed] for seed in seeds if seed in by_seed}
 
     def gain(self, cell: str, seeds: Iterable[int]) -> Estimate | None:
-        """Mean over the seeds of O after training less O before; None where no seed is finished."""
-        own = [self.outcomes[cell][seed] for seed in seeds if seed in self.outcomes.get(cell, {})]
-        if not own:
+        """Estimate the mean over the seeds of O after training less O before; None where no seed is finished."""
+        runs = self.at(cell, seeds).values()
+        if not runs:
             return None
-        value = float(np.mean([run.point[OVERALL] for run in own]) - self.base_point[OVERALL])
-        samples = np.mean([run.samples for run in own], axis=0) - self.base_samples
-        return estimate(value, samples, self.alone.mean_square / len(own), self.alone.dof)
+        value = float(np.mean([run.point[OVERALL] for run in runs]) - self.base_point[OVERALL])
+        samples = np.mean([run.samples for run in runs], axis=0) - self.base_samples
+        return estimate(value, samples, self.alone.mean_square / len(runs), self.alone.dof)
 
-    def difference(self, a: str, b: str, seeds: Iterable[int]) -> Estimate | None:
-        """Mean over the seeds that both have of O of cell a less that of cell b; None where there is none."""
-        pairs = [
-            (self.outcomes[a][s], self.outcomes[b][s])
-            for s in seeds
-            if all(s in self.outcomes.get(c, {}) for c in (a, b))
-        ]
+    def difference(self, a: str, b: str, seeds: Sequence[int]) -> Estimate | None:
+        """Estimate the mean, over the seeds that both have, of O of cell a less that of cell b; None without any."""
+        of_a, of_b = self.at(a, seeds), self.at(b, seeds)
+        pairs = [(of_a[seed], of_b[seed]) for seed in of_a if seed in of_b]
         if not pairs:
             return None
         value = float(np.mean([x.point[OVERALL] - y.point[OVERALL] for x, y in pairs]))
@@ -147,7 +150,7 @@ class Findings:
 
 
 def verdict(claims: list[Estimate | None]) -> str:
-    """What the differences, the paper's better cell less its worse, say of the paper's order."""
+    """Say what the differences, the paper's better cell less its worse, mean for the paper's order."""
     known = [claim for claim in claims if claim is not None]
     if not claims:
         return "no order expected"
@@ -161,124 +164,3 @@ def verdict(claims: list[Estimate | None]) -> str:
     if num_clear:
         return f"agrees with the paper in {num_clear} of {len(claims)} pairs, the others not decided at this size"
     return "not decided at this size (interval contains 0)"
-
-
-def _row(name: str, comparison: Comparison, findings: Findings) -> dict[str, Any]:
-    """A cell of a comparison, as the page and study.json have it."""
-    cell, reference = comparison.cells[name], next(iter(comparison.cells.values()))
-    by_seed = findings.outcomes.get(cell.key, {})
-    own = [by_seed[seed] for seed in comparison.seeds if seed in by_seed]
-    config = cell.config
-    images = config.rollout.num_tasks * config.rollout.group_size * config.data.num_turns
-    row = {
-        "cell": name,
-        "key": cell.key,
-        "seeds": [seed for seed in comparison.seeds if seed in by_seed],
-        "turn_images": images * config.run.num_iterations,
-    }
-    if not own:
-        return row
-    after = np.mean([run.point for run in own], axis=0)
-    difference = None if cell is reference else findings.difference(cell.key, reference.key, comparison.seeds)
-    return row | {
-        "after": {metric: round(float(value), 2) for metric, value in zip(METRICS, after, strict=True)},
-        "gain_by_seed": [round(float(run.point[OVERALL] - findings.base_point[OVERALL]), 2) for run in own],
-        "gain": _plain(findings.gain(cell.key, comparison.seeds)),
-        "difference": _plain(difference),
-        "training_reward": [round(float(np.mean(ends)), 4) for ends in zip(*(run.rewards for run in own), strict=True)],
-    }
-
-
-def _plain(value: Estimate | None) -> dict[str, float] | None:
-    return None if value is None else {"value": value.value, "low": value.low, "high": value.high}
-
-
-def _finding(comparison: Comparison, findings: Findings) -> dict[str, Any]:
-    """A comparison: its rows, the paper's claims, the verdict."""
-    keys = {name: cell.key for name, cell in comparison.cells.items()}
-    claims = [(a, b, findings.difference(keys[a], keys[b], comparison.seeds)) for a, b in comparison.claims]
-    return {
-        "name": comparison.name,
-        "question": comparison.question,
-        "note": comparison.note,
-        "seeds": list(comparison.seeds),
-        "rows": [_row(name, comparison, findings) for name in comparison.cells],
-        "claims": [{"ahead": a, "behind": b, "difference": _plain(value)} for a, b, value in claims],
-        "verdict": verdict([value for *_, value in claims]),
-    }
-
-
-def write_findings(folder: Path, comparisons: list[Comparison], runs: list[CellRun], how: dict[str, Any]) -> Path:
-    """Write study.json, study.md and the figures from these finished runs, at least one; returns the page.
-
-    `how` is what the page says of how they were made: command, commits, num_finished, num_runs.
-    """
-    base = load_evaluation(runs[0].folder, "before")
-    assert base is not None
-    outcomes: dict[str, dict[int, Outcome]] = {}
-    for run in runs:
-        outcomes.setdefault(run.cell.key, {})[run.seed] = read_outcome(run.folder)
-    findings = Findings(base, outcomes)
-    contents = how | {
-        "num_sessions": len(base.verdict),
-        "turn": base.verdict.shape[1],
-        "before": {metric: round(float(value), 2) for metric, value in zip(METRICS, findings.base_point, strict=True)},
-        "seed_std": {"value": round(findings.alone.mean_square**0.5, 2), "dof": round(findings.alone.dof, 1)},
-        "paired_seed_std": {"value": round(findings.paired.mean_square**0.5, 2), "dof": findings.paired.dof},
-        "comparisons": [_finding(comparison, findings) for comparison in comparisons],
-    }
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), trim_blocks=True, undefined=jinja2.StrictUndefined,
-        autoescape=jinja2.select_autoescape(("svg.jinja",)),
-    )  # fmt: skip
-    for comparison in contents["comparisons"]:
-        figure = environment.get_template("study.svg.jinja").render(_figure(comparison))
-        _write(folder / f"{comparison['name']}.svg", figure)
-    _write(folder / "study.json", json.dumps(contents, indent=1) + "\n")
-    page = environment.get_template("study.md.jinja").render(contents)
-    _write(folder / "study.md", page)
-    return folder / "study.md"
-
-
-def _figure(comparison: dict[str, Any]) -> dict[str, Any]:
-    """Geometry of a comparison's figure: a line per cell, its gain with interval, a dot per seed."""
-    rows = [row for row in comparison["rows"] if row["seeds"]]
-    ends = [
-        0.0,
-        *(row["gain"][end] for row in rows for end in ("low", "high")),
-        *(v for r in rows for v in r["gain_by_seed"]),
-    ]
-    low, high = min(ends), max(max(ends), min(ends) + 1)
-    step = next(step for step in (0.2, 0.5, 1, 2, 5, 10, 20, 50) if (high - low) / step <= 8)
-    first, last = int(np.floor(low / step)), int(np.ceil(high / step))
-    left, right, top, height = 190, 620, 14, 34
-
-    def across(value: float) -> float:
-        return round(left + (right - left) * (value / step - first) / (last - first), 1)
-
-    lines = [
-        {
-            "name": row["cell"],
-            "y": top + height * place + height // 2,
-            **{end: across(row["gain"][end]) for end in ("low", "value", "high")},
-            "dots": [across(value) for value in row["gain_by_seed"]],
-            "label": f"{row['gain']['value']:+.1f}",
-        }
-        for place, row in enumerate(rows)
-    ]
-    ticks = [{"x": across(n * step), "label": f"{n * step:g}"} for n in range(first, last + 1)]
-    bottom = top + height * len(rows)
-    return {
-        "lines": lines,
-        "ticks": ticks,
-        "zero": across(0),
-        "top": top,
-        "bottom": bottom,
-        "question": comparison["question"],
-    }
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

@@ -9,82 +9,45 @@ import zlib
 from dataclasses import dataclass, replace
 from random import Random
 
-from mteditflow.world.scenes import (
-    BACKGROUNDS,
-    COLORS,
-    COUNTS,
-    KINDS,
-    MATERIALS,
-    PLACES,
-    TEXTS,
-    Item,
-    Scene,
-    sample_item,
-    sample_scene,
-)
+from mteditflow.world.scenes import ATTRIBUTES, BACKGROUNDS, KINDS, PLACES, Item, Scene, sample_item, sample_scene
 
-EDIT_TYPES = (
-    "subject_add",
-    "subject_remove",
-    "subject_replace",
-    "color_alter",
-    "material_alter",
-    "text_change",
-    "position_change",
-    "count_change",
-    "background_change",
-)
 PARAPHRASES: dict[str, tuple[str, ...]] = {
     "subject_add": (
-        "add {new} at the {place}",
-        "put {new} in the {place}",
-        "place {new} at the {place}",
+        "add {new} at the {place}", "put {new} in the {place}", "place {new} at the {place}",
         "draw {new} in the {place}",
     ),
     "subject_remove": ("remove the {old}", "delete the {old}", "take the {old} away", "erase the {old} from the image"),
     "subject_replace": (
-        "replace the {old} with {new}",
-        "swap the {old} for {new}",
-        "turn the {old} into {new}",
+        "replace the {old} with {new}", "swap the {old} for {new}", "turn the {old} into {new}",
         "exchange the {old} for {new}",
     ),
     "color_alter": (
-        "make the {old} {value}",
-        "change the color of the {old} to {value}",
-        "paint the {old} {value}",
+        "make the {old} {value}", "change the color of the {old} to {value}", "paint the {old} {value}",
         "give the {old} a {value} color",
     ),
     "material_alter": (
-        "make the {old} look {value}",
-        "change the material of the {old} to {value}",
-        "give the {old} a {value} texture",
-        "let the {old} be {value}",
+        "make the {old} look {value}", "change the material of the {old} to {value}",
+        "give the {old} a {value} texture", "let the {old} be {value}",
     ),
     "text_change": (
-        "change the text on the sign to {value}",
-        "make the sign say {value}",
-        "write {value} on the sign",
+        "change the text on the sign to {value}", "make the sign say {value}", "write {value} on the sign",
         "let the sign read {value}",
     ),
     "position_change": (
-        "move the {old} to the {place}",
-        "shift the {old} to the {place}",
-        "bring the {old} to the {place} corner",
+        "move the {old} to the {place}", "shift the {old} to the {place}", "bring the {old} to the {place} corner",
         "the {old} should be at the {place}",
     ),
     "count_change": (
-        "change the number of {plural} to {value}",
-        "show {value} {counted} instead",
-        "make it {value} {counted}",
+        "change the number of {plural} to {value}", "show {value} {counted} instead", "make it {value} {counted}",
         "there should be {value} {counted}",
     ),
     "background_change": (
-        "change the background to {value}",
-        "use a {value} background",
-        "set the scene in the {value}",
+        "change the background to {value}", "use a {value} background", "set the scene in the {value}",
         "make the background a {value}",
     ),
-}
+}  # fmt: skip
+EDIT_TYPES = tuple(PARAPHRASES)
+ATTRIBUTE_OF = {"color_alter": "color", "material_alter": "material", "text_change": "text", "count_change": "count"}
 NUMBERS = {1: "one", 2: "two", 3: "three"}
 PLURALS = {kind: "boxes" if kind == "box" else "fish" if kind == "fish" else f"{kind}s" for kind in KINDS}
 
@@ -108,52 +71,39 @@ class Session:
     edits: tuple[Edit, ...]
 
     def scenes(self) -> list[Scene]:
-        """The K+1 scenes of the session if every edit succeeds."""
+        """List the K+1 scenes of the session if every edit succeeds."""
         return [self.source, *(edit.after for edit in self.edits)]
 
-    def untouched(self, turn: int) -> list[int]:
-        """Places of the source's objects that no edit up to and including `turn` (from 0) has touched."""
+    def untouched_places(self, turn: int) -> list[int]:
+        """List the places of the source's objects that no edit up to and including `turn` (from 0) has touched."""
         scenes = self.scenes()[: turn + 2]
         return [p for p, item in enumerate(self.source.cells) if item and all(s.cells[p] == item for s in scenes)]
 
 
 def describe(item: Item) -> str:
-    """'an orange wooden fish'; plastic goes without saying."""
+    """Name an object, as in 'an orange wooden fish'; plastic goes without saying."""
     words = [item.color, *([item.material] if item.material != "plastic" else []), item.kind]
     text = f" saying {item.text.lower()}" if item.text else ""
     return f"{'an' if item.color[0] in 'aeiou' else 'a'} {' '.join(words)}{text}"
 
 
 def vocabulary() -> list[str]:
-    """Every word an instruction can hold, sorted."""
+    """List every word an instruction can hold, sorted."""
     words = {w for forms in PARAPHRASES.values() for form in forms for w in form.split() if "{" not in w}
-    words |= {*KINDS, *PLURALS.values(), *COLORS, *MATERIALS, *BACKGROUNDS, *NUMBERS.values(), "a", "an", "saying"}
-    return sorted(words | {text.lower() for text in TEXTS} | {w for place in PLACES for w in place.split()})
+    words |= {*KINDS, *PLURALS.values(), *BACKGROUNDS, *NUMBERS.values(), "a", "an", "saying"}
+    words |= {value.lower() for values in ATTRIBUTES.values() for value in values if isinstance(value, str)}
+    return sorted(words | {w for place in PLACES for w in place.split()})
 
 
 def _change(item: Item, edit_type: str, random: Random) -> tuple[Item, str]:
-    """Another colour, material, text or count for an object, and the word for it."""
-
-    def other(values: tuple, current: object) -> object:
-        return random.choice([value for value in values if value != current])
-
-    match edit_type:
-        case "color_alter":
-            changed = replace(item, color=other(COLORS, item.color))
-            return changed, changed.color
-        case "material_alter":
-            changed = replace(item, material=other(MATERIALS, item.material))
-            return changed, changed.material
-        case "text_change":
-            changed = replace(item, text=other(TEXTS, item.text))
-            return changed, changed.text.lower()
-        case _:
-            changed = replace(item, count=other(COUNTS, item.count))
-            return changed, NUMBERS[changed.count]
+    """Draw another colour, material, text or count for an object, and the word for it."""
+    name = ATTRIBUTE_OF[edit_type]
+    value = random.choice([value for value in ATTRIBUTES[name] if value != getattr(item, name)])
+    return replace(item, **{name: value}), value.lower() if isinstance(value, str) else NUMBERS[value]
 
 
 def _candidates(scene: Scene, edit_type: str, created: frozenset[str]) -> list[tuple[int, Item]]:
-    """Places and objects that an edit of that type can be about; empty where the edit is not feasible."""
+    """List the places and objects that an edit of that type can be about; none where the edit is not feasible."""
     objects = [(place, item) for place, item in enumerate(scene.cells) if item]
     match edit_type:
         case "subject_add" | "position_change":
@@ -168,7 +118,7 @@ def _candidates(scene: Scene, edit_type: str, created: frozenset[str]) -> list[t
 
 
 def sample_edit(scene: Scene, edit_type: str, random: Random, created: frozenset[str] = frozenset()) -> Edit | None:
-    """A random edit of that type, or None where none is feasible. `created`: kinds that must not be removed."""
+    """Draw an edit of that type; None where none is feasible. `created`: kinds that must not be removed."""
     objects = _candidates(scene, edit_type, created)
     if not objects:
         return None
@@ -203,7 +153,7 @@ def sample_edit(scene: Scene, edit_type: str, random: Random, created: frozenset
 
 
 def sample_session(random: Random, num_turns: int) -> Session:
-    """A random session of `num_turns` edits by the rules above."""
+    """Draw a session of `num_turns` edits by the rules above."""
     source = scene = sample_scene(random)
     edits: list[Edit] = []
     created: frozenset[str] = frozenset()
@@ -219,16 +169,14 @@ def sample_session(random: Random, num_turns: int) -> Session:
     return Session(source=source, edits=tuple(edits))
 
 
-def is_held_out(source: Scene) -> bool:
-    """Whether sessions that start from this scene are for evaluation only: one scene in eight, by a hash of its
-    content.
-    """
+def is_held_out_scene(source: Scene) -> bool:
+    """Say whether sessions from this scene are for evaluation only: one scene in eight, by a hash of its content."""
     return zlib.crc32(repr(source).encode()) % 8 == 0
 
 
 def make_session(name: str, num_turns: int, *, held_out: bool) -> Session:
-    """The session of that name: the same on every machine. No source scene serves both training and evaluation."""
+    """Draw the session of that name, the same on every machine. No source scene is for training and evaluation both."""
     random = Random(f"{'held-out' if held_out else 'training'}/{name}")
-    while is_held_out((session := sample_session(random, num_turns)).source) is not held_out:
+    while is_held_out_scene((session := sample_session(random, num_turns)).source) is not held_out:
         pass
     return session

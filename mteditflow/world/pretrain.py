@@ -13,6 +13,13 @@ minutes, the pairs 2.5 and every 1,000 batches of stage two 3.5 with `--compile`
 ships came to be.
 """
 
+import sys
+
+from mteditflow.config import command
+
+if __name__ == "__main__":  # before torch is imported: --help and wrong arguments answer at once
+    sys.exit(command.main(["pretrain", *sys.argv[1:]]))
+
 import math
 import time
 from copy import deepcopy
@@ -26,17 +33,17 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.pipelines.flux.pipeline_flux_kontext import FluxKontextPipeline
 from einops import rearrange
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 from torch import Tensor
 
 from mteditflow.flow import sigma_schedule
-from mteditflow.world.edits import EDIT_TYPES, Edit, is_held_out, make_session, sample_edit, vocabulary
-from mteditflow.world.render import atlas, render
+from mteditflow.world.edits import EDIT_TYPES, Edit, is_held_out_scene, make_session, sample_edit, vocabulary
+from mteditflow.world.render import atlas, compose, render
 from mteditflow.world.scenes import BACKGROUNDS, Scene, sample_scene
 from mteditflow.world.tiny_kontext import build_pipeline
-from mteditflow.world.verify import grade, read
+from mteditflow.world.verify import MIN_SCORE_DONE, grade, read
 
-TEXT_WIDTH, POOLED_WIDTH, TEXT_TOKENS, LATENT_CHANNELS, TOKENS = 64, 32, 12, 8, 16
+TEXT_TOKENS, LATENT_CHANNELS, TOKENS = 12, 8, 16
 FLUX_MU = 0.5 - 240 * (1.15 - 0.5) / (4096 - 256)  # log of FLUX.1's schedule shift for 16 tokens
 GUIDANCE = 2.5  # the one value of the guidance embedding that the editor knows; FLUX.1-Kontext's default
 VAE = {
@@ -59,8 +66,8 @@ TRANSFORMER = {
     "num_single_layers": 4,
     "attention_head_dim": 32,
     "num_attention_heads": 4,
-    "joint_attention_dim": TEXT_WIDTH,
-    "pooled_projection_dim": POOLED_WIDTH,
+    "joint_attention_dim": 64,
+    "pooled_projection_dim": 32,
     "guidance_embeds": True,
     "axes_dims_rope": (8, 12, 12),
 }
@@ -72,27 +79,22 @@ IGNORED, MISTAKEN = 0.15, 0.1
 
 
 def new_pipeline(seed: int) -> FluxKontextPipeline:
-    """The editor before training."""
+    """Make the editor before training."""
     return build_pipeline(
-        vocabulary=vocabulary(), vae=VAE, transformer=TRANSFORMER, text_width=TEXT_WIDTH, pooled_width=POOLED_WIDTH,
-        max_text_tokens=TEXT_TOKENS, seed=seed,
-    )  # fmt: skip
+        vocabulary=vocabulary(), vae=VAE, transformer=TRANSFORMER, max_text_tokens=TEXT_TOKENS, seed=seed
+    )
 
 
 def random_pictures(num: int, generator: torch.Generator) -> Tensor:
-    """Pictures of random objects on random backgrounds, (num, 3, 64, 64) in [-1, 1]; faster than sampling scenes."""
-    a = atlas()
-    index = torch.randint(1, len(a.items), (num, 4), generator=generator)
-    index[torch.rand(num, 4, generator=generator) < 0.35] = 0
-    color = rearrange(a.colors[index], "n (y x) c h w -> n c (y h) (x w)", y=2)
-    cover = rearrange(a.covers[index], "n (y x) h w -> n 1 (y h) (x w)", y=2)
-    behind = a.backgrounds[torch.randint(len(BACKGROUNDS), (num,), generator=generator)]
-    return ((color + (1 - cover) * behind) * 255).round() / 127.5 - 1
+    """Draw pictures of random objects on random backgrounds, (num, 3, 64, 64) in [-1, 1]; faster than by scenes."""
+    items = torch.randint(1, len(atlas().items), (num, 4), generator=generator)
+    items[torch.rand(num, 4, generator=generator) < 0.35] = 0
+    return compose(items, torch.randint(len(BACKGROUNDS), (num,), generator=generator))
 
 
 def train_vae(vae: AutoencoderKL, num_batches: int, batch_size: int, seed: int) -> None:
-    """Stage one: squared and absolute error and a little KL; then the latents' shift and scale are set to mean 0 and
-    variance 1.
+    """Train stage one by squared and absolute error and a little KL; then set the latents' shift and scale so that
+    they have mean 0 and variance 1.
     """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -109,11 +111,8 @@ def train_vae(vae: AutoencoderKL, num_batches: int, batch_size: int, seed: int) 
         (error.square().mean() + 0.1 * error.abs().mean() + 5e-5 * kl).backward()
         _step(optimizer, 2e-3 * min(1.0, (batch + 1) / 100) * (0.51 + 0.49 * math.cos(math.pi * batch / num_batches)))
         if (batch + 1) % 100 == 0:
-            rate = (batch + 1) / (time.monotonic() - start)
-            print(
-                f"vae {batch + 1}/{num_batches}: squared error {error.square().mean():.5f}, {rate:.1f} batches/s",
-                flush=True,
-            )
+            rate, square = (batch + 1) / (time.monotonic() - start), error.square().mean()
+            print(f"vae {batch + 1}/{num_batches}: squared error {square:.5f}, {rate:.1f} batches/s", flush=True)
     with torch.no_grad():
         latents = vae.encoder(random_pictures(512, generator)).chunk(2, dim=1)[0]
     vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
@@ -128,7 +127,7 @@ def _step(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
 
 
 def encode(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
-    """Packed, scaled latents (N, 16, 32) of pictures (N, 3, 64, 64), as the stock pipeline packs them."""
+    """Encode pictures (N, 3, 64, 64) to packed, scaled latents (N, 16, 32), as the stock pipeline does."""
     with torch.no_grad():
         mean = torch.cat([vae.encoder(part).chunk(2, dim=1)[0] for part in pictures.split(64)])
     latents = (mean - vae.config["shift_factor"]) * vae.config["scaling_factor"]
@@ -136,7 +135,7 @@ def encode(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
 
 
 def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
-    """Pictures in [-1, 1] of packed latents."""
+    """Decode packed latents to pictures in [-1, 1]."""
     latents = rearrange(latents, "n (h w) (c p q) -> n c (h p) (w q)", h=4, p=2, q=2)
     with torch.no_grad():
         return vae.decoder(latents / vae.config["scaling_factor"] + vae.config["shift_factor"]).clamp(-1, 1)
@@ -160,34 +159,29 @@ def _any_edit(scene: Scene, random: Random) -> Edit:
 
 
 def make_pairs(vae: AutoencoderKL, num_pairs: int, seed: int, chain: int = 8) -> Pairs:
-    """Pairs from chains of edits of true renders, so that a picture is encoded once and serves as target and as
+    """Make pairs from chains of edits of true renders, so that a picture is encoded once and serves as target and as
     source. A flawed target is the source in a share IGNORED of the pairs, shows another edit in a share MISTAKEN.
     """
     random, scenes = Random(f"pretrain/{seed}"), list[Scene]()
-    source, target, flawed, instructions = list[int](), list[int](), list[int](), list[str]()
+    rows, instructions = list[tuple[int, int, int]](), list[str]()
     while len(instructions) < num_pairs:
         scene = sample_scene(random)
-        if is_held_out(scene):
+        if is_held_out_scene(scene):
             continue
         scenes.append(scene)
         for _ in range(chain):
             flaw, edit, mistake = random.random(), _any_edit(scene, random), _any_edit(scene, random)
-            source.append(len(scenes) - 1)
-            instructions.append(edit.instruction)
-            if IGNORED <= flaw < IGNORED + MISTAKEN:
+            source, is_flawed = len(scenes) - 1, flaw < IGNORED + MISTAKEN
+            if is_flawed and flaw >= IGNORED:
                 scenes.append(mistake.after)
-            flawed.append(len(scenes) - 1 if flaw < IGNORED + MISTAKEN else len(scenes))
-            target.append(len(scenes))
+            target = len(scenes)
+            rows.append((source, target, target - 1 if is_flawed else target))  # before the target: source or mistake
+            instructions.append(edit.instruction)
             scene = edit.after
             scenes.append(scene)
     latents = torch.cat([encode(vae, render(scenes[i : i + 512])) for i in range(0, len(scenes), 512)])
-    return Pairs(
-        latents=latents,
-        source=torch.tensor(source),
-        target=torch.tensor(target),
-        flawed=torch.tensor(flawed),
-        instructions=instructions,
-    )
+    source, target, flawed = torch.tensor(rows).unbind(1)
+    return Pairs(latents=latents, source=source, target=target, flawed=flawed, instructions=instructions)
 
 
 class Editor(torch.nn.Module):
@@ -201,7 +195,7 @@ class Editor(torch.nn.Module):
         self.ids = torch.cat([ids, ids + torch.tensor([1.0, 0.0, 0.0])])  # noisy, then condition
 
     def forward(self, latents: Tensor, condition: Tensor, sigma: Tensor, t5_ids: Tensor, clip_ids: Tensor) -> Tensor:
-        """Velocity (B, 16, 32)."""
+        """Predict the velocity (B, 16, 32)."""
         return self.transformer(
             hidden_states=torch.cat([latents, condition], dim=1), timestep=sigma, guidance=torch.full_like(sigma,
             GUIDANCE), encoder_hidden_states=self.t5(t5_ids)[0], pooled_projections=self.clip(clip_ids).pooler_output,
@@ -210,23 +204,20 @@ class Editor(torch.nn.Module):
 
 
 def tokenize(pipeline: FluxKontextPipeline, instructions: list[str]) -> tuple[Tensor, Tensor]:
-    """Ids for T5 (N, 12) and for CLIP, padded as the stock pipeline pads."""
-    t5 = pipeline.tokenizer_2(
-        instructions, padding="max_length", max_length=TEXT_TOKENS, truncation=True, return_tensors="pt"
+    """Look up the ids for T5 (N, 12) and for CLIP (N, 13), padded as the stock pipeline pads."""
+    t5, clip = (
+        tokenizer(instructions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        for tokenizer in (pipeline.tokenizer_2, pipeline.tokenizer)
     )
-    length = pipeline.tokenizer.model_max_length
-    clip = pipeline.tokenizer(
-        instructions, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-    )
-    return t5.input_ids, clip.input_ids
+    return t5, clip
 
 
 def success(pipeline: FluxKontextPipeline, num_sessions: int, num_steps: int = 8) -> dict[str, float]:
-    """Held-out share of first edits that the verifier passes, per edit type and overall ('all')."""
+    """Measure the share of held-out first edits that the verifier passes, per edit type and overall ('all')."""
     editor = Editor(pipeline).eval()
     sessions = [make_session(f"pretrain/{i}", 1, held_out=True) for i in range(num_sessions)]
-    before = render([s.source for s in sessions])
-    t5_ids, clip_ids = tokenize(pipeline, [s.edits[0].instruction for s in sessions])
+    before, edits = render([session.source for session in sessions]), [session.edits[0] for session in sessions]
+    t5_ids, clip_ids = tokenize(pipeline, [edit.instruction for edit in edits])
     condition = encode(pipeline.vae, before)
     latents = torch.randn(condition.shape, generator=torch.Generator().manual_seed(0))
     sigmas = sigma_schedule(num_steps, TOKENS).float()
@@ -234,17 +225,19 @@ def success(pipeline: FluxKontextPipeline, num_sessions: int, num_steps: int = 8
         for sigma, sigma_next in pairwise(sigmas):
             sigma_rows = sigma.expand(num_sessions)
             latents = latents + (sigma_next - sigma) * editor(latents, condition, sigma_rows, t5_ids, clip_ids)
-    passed = [g >= 4 for g in grade([s.edits[0] for s in sessions], read(before), read(decode(pipeline.vae, latents)))]
-    types = [s.edits[0].edit_type for s in sessions]
-    by_type = {t: [p for p, own in zip(passed, types, strict=True) if own == t] for t in EDIT_TYPES}
-    return {"all": sum(passed) / num_sessions} | {t: sum(p) / max(len(p), 1) for t, p in by_type.items()}
+    grades = grade(edits, read(before), read(decode(pipeline.vae, latents)))
+    passed = [(edit.edit_type, score >= MIN_SCORE_DONE) for edit, score in zip(edits, grades, strict=True)]
+    by_type = {name: [is_done for found, is_done in passed if found == name] for name in EDIT_TYPES}
+    shares = {name: sum(is_done) / max(len(is_done), 1) for name, is_done in by_type.items()}
+    return {"all": sum(is_done for _, is_done in passed) / num_sessions} | shares
 
 
 def train_editor(pipeline: FluxKontextPipeline, pairs: Pairs, args: Namespace) -> None:
-    """Stage two: flow matching on single edits; saves the averaged weights as pipeline folders, and its own state, on
-    the way.
+    """Train stage two by flow matching on single edits; save the averaged weights as pipeline folders, and the state to
+    go on from, on the way.
     """
-    editor, averaged, shift = Editor(pipeline).train(), deepcopy(pipeline), math.exp(FLUX_MU)
+    averaged, shift = deepcopy(pipeline), math.exp(FLUX_MU)
+    editor, average = Editor(pipeline).train(), Editor(averaged)  # modules of the two pipelines
     velocity = cast(Editor, torch.compile(editor) if args.compile else editor)
     t5_ids, clip_ids = tokenize(pipeline, pairs.instructions)
     optimizer = torch.optim.AdamW(
@@ -254,7 +247,7 @@ def train_editor(pipeline: FluxKontextPipeline, pairs: Pairs, args: Namespace) -
     if state.exists():
         saved = torch.load(state, weights_only=True)
         editor.load_state_dict(saved["editor"])
-        Editor(averaged).load_state_dict(saved["averaged"])
+        average.load_state_dict(saved["averaged"])
         optimizer.load_state_dict(saved["optimizer"])
         first = saved["batch"] + 1
     start, smooth = time.monotonic(), 1.0
@@ -274,7 +267,7 @@ def train_editor(pipeline: FluxKontextPipeline, pairs: Pairs, args: Namespace) -
         decay = min(1.0, (args.editor_batches - number) / (0.3 * args.editor_batches) + 0.05)
         _step(optimizer, args.learning_rate * min(1.0, number / 200) * decay)
         with torch.no_grad():
-            for old, new in zip(Editor(averaged).parameters(), editor.parameters(), strict=True):
+            for old, new in zip(average.parameters(), editor.parameters(), strict=True):
                 old.lerp_(new, 1 - min(0.998, number / (number + 10)))
         smooth += 0.02 * (loss.item() - smooth)
         if number % 100 == 0:
@@ -284,20 +277,17 @@ def train_editor(pipeline: FluxKontextPipeline, pairs: Pairs, args: Namespace) -
             shares = success(averaged, args.num_sessions)
             print(f"editor {number}: " + ", ".join(f"{k} {v:.0%}" for k, v in shares.items()), flush=True)
             save(averaged, args.output / f"editor-{number:06d}")
-            states = {
-                "editor": editor.state_dict(),
-                "averaged": Editor(averaged).state_dict(),
-                "optimizer": optimizer.state_dict(),
-            }
-            torch.save(states | {"batch": number}, state.with_suffix(".new"))
+            states = {"editor": editor, "averaged": average, "optimizer": optimizer}
+            saved = {name: module.state_dict() for name, module in states.items()} | {"batch": number}
+            torch.save(saved, state.with_suffix(".new"))
             state.with_suffix(".new").replace(state)
 
 
 def save(pipeline: FluxKontextPipeline, folder: Path) -> None:
-    """The pipeline folder, transformer and autoencoder in float16, which halves its size.
+    """Write the pipeline folder, transformer and autoencoder in float16, which halves its size.
 
-    Diffusers loads these as float32 when not told otherwise; transformers keeps what it finds, so the text encoders
-    stay.
+    Diffusers loads float16 files as float32 unless told otherwise; transformers keeps the type that it finds, so the
+    text encoders are written as they are.
     """
     small = deepcopy(pipeline)
     for part in (small.transformer, small.vae):
@@ -305,26 +295,8 @@ def save(pipeline: FluxKontextPipeline, folder: Path) -> None:
     small.save_pretrained(folder)
 
 
-def main(argv: list[str] | None = None) -> None:
+def pretrain(args: Namespace) -> None:
     """Train from nothing, or from a trained autoencoder; the same command goes on after a kill."""
-    parser = ArgumentParser(prog="python -m mteditflow.world.pretrain", description=__doc__)
-    parser.add_argument("--output", type=Path, required=True, help="folder for the checkpoints")
-    parser.add_argument("--vae", type=Path, help="take this trained autoencoder instead of training one")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--vae_batches", type=int, default=2000, help="of 32 pictures")
-    parser.add_argument("--num_pairs", type=int, default=120_000)
-    parser.add_argument("--editor_batches", type=int, default=8000)
-    parser.add_argument("--flawed_batches", type=int, default=1500, help="the last of them, with flawed targets")
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--learning_rate", type=float, default=1.5e-3)
-    parser.add_argument("--save_every", type=int, default=500)
-    parser.add_argument("--num_sessions", type=int, default=400, help="held-out edits per measurement")
-    parser.add_argument(
-        "--compile",
-        action="store_true",
-        help="torch.compile the editor: 1.6 times as fast on a CPU, needs a C++ compiler",
-    )
-    args = parser.parse_args(argv)
     pipeline = new_pipeline(args.seed)
     if args.vae:
         pipeline.vae = AutoencoderKL.from_pretrained(args.vae)
@@ -337,7 +309,3 @@ def main(argv: list[str] | None = None) -> None:
     pairs = make_pairs(pipeline.vae, args.num_pairs, args.seed)
     print(f"{len(pairs.instructions)} single edits made in {time.monotonic() - started:.0f} s", flush=True)
     train_editor(pipeline, pairs, args)
-
-
-if __name__ == "__main__":
-    main()

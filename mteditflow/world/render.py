@@ -7,6 +7,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from mteditflow.pictures import from_uint8
 from mteditflow.world.scenes import BACKGROUNDS, Item, Scene, all_items
 from mteditflow.world.sprites import draw_background, draw_item
 
@@ -19,25 +20,33 @@ class Atlas:
 
     def __init__(self) -> None:
         self.items: list[Item | None] = [None, *all_items()]
-        self.index = {item: i for i, item in enumerate(self.items)}
+        self._index = {item: i for i, item in enumerate(self.items)}
         drawn = [draw_item(item) for item in self.items if item]
         empty = (np.zeros_like(drawn[0][0]), np.zeros_like(drawn[0][1]))
         self.colors = torch.tensor(np.stack([color for color, _ in [empty, *drawn]]), dtype=torch.float32)
         self.covers = torch.tensor(np.stack([cover for _, cover in [empty, *drawn]]), dtype=torch.float32)
         self.backgrounds = torch.tensor(np.stack([draw_background(b) for b in BACKGROUNDS]), dtype=torch.float32)
 
+    def rows(self, scenes: list[Scene]) -> Tensor:
+        """Look up the objects in the four places of each scene, (N, 4) int64."""
+        return torch.tensor([[self._index[item] for item in scene.cells] for scene in scenes])
+
 
 @cache
 def atlas() -> Atlas:
-    """The one atlas of the process; drawing it takes about two seconds."""
+    """Draw the one atlas of the process, which takes about two seconds."""
     return Atlas()
 
 
 def render(scenes: list[Scene]) -> Tensor:
-    """Pictures of scenes: (N, 3, 64, 64) in [-1, 1], rounded to 8 bit as a file would hold them."""
+    """Draw scenes: pictures (N, 3, 64, 64) in [-1, 1], rounded to 8 bit as a file would hold them."""
+    backgrounds = torch.tensor([BACKGROUNDS.index(scene.background) for scene in scenes])
+    return compose(atlas().rows(scenes), backgrounds)
+
+
+def compose(items: Tensor, backgrounds: Tensor) -> Tensor:
+    """`render` by rows of the atlas: objects `items` (N, 4) in front of `backgrounds` (N,)."""
     a = atlas()
-    index = torch.tensor([[a.index[item] for item in scene.cells] for scene in scenes])  # (N, 4)
-    behind = a.backgrounds[[BACKGROUNDS.index(scene.background) for scene in scenes]]  # (N, 3, 64, 64)
-    color = rearrange(a.colors[index], "n (y x) c h w -> n c (y h) (x w)", y=2)
-    cover = rearrange(a.covers[index], "n (y x) h w -> n 1 (y h) (x w)", y=2)
-    return ((color + (1 - cover) * behind) * 255).round() / 127.5 - 1
+    color = rearrange(a.colors[items], "n (y x) c h w -> n c (y h) (x w)", y=2)
+    cover = rearrange(a.covers[items], "n (y x) h w -> n 1 (y h) (x w)", y=2)
+    return from_uint8(((color + (1 - cover) * a.backgrounds[backgrounds]) * 255).round())

@@ -4,7 +4,7 @@ A scene is a background and up to four objects, each alone in one quadrant of a 
 are of one kind, so that 'the ball' always has one meaning.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 IMAGE, CELL = 64, 32  # pixels
@@ -15,6 +15,7 @@ COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "white")
 MATERIALS = ("plastic", "wooden", "metal", "woolen")
 COUNTS = (1, 2, 3)
 TEXTS = ("HI", "GO", "UP", "NO", "OK", "TX")
+ATTRIBUTES = {"color": COLORS, "material": MATERIALS, "text": TEXTS, "count": COUNTS}  # of an object
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,21 +34,19 @@ class Scene:
     """Background and the object in each of the four places (None: empty)."""
 
     background: str
-    cells: tuple[Item | None, Item | None, Item | None, Item | None]
+    cells: tuple[Item | None, ...]
 
     def find(self, kind: str) -> int | None:
-        """The place of the object of that kind, or None."""
+        """Find the place of the object of that kind; None where there is none."""
         return next((place for place, item in enumerate(self.cells) if item and item.kind == kind), None)
 
     def with_cell(self, place: int, item: Item | None) -> "Scene":
-        """The scene with another content of one place."""
-        cells = [*self.cells]
-        cells[place] = item
-        return Scene(background=self.background, cells=(cells[0], cells[1], cells[2], cells[3]))
+        """Copy the scene, with another content of one place."""
+        return replace(self, cells=(*self.cells[:place], item, *self.cells[place + 1 :]))
 
 
 def all_items() -> list[Item]:
-    """Every object that can exist, in a fixed order: the columns of the renderer's atlas."""
+    """List every object that can exist, in a fixed order: the rows of the renderer's atlas."""
     plain = [
         Item(kind=kind, color=color, material=material, count=count)
         for kind in KINDS if kind != "sign" for color in COLORS for material in MATERIALS for count in COUNTS
@@ -57,16 +56,14 @@ def all_items() -> list[Item]:
 
 
 def sample_item(random: Random, kinds: list[str]) -> Item:
-    """A random object of one of the kinds given."""
+    """Draw an object of one of the kinds."""
     kind = random.choice(kinds)
-    color, material = random.choice(COLORS), random.choice(MATERIALS)
-    if kind == "sign":
-        return Item(kind=kind, color=color, material=material, text=random.choice(TEXTS))
-    return Item(kind=kind, color=color, material=material, count=random.choice(COUNTS))
+    item = Item(kind=kind, color=random.choice(COLORS), material=random.choice(MATERIALS))
+    return replace(item, text=random.choice(TEXTS)) if kind == "sign" else replace(item, count=random.choice(COUNTS))
 
 
 def sample_scene(random: Random) -> Scene:
-    """A random scene of two or three objects; about half of the scenes have a sign."""
+    """Draw a scene of two or three objects; about half of the scenes have a sign."""
     scene = Scene(background=random.choice(BACKGROUNDS), cells=(None, None, None, None))
     kinds = random.sample([kind for kind in KINDS if kind != "sign"], random.choice((2, 3)))
     if random.random() < 0.5:

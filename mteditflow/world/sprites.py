@@ -7,6 +7,7 @@ still carry.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,10 +15,11 @@ from numpy.typing import NDArray
 from mteditflow.world.scenes import CELL, IMAGE, Item
 
 Array = NDArray[np.float64]
+Color = tuple[float, float, float]
 
 FINE = 4  # samples per pixel and axis
 OUTLINE = 1.1  # pixels
-COLOR_RGB: dict[str, tuple[float, float, float]] = {
+COLOR_RGB: dict[str, Color] = {
     "red": (0.86, 0.16, 0.16),
     "orange": (0.98, 0.55, 0.10),
     "yellow": (0.98, 0.88, 0.20),
@@ -57,7 +59,7 @@ def _ellipse(u: Array, v: Array, half_width: float, half_height: float) -> Array
 
 
 def _polygon(u: Array, v: Array, corners: list[tuple[float, float]]) -> Array:
-    """Signed distance to a polygon: the nearest edge, negative inside (even-odd rule)."""
+    """Measure the signed distance to a polygon: to the nearest edge, negative inside (even-odd rule)."""
     distance, inside = np.full(u.shape, np.inf), np.zeros(u.shape, dtype=bool)
     for (x0, y0), (x1, y1) in zip(corners, corners[1:] + corners[:1], strict=True):
         ex, ey = x1 - x0, y1 - y0
@@ -91,9 +93,7 @@ def _cap(u: Array, v: Array) -> Array:
     return np.maximum(_ellipse(u, v - 0.12, 0.96, 0.98), v - 0.12)
 
 
-Part = tuple[
-    Callable[[Array, Array], Array], tuple[float, float, float] | None
-]  # shape, colour (None: the object's own)
+Part = tuple[Callable[[Array, Array], Array], Color | None]  # signed distance, colour (None: the object's)
 SHAPES: dict[str, list[Part]] = {  # later parts are drawn over earlier ones
     "ball": [(lambda u, v: np.hypot(u, v) - 0.92, None)],
     "box": [(lambda u, v: _box(u, v, 0.84, 0.84), None), (lambda u, v: _box(u, v + 0.42, 0.84, 0.05, 0.02), DARK)],
@@ -116,7 +116,7 @@ SHAPES: dict[str, list[Part]] = {  # later parts are drawn over earlier ones
 
 
 def _material(material: str, x: Array, y: Array, u: Array, v: Array) -> tuple[Array, Array]:
-    """Pattern of a material at pixel (x, y) of the cell: factor on the colour, and white mixed in."""
+    """Draw a material's pattern at pixel (x, y) of the cell: the factor on the colour, and the white mixed in."""
     light = 1.0 - 0.16 * (u + v)
     match material:
         case "plastic":
@@ -132,7 +132,7 @@ def _material(material: str, x: Array, y: Array, u: Array, v: Array) -> tuple[Ar
 
 
 def _text(text: str, x: Array, y: Array) -> Array:
-    """1 where a glyph of `text` covers pixel (x, y) of the cell; glyph dots are 2.1 x 2.2 pixels large."""
+    """Draw 1 where a glyph of `text` covers pixel (x, y) of the cell; glyph dots are 2.1 x 2.2 pixels large."""
     ink = np.zeros(x.shape)
     for place, glyph in enumerate(text):
         column = np.floor((x - 6.9 - place * 9.8) / 2.1).astype(int)
@@ -143,134 +143,107 @@ def _text(text: str, x: Array, y: Array) -> Array:
     return ink
 
 
-def draw_item(item: Item) -> tuple[Array, Array]:
-    """An object alone: premultiplied colour (3, 32, 32) in [0, 1] and coverage (32, 32) in [0, 1]."""
-    axis = (np.arange(CELL * FINE) + 0.5) / FINE
+def _grid(size: int) -> tuple[Array, Array]:
+    """x and y in pixels of the fine samples of a square of `size` pixels."""
+    axis = (np.arange(size * FINE) + 0.5) / FINE
     y, x = np.meshgrid(axis, axis, indexing="ij")
+    return x, y
+
+
+def _average(samples: Array) -> Array:
+    """Average the fine samples (..., H FINE, W FINE) of every pixel."""
+    *rest, height, width = samples.shape
+    return samples.reshape(*rest, height // FINE, FINE, width // FINE, FINE).mean(axis=(-3, -1))
+
+
+def draw_item(item: Item) -> tuple[Array, Array]:
+    """Draw an object alone: premultiplied colour (3, 32, 32) in [0, 1] and coverage (32, 32) in [0, 1]."""
+    x, y = _grid(CELL)
     color, cover = np.zeros((3, *x.shape)), np.zeros(x.shape)
     for center_x, center_y, half in COPIES[item.count]:
         u, v = (x - center_x) / half, (y - center_y) / half
-        for shape, own in SHAPES[item.kind]:
+        for shape, fixed in SHAPES[item.kind]:
             distance = shape(u, v) * half
             inside = distance <= 0
-            base = np.array(own or COLOR_RGB[item.color])[:, None, None]
-            factor, white = _material(item.material, x, y, u, v) if own is None else (1.0 - 0.16 * u, np.zeros_like(u))
+            base = _flat(fixed or COLOR_RGB[item.color])
+            factor, white = (1.0 - 0.16 * u, np.zeros_like(u)) if fixed else _material(item.material, x, y, u, v)
             paint = base * factor * (1 - white) + white
-            if own is CREAM and item.text:
+            if fixed is CREAM and item.text:
                 ink = _text(item.text, x, y)
-                paint = paint * (1 - ink) + np.array(DARK)[:, None, None] * ink
+                paint = paint * (1 - ink) + _flat(DARK) * ink
             paint = np.where(distance > -OUTLINE, base * 0.38, paint)
             color, cover = np.where(inside, np.clip(paint, 0, 1), color), np.where(inside, 1.0, cover)
-    pool = lambda a: a.reshape(*a.shape[:-2], CELL, FINE, CELL, FINE).mean(axis=(-3, -1))  # noqa: E731
-    return pool(color), pool(cover)
+    return _average(color), _average(cover)
 
 
-def _blend(low: tuple[float, float, float], high: tuple[float, float, float], amount: Array) -> Array:
-    return np.array(low)[:, None, None] * (1 - amount) + np.array(high)[:, None, None] * amount
+def _flat(color: Color) -> Array:
+    return np.array(color)[:, None, None]
 
 
-def _beach(x: Array, y: Array) -> Array:
-    down = y / IMAGE
-    picture = _blend((0.55, 0.80, 0.95), (0.85, 0.94, 0.98), down * 2)
-    picture = np.where(y > 30, _blend((0.15, 0.52, 0.72), (0.35, 0.72, 0.80), (y - 30) / 14), picture)
-    picture = np.where(
-        y > 44 + 1.5 * np.sin(x / 6), _blend((0.95, 0.86, 0.62), (0.86, 0.74, 0.50), (y - 44) / 20), picture
-    )
-    return picture
+def _blend(low: Color, high: Color, amount: Array) -> Array:
+    return _flat(low) * (1 - amount) + _flat(high) * amount
 
 
-def _meadow(x: Array, y: Array) -> Array:
-    down = y / IMAGE
-    picture = _blend((0.62, 0.84, 0.98), (0.90, 0.96, 0.98), down * 2)
-    picture = np.where(y > 34 + 4 * np.sin(x / 11), _blend((0.62, 0.82, 0.42), (0.50, 0.74, 0.34), down), picture)
-    picture = np.where(
-        y > 46 - 4 * np.sin(x / 13), _blend((0.50, 0.76, 0.34), (0.36, 0.62, 0.26), (y - 44) / 20), picture
-    )
-    return picture
+STARS = ((6, 5), (20, 30), (47, 31), (58, 7), (31, 48), (4, 45), (60, 52), (14, 60), (44, 60))  # centres (x, y)
+TOWERS = ((0, 26, 12), (12, 16, 10), (24, 30, 13), (37, 12, 9), (46, 24, 18))  # left, top, width
+Band = tuple[Any, Any]  # where (H, W), colour (3, H, W)
 
 
-def _night(x: Array, y: Array) -> Array:
-    down = y / IMAGE
-    picture = _blend((0.05, 0.06, 0.20), (0.20, 0.16, 0.38), down)
-    picture = np.where(np.hypot(x - 32, y - 12) < 6.5, np.array((0.95, 0.93, 0.78))[:, None, None], picture)
-    for star_x, star_y in (
-        (6, 5),
-        (20, 30),
-        (47, 31),
-        (58, 7),
-        (31, 48),
-        (4, 45),
-        (60, 52),
-        (14, 60),
-        (44, 60),
-    ):
-        picture = np.where(np.hypot(x - star_x, y - star_y) < 1.3, 0.92, picture)
-    return picture
+def _tower(x: Array, y: Array, left: int, top: int, width: int) -> list[Band]:
+    walls = (x >= left) & (x < left + width) & (y > top) & (y < 52)
+    windows = walls & ((x - left) % 5 > 2.6) & ((y - top) % 6 > 3.4)
+    return [(walls, _flat((0.46, 0.48, 0.60))), (windows, _flat((0.66, 0.66, 0.70)))]
 
 
-def _snow(x: Array, y: Array) -> Array:
-    down = y / IMAGE
-    picture = _blend((0.62, 0.74, 0.86), (0.80, 0.87, 0.93), down * 2)
-    picture = np.where(
-        y > 14 + np.abs(x - 32) * 0.8, _blend((0.70, 0.76, 0.86), (0.86, 0.90, 0.95), down * 1.6), picture
-    )
-    picture = np.where(
-        y > 42 + 2.5 * np.sin(x / 9), _blend((0.93, 0.96, 0.99), (0.82, 0.88, 0.95), (y - 42) / 22), picture
-    )
-    return picture
+def _waves(x: Array, y: Array) -> Array:
+    return np.sin(2 * np.pi * (x + 10 * np.sin(y / 14)) / 21)
 
 
-def _desert(x: Array, y: Array) -> Array:
-    down = y / IMAGE
-    picture = _blend((0.99, 0.80, 0.52), (0.99, 0.90, 0.70), down * 2)
-    picture = np.where(y > 30 + 5 * np.sin(x / 10 + 1), _blend((0.86, 0.58, 0.32), (0.78, 0.50, 0.28), down), picture)
-    picture = np.where(
-        y > 46 + 5 * np.sin(x / 12 + 3), _blend((0.76, 0.48, 0.26), (0.66, 0.40, 0.22), (y - 44) / 20), picture
-    )
-    return picture
-
-
-def _city(x: Array, y: Array) -> Array:
-    down = y / IMAGE
-    picture = _blend((0.74, 0.70, 0.82), (0.96, 0.82, 0.78), down * 1.4)
-    for left, top, width in ((0, 26, 12), (12, 16, 10), (24, 30, 13), (37, 12, 9), (46, 24, 18)):
-        tower = (x >= left) & (x < left + width) & (y > top) & (y < 52)
-        window = tower & ((x - left) % 5 > 2.6) & ((y - top) % 6 > 3.4)
-        picture = np.where(tower, np.array((0.46, 0.48, 0.60))[:, None, None], picture)
-        picture = np.where(window, np.array((0.66, 0.66, 0.70))[:, None, None], picture)
-    picture = np.where(y > 52, np.array((0.36, 0.37, 0.42))[:, None, None], picture)
-    return picture
-
-
-def _sea(x: Array, y: Array) -> Array:
-    down = y / IMAGE
-    picture = _blend((0.30, 0.74, 0.82), (0.06, 0.34, 0.52), down)
-    picture = picture + 0.06 * np.sin(2 * np.pi * (x + 10 * np.sin(y / 14)) / 21)
-    return picture
-
-
-def _kitchen(x: Array, y: Array) -> Array:
-    down = y / IMAGE
-    picture = _blend((0.98, 0.94, 0.84), (0.93, 0.86, 0.74), down * 1.5)
-    tile = ((np.floor(x / 8) + np.floor(y / 8)) % 2)[None]
-    picture = np.where(y > 40, 0.62 + 0.20 * tile + np.array((0.02, 0.0, -0.04))[:, None, None], picture)
-    return picture
-
-
-BACKDROPS: dict[str, Callable[[Array, Array], Array]] = {
-    "beach": _beach,
-    "meadow": _meadow,
-    "night": _night,
-    "snow": _snow,
-    "desert": _desert,
-    "city": _city,
-    "sea": _sea,
-    "kitchen": _kitchen,
+BACKDROPS: dict[str, Callable[[Array, Array], list[Band]]] = {  # later bands are drawn over earlier ones
+    "beach": lambda x, y: [
+        (True, _blend((0.55, 0.80, 0.95), (0.85, 0.94, 0.98), y / IMAGE * 2)),
+        (y > 30, _blend((0.15, 0.52, 0.72), (0.35, 0.72, 0.80), (y - 30) / 14)),
+        (y > 44 + 1.5 * np.sin(x / 6), _blend((0.95, 0.86, 0.62), (0.86, 0.74, 0.50), (y - 44) / 20)),
+    ],
+    "meadow": lambda x, y: [
+        (True, _blend((0.62, 0.84, 0.98), (0.90, 0.96, 0.98), y / IMAGE * 2)),
+        (y > 34 + 4 * np.sin(x / 11), _blend((0.62, 0.82, 0.42), (0.50, 0.74, 0.34), y / IMAGE)),
+        (y > 46 - 4 * np.sin(x / 13), _blend((0.50, 0.76, 0.34), (0.36, 0.62, 0.26), (y - 44) / 20)),
+    ],
+    "night": lambda x, y: [
+        (True, _blend((0.05, 0.06, 0.20), (0.20, 0.16, 0.38), y / IMAGE)),
+        (np.hypot(x - 32, y - 12) < 6.5, _flat((0.95, 0.93, 0.78))),
+        *((np.hypot(x - star_x, y - star_y) < 1.3, 0.92) for star_x, star_y in STARS),
+    ],
+    "snow": lambda x, y: [
+        (True, _blend((0.62, 0.74, 0.86), (0.80, 0.87, 0.93), y / IMAGE * 2)),
+        (y > 14 + np.abs(x - 32) * 0.8, _blend((0.70, 0.76, 0.86), (0.86, 0.90, 0.95), y / IMAGE * 1.6)),
+        (y > 42 + 2.5 * np.sin(x / 9), _blend((0.93, 0.96, 0.99), (0.82, 0.88, 0.95), (y - 42) / 22)),
+    ],
+    "desert": lambda x, y: [
+        (True, _blend((0.99, 0.80, 0.52), (0.99, 0.90, 0.70), y / IMAGE * 2)),
+        (y > 30 + 5 * np.sin(x / 10 + 1), _blend((0.86, 0.58, 0.32), (0.78, 0.50, 0.28), y / IMAGE)),
+        (y > 46 + 5 * np.sin(x / 12 + 3), _blend((0.76, 0.48, 0.26), (0.66, 0.40, 0.22), (y - 44) / 20)),
+    ],
+    "city": lambda x, y: [
+        (True, _blend((0.74, 0.70, 0.82), (0.96, 0.82, 0.78), y / IMAGE * 1.4)),
+        *(band for tower in TOWERS for band in _tower(x, y, *tower)),
+        (y > 52, _flat((0.36, 0.37, 0.42))),
+    ],
+    "sea": lambda x, y: [
+        (True, _blend((0.30, 0.74, 0.82), (0.06, 0.34, 0.52), y / IMAGE) + 0.06 * _waves(x, y)),
+    ],
+    "kitchen": lambda x, y: [
+        (True, _blend((0.98, 0.94, 0.84), (0.93, 0.86, 0.74), y / IMAGE * 1.5)),
+        (y > 40, 0.62 + 0.20 * ((np.floor(x / 8) + np.floor(y / 8)) % 2) + _flat((0.02, 0.0, -0.04))),
+    ],
 }
 
 
 def draw_background(name: str) -> Array:
-    """A background, (3, 64, 64) in [0, 1]."""
-    axis = (np.arange(IMAGE * FINE) + 0.5) / FINE
-    y, x = np.meshgrid(axis, axis, indexing="ij")
-    return np.clip(BACKDROPS[name](x, y), 0, 1).reshape(3, IMAGE, FINE, IMAGE, FINE).mean(axis=(2, 4))
+    """Draw a background, (3, 64, 64) in [0, 1]."""
+    x, y = _grid(IMAGE)
+    picture = np.zeros((3, *x.shape))
+    for inside, color in BACKDROPS[name](x, y):
+        picture = np.where(inside, color, picture)
+    return _average(np.clip(picture, 0, 1))

@@ -1,0 +1,144 @@
+"""EdiVal metrics of runs, LoRAs and the base on the same held-out sessions. `python -m mteditflow.evaluate`
+
+    python -m mteditflow.evaluate base runs/mini path/to/lora --evaluation.num_turns 10 --out runs/comparison
+
+writes, below --out, SUBJECT/metrics.json, SUBJECT/evaluation.safetensors (the verdicts) and SUBJECT/strips.png for each
+subject, and comparison.html and comparison.json of all: paired gains over the first. metrics.json is written last: a
+subject that has one by the same settings and of the same adapter is finished, and is kept when the command is repeated.
+
+A session of K = 10 turns of the embedded world is another session than that of the same number with K = 3, since what
+is drawn for later turns decides which sessions are passed over: their figures at turns 1 to 3 agree in distribution,
+not session by session. What is drawn for a turn, noise or edit, never depends on the turns after it.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from mteditflow_kernels import use_backend
+from rich.console import Console
+
+from mteditflow.config import Config
+from mteditflow.config.version import git_commit
+from mteditflow.data import check_data, held_out_tasks
+from mteditflow.evaluate.comparison_page import terminal_table, write_comparison
+from mteditflow.evaluate.edival import Evaluation, compare, summary
+from mteditflow.evaluate.held_out import (
+    check_held_out,
+    evaluate,
+    has_truth,
+    held_out_fields,
+    load_verdicts,
+    save_verdicts,
+)
+from mteditflow.evaluate.lora_files import (
+    Subject,
+    check_fit,
+    check_names,
+    common_lora,
+    is_run,
+    padded_state,
+    read_subject,
+)
+from mteditflow.policy import build_policy, linear_shapes
+from mteditflow.record.files import read_json, write_json
+from mteditflow.report.strips import draw_sessions
+from mteditflow.reward import build_reward, check_judge
+from mteditflow.types import EditTask
+
+
+def resolve(words: list[str], out: Path, read_config: Callable[[Path | None], Config]) -> tuple[list[Subject], Config]:
+    """Return the subjects that `words` name, and their Config; `read_config` gives that of a run's folder, or of none.
+
+    ValueError where a subject is none, and where runs among them disagree on what they are evaluated on.
+    """
+    check_names(words)
+    configs = {f"run {word!r}": read_config(Path(word)) for word in words if is_run(word)}
+    if configs:
+        check_held_out(configs, "set it by an override, for all")
+    config = next(iter(configs.values())) if configs else read_config(None)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out is '{out}': no folder; choose another")
+    return [read_subject(word) for word in words], config
+
+
+def evaluate_all(subjects: list[Subject], out: Path, config: Config) -> Path:
+    """Evaluate what is not finished yet, show the table, and write the page. Returns the page's path."""
+    check_judge(config)
+    check_data(config, is_speaking=True)
+    use_backend(config.run.backend)
+    tasks, console = held_out_tasks(config), Console()
+    settings = list_settings(config, is_by_truth=has_truth(tasks))
+    pending = [subject for subject in subjects if not is_finished(out / subject.slug, subject, settings)]
+    console.print(f"{len(subjects) - len(pending)} of {len(subjects)} evaluated already", highlight=False)
+    if pending:
+        _evaluate_pending(pending, subjects, out, tasks, config, settings, console)
+    return _present(subjects, out, tasks, console)
+
+
+def list_settings(config: Config, *, is_by_truth: bool) -> dict[str, Any]:
+    """List what an evaluation depends on besides the adapter, as JSON gives it back."""
+    reward = {} if is_by_truth else {f"reward.{key}": value for key, value in asdict(config.reward).items()}
+    return json.loads(json.dumps(held_out_fields(config) | reward))
+
+
+def is_finished(folder: Path, subject: Subject, settings: dict[str, Any]) -> bool:
+    """Whether a folder has the evaluation of that very adapter by these settings."""
+    report = read_json(folder / "metrics.json")
+    is_same = report.get("settings") == settings and report.get("adapter") == subject.fingerprint
+    return is_same and (folder / "evaluation.safetensors").is_file()
+
+
+def _evaluate_pending(
+    pending: list[Subject], subjects: list[Subject], out: Path, tasks: list[EditTask], config: Config,
+    settings: dict[str, Any], console: Console,
+) -> None:  # fmt: skip
+    """Evaluate subjects one after the other, in the adapter that can hold each of `subjects`."""
+    is_by_truth, shapes = has_truth(tasks), linear_shapes(config.model)
+    for subject in subjects:
+        check_fit(subject, shapes, config.model.path)
+    wide = common_lora(subjects, config)
+    policy = build_policy(config.model, wide, config.run.seed, has_old=False)
+    reward = None if is_by_truth else build_reward(replace(config, reward=replace(config.reward, also=())))
+    how = {"settings": settings, "judge": "the exact verifier" if is_by_truth else f"judge {config.reward.judge!r}"}
+    for subject in pending:
+        line = f"evaluating {subject.word}: {subject.what}"
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+        if subject.lora:
+            policy.adapters.load("ema", padded_state(subject.lora, wide, policy.adapters.state("ema")))
+        evaluation = evaluate(policy, tasks, config, "ema" if subject.lora else "off", reward)
+        save_subject(out / subject.slug, subject, evaluation, tasks, how)
+
+
+def save_subject(
+    folder: Path, subject: Subject, evaluation: Evaluation, tasks: list[EditTask], how: dict[str, Any]
+) -> None:
+    """Write the files of a finished subject, metrics.json last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.json").unlink(missing_ok=True)  # of other settings: must not stand beside new verdicts
+    save_verdicts(folder / "evaluation.safetensors", evaluation)
+    images = evaluation.images
+    draw_sessions(tasks, {subject.word: images}, range(images.shape[1])).save(folder / "strips.png")
+    figures = summary(evaluation)
+    exposure = [
+        {"turn": turn["turn"], "success": turn["MT"], "interval": turn["MT_interval"]} for turn in figures["turns"]
+    ]
+    what = {"subject": subject.word, "what": subject.what, "adapter": subject.fingerprint, "commit": git_commit()}
+    write_json(folder / "metrics.json", what | how | figures | {"exposure_bias": exposure})
+
+
+def _present(subjects: list[Subject], out: Path, tasks: list[EditTask], console: Console) -> Path:
+    """Write comparison.json and the page of finished subjects, and show their table."""
+    reports = {subject.word: read_json(out / subject.slug / "metrics.json") for subject in subjects}
+    evaluations = {subject.word: load_verdicts(out / subject.slug / "evaluation.safetensors") for subject in subjects}
+    (first, before), *others = evaluations.items()
+    gains = {word: compare(before, after) for word, after in others}
+    write_json(out / "comparison.json", {"over": first, "gains": gains})
+    edits = {word: evaluation.images for word, evaluation in evaluations.items()}
+    strips = [draw_sessions(tasks, edits, [session]) for session in range(before.images.shape[1])]
+    page = write_comparison(out, reports, gains, strips)
+    console.print(terminal_table(reports, gains))
+    console.print(f"page: {page}", soft_wrap=True, highlight=False)
+    return page

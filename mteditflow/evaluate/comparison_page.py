@@ -1,0 +1,88 @@
+"""Figures of several editors on the same sessions: one self-contained HTML page, and one table on the terminal.
+
+Read from what evaluations write: a dict of figures for each editor, and paired gains over the first.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from rich.table import Table
+
+from mteditflow.pictures import png_bytes
+from mteditflow.record.figures import METRICS, figure
+from mteditflow.record.files import read_json
+from mteditflow.record.templates import write_page
+from mteditflow.report.charts import NUM_COLORS, Curve, chart, data_uri, edit_types
+
+TITLES = {
+    "O": ("O by turn", "√(IF · CC)."),
+    "MT": ("Success by turn (MT)", "The turn's instruction is carried out: the exposure-bias curve."),
+    "IF": ("All instructions so far (IF)", "No turn up to this one has failed."),
+    "CC": ("Consistency (CC)", "What no instruction touched is as in the source image."),
+}
+
+Reports = dict[str, dict[str, Any]]
+"""By editor: what metrics.json, or evaluation_*.json, holds; or gains, what `compare` returns."""
+
+
+def write_comparison(folder: Path, reports: Reports, gains: Reports, strips: list[Image.Image]) -> Path:
+    """Write `folder/comparison.html`. `gains` over the first editor, by editor; `strips` a picture per session."""
+    names = list(reports)
+    values = {
+        "title": f"MT-EditFlow: {' against '.join(names)}" if len(names) == 2 else "MT-EditFlow: comparison of editors",
+        "reports": reports,
+        "gains": gains,
+        "first": reports[names[0]],
+        "colors": {name: place % NUM_COLORS for place, name in enumerate(names)},
+        "notes": {metric: _note(metric, reports[names[0]]) for metric in TITLES},
+        "charts": list(filter(None, (_chart(metric, reports) for metric in TITLES))),
+        "edit_types": edit_types(reports),
+        "strips": [data_uri(png_bytes(picture, is_small=True)) for picture in strips],
+    }
+    return write_page("evaluate/comparison.html.jinja", values, folder / "comparison.html")
+
+
+def _chart(metric: str, reports: Reports) -> dict[str, Any] | None:
+    """Lay out the metric of all editors against the turn; None where it is nowhere defined."""
+    curves = [
+        Curve(
+            name=name,
+            points=[(turn["turn"], turn[metric]) for turn in report["turns"]],
+            band=tuple((turn["turn"], *ends) for turn in report["turns"] if (ends := turn[f"{metric}_interval"])),
+        )
+        for name, report in reports.items()
+    ]
+    return chart(TITLES[metric][0], _note(metric, next(iter(reports.values()))), curves, x_name="turn", x_first=1)
+
+
+def _note(metric: str, report: dict[str, Any]) -> str:
+    """Say what the metric is, and of how few sessions, where some have no consistency at the last turn."""
+    note, num, turn = TITLES[metric][1], report["num_sessions"], report["turns"][-1]
+    if metric in ("CC", "O") and turn["CC_sessions"] < num:
+        note += f" At turn {turn['turn']} something untouched is left in {turn['CC_sessions']} of {num} sessions."
+    return note
+
+
+def terminal_table(reports: Reports, gains: Reports) -> Table:
+    """Make a table of the metrics of every editor, and its gains over the first, at turns 1, 2, 3 and the last."""
+    first = next(iter(reports))
+    num_turns = len(reports[first]["turns"])
+    table = Table(title=f"{reports[first]['num_sessions']} held-out sessions, percent [95 % interval]")
+    table.add_column("turn", justify="right")
+    table.add_column("", overflow="fold")
+    for metric in METRICS:
+        table.add_column(metric, justify="right")
+    for n in sorted({*range(min(3, num_turns)), num_turns - 1}):
+        rows = [(name, report["turns"][n], "") for name, report in reports.items()]
+        rows += [(f"{name} over {first}", report["turns"][n], "_gain") for name, report in gains.items()]
+        for place, (name, turn, suffix) in enumerate(rows):
+            cells = (str(figure(turn, f"{metric}{suffix}")) for metric in METRICS)
+            table.add_row("" if place else str(n + 1), name, *cells, end_section=turn is rows[-1][1])
+    return table
+
+
+def final_table(folder: Path) -> Table:
+    """Make a table of a finished run: before, after and paired gain, from the files in its folder."""
+    reports = {name: read_json(folder / f"evaluation_{name}.json") for name in ("before", "after")}
+    return terminal_table(reports, {"after": read_json(folder / "comparison.json")})

@@ -1,0 +1,67 @@
+"""How figures of held-out sessions are named and written: EdiVal's metrics, numbers with their 95 % intervals.
+
+The figures of a turn are a dict, as evaluation_*.json has it, `{"turn": 1, "O": 54.9, "O_interval": [52.1, 57.8]}`, or
+comparison.json, `{"turn": 1, "O_gain": 6.2, "O_gain_interval": [3.5, 9.0]}`; None where undefined.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+METRICS = {
+    "MT": "success of each turn",
+    "IF": "success of all turns so far",
+    "CC": "consistency of what no instruction touched",
+    "O": "square root of IF x CC",
+}
+"""Names and meanings, in the order of every array and table."""
+RESULTS = {"evaluation_before": "before training", "evaluation_after": "after training", "comparison": "paired gain"}
+"""The JSON files in a run's folder that hold figures, and what of."""
+MINUS = "\N{MINUS SIGN}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """A number as pages show it; `css` is 'good' or 'bad' for a gain whose interval is clear of 0, else empty."""
+
+    value: str
+    interval: str = ""
+    css: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.value} {self.interval}".rstrip()
+
+
+def align_turns(*reports: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+    """Put the turns of reports side by side: number of the turn, then what each report has of it, maybe nothing."""
+    by_turn = [{turn["turn"]: turn for turn in report.get("turns", [])} for report in reports]
+    return [(number, *(turns.get(number, {}) for turns in by_turn)) for number in sorted(set().union(*by_turn))]
+
+
+def figure(turn: Mapping[str, Any], name: str) -> Figure:
+    """Read the figure `name` of a turn, such as O or O_gain, which has a sign; a dash where it is not there."""
+    is_gain, interval = name.endswith("_gain"), turn.get(f"{name}_interval")
+    is_clear = is_gain and interval and not interval[0] <= 0 <= interval[1]
+    return Figure(
+        value=format_number(turn.get(name), has_sign=is_gain),
+        interval=format_interval(interval, has_sign=is_gain) if interval else "",
+        css=("good" if interval[0] > 0 else "bad") if is_clear else "",
+    )
+
+
+def format_number(value: Any, *, has_sign: bool = False) -> str:
+    """Write a number with one decimal; a dash for what is no finite number."""
+    known = finite(value)
+    return "\N{EN DASH}" if known is None else f"{known:{'+' if has_sign else ''}.1f}".replace("-", MINUS)
+
+
+def format_interval(ends: Sequence[float], *, has_sign: bool = False) -> str:
+    """Write an interval: [52.1, 57.8]."""
+    return f"[{', '.join(format_number(end, has_sign=has_sign) for end in ends)}]"
+
+
+def finite(value: Any) -> float | None:
+    """Take a finite number as it is, anything else as None."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if is_number else None

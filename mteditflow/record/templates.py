@@ -1,0 +1,29 @@
+"""Pages from the templates that lie beside the code that fills them in: HTML, Markdown, SVG."""
+
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from mteditflow.record.figures import figure, format_interval, format_number
+from mteditflow.record.files import replace_file
+
+
+def write_page(template: str, values: Mapping[str, Any], path: Path) -> Path:
+    """Fill in a template, named by its path in the package, and write the page whole or not at all; return its path."""
+    replace_file(path, _environment().get_template(template).render(values).encode())
+    return path
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    """Make the environment of every page; a name that the values do not have is an error."""
+    loader = jinja2.FileSystemLoader(Path(__file__).parent.parent)
+    environment = jinja2.Environment(
+        loader=loader, trim_blocks=True, undefined=jinja2.StrictUndefined,
+        autoescape=jinja2.select_autoescape(("html.jinja", "svg.jinja")),
+    )  # fmt: skip
+    environment.globals.update(figure=figure, format_interval=format_interval, format_number=format_number)
+    return environment

@@ -1,0 +1,184 @@
+"""One self-contained HTML page of a run, also of one that is still at work or was killed.
+
+    python -m mteditflow.report runs/mini
+
+What the run has not written yet is named on the page as not there yet.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mteditflow.config import Config
+from mteditflow.config.cli import from_yaml
+from mteditflow.export.card import read_usage
+from mteditflow.record.alarms import ALARMS
+from mteditflow.record.figures import METRICS, RESULTS, align_turns, finite
+from mteditflow.record.files import read_json
+from mteditflow.record.metrics import FILE, read_lines
+from mteditflow.record.templates import write_page
+from mteditflow.report.charts import NUM_COLORS, Curve, chart, data_uri, edit_types
+
+Lines = list[dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChartSpec:
+    """What a chart shows: the figures of metrics.jsonl whose keys match `keys`, whose group names the curve."""
+
+    title: str
+    note: str
+    keys: str
+    is_optional: bool = False  # not every objective has these figures
+
+
+HELD_OUT = ChartSpec(
+    title="Held-out O by turn", note="Percent, short evaluations of the average.", keys=r"heldout/O_(\d+)"
+)
+CHARTS = (
+    ChartSpec(
+        title="Reward",
+        note="Mean over the iteration's trajectories, and their spread.",
+        keys=r"reward/(mean|std)",
+    ),
+    ChartSpec(title="Instruction score by turn", note="From 0, ignored, to 1, done.", keys=r"reward/turn_(\d+)"),
+    ChartSpec(title="Success by turn", note="Share of edits that the verdict accepts.", keys=r"reward/success_(\d+)"),
+    ChartSpec(
+        title="Consistency", note="What no instruction touched, against the source.", keys=r"reward/(consistency)"
+    ),
+    ChartSpec(
+        title="Drift from the source",
+        note="Of the last turn's pictures, relative: edges, saturation, colourfulness.",
+        keys=r"alarm/(\w+)_drift",
+    ),
+    ChartSpec(
+        title="No edit, over-edit",
+        note="Share of turns that return their input; share with low consistency.",
+        keys=r"alarm/(no_edit|over_edit)_share",
+    ),
+    HELD_OUT,
+    ChartSpec(
+        title="Groups without spread",
+        note="Share of groups that teach nothing: their scores are all alike.",
+        keys=r"reward/(zero_spread_share)",
+    ),
+    ChartSpec(
+        title="Ratio error",
+        note="Largest |ratio - 1|: of all updates, and before the first, where it must be 0.",
+        keys=r"update/(ratio_error|first_ratio_error)",
+        is_optional=True,
+    ),
+    ChartSpec(
+        title="Clip fraction",
+        note="Share of transitions whose ratio left the clip range.",
+        keys=r"update/(clip_fraction)",
+        is_optional=True,
+    ),
+    ChartSpec(title="Gradient norm", note="Before it is cut to max_grad_norm.", keys=r"update/(grad_norm)"),
+    ChartSpec(title="Seconds by phase", note="Of each iteration.", keys=r"time/(\w+)_s"),
+)
+
+
+def write_report(folder: Path) -> Path:
+    """Write `folder/report.html` from what the run has written so far. ValueError where there are no metrics."""
+    if not (folder / FILE).is_file():
+        raise ValueError(f"{folder} is not the folder of a run: it has no {FILE}")
+    return write_page("report/report.html.jinja", _contents(folder), folder / "report.html")
+
+
+def _contents(folder: Path) -> dict[str, Any]:
+    """Gather the template's variables."""
+    lines = read_lines(folder / FILE)
+    config, problem = _read_config(folder / "config.yaml")
+    charts = {spec: _chart(spec, lines) for spec in CHARTS}
+    before, after, gain = reports = [read_json(folder / f"{name}.json") for name in RESULTS]
+    newest = after or before
+    return {
+        "title": f"MT-EditFlow: {config.run.folder if config else folder.resolve().name}",
+        "config": config,
+        "config_problem": problem,
+        "config_text": (folder / "config.yaml").read_text() if (folder / "config.yaml").is_file() else "",
+        "progress": _progress(lines, config),
+        "metrics": METRICS,
+        "turns": align_turns(before, after, gain),
+        "num_sessions": newest.get("num_sessions"),
+        "num_invalid": newest.get("num_invalid"),
+        "missing": [words for words, report in zip(RESULTS.values(), reports, strict=True) if not report],
+        "charts": [chart for chart in charts.values() if chart],
+        "no_charts": [spec.title for spec in CHARTS if not charts[spec] and _is_due(spec, config)],
+        "alarms": _alarms(lines, config) if config else [],
+        "strips": _strips(folder),
+        "edit_types": edit_types({"before": before, "after": after}),
+        "code": next(filter(None, map(read_usage, _exports(folder))), ""),
+    }
+
+
+def _read_config(path: Path) -> tuple[Config | None, str]:
+    """Read the run's config; None where it cannot be had, and why."""
+    if not path.is_file():
+        return None, "config.yaml is missing"
+    try:
+        return from_yaml(path), ""
+    except ValueError as error:  # of another version of the program: the page says so and shows the rest
+        return None, str(error)
+
+
+def _progress(lines: Lines, config: Config | None) -> str:
+    """Say in a sentence how far the run is."""
+    names = {name for line in lines for name in line if re.fullmatch(r"time/\w+_s", name)}
+    seconds = sum(finite(line.get(name)) or 0.0 for line in lines for name in names)
+    total = config.run.num_iterations if config else None
+    text = f"{len(lines)} of {total} iterations" if total else f"{len(lines)} iterations"
+    text += f" in {seconds / 60:.1f} minutes, evaluations aside." if names else "."
+    return text + (" The run is not finished." if total and len(lines) < total else "")
+
+
+def _is_due(spec: ChartSpec, config: Config | None) -> bool:
+    """Whether every run by this config has the chart's figures, sooner or later."""
+    if spec is HELD_OUT and config:
+        return 0 < config.evaluation.every < config.run.num_iterations
+    return not spec.is_optional
+
+
+def _chart(spec: ChartSpec, lines: Lines) -> dict[str, Any] | None:
+    """Lay out a chart; None where no key has a value yet. Of more turns than colours, the first, middle and last."""
+    names = {name: match[1] for line in lines for name in line if (match := re.fullmatch(spec.keys, name))}
+    curves = [
+        Curve(
+            name=f"turn {label}" if label.isdigit() else label.replace("_", " "),
+            points=[(int(line["iteration"]), finite(line[name])) for line in lines if name in line],
+        )
+        for name, label in names.items()
+    ]
+    if len(curves) > NUM_COLORS and all(label.isdigit() for label in names.values()):
+        curves = [curves[0], curves[(len(curves) - 1) // 2], curves[-1]]
+    return chart(spec.title, spec.note, curves, x_name="iteration")
+
+
+def _alarms(lines: Lines, config: Config) -> list[dict[str, Any]]:
+    """Make a row for each alarm that has been watched: last and highest value, threshold, when it first rang."""
+    rows = []
+    for name, alarm in ALARMS.items():
+        values = {line["iteration"] + 1: value for line in lines if (value := finite(line.get(name))) is not None}
+        if values:
+            first = next((iteration for iteration, value in values.items() if value > alarm.threshold), None)
+            last, highest = list(values.values())[-1], max(values.values())
+            what = {"title": alarm.title, "meaning": alarm.meaning}
+            rows.append(what | {"last": last, "highest": highest, "limit": alarm.threshold, "first": first})
+    return rows
+
+
+def _strips(folder: Path) -> dict[str, str]:
+    """Read the first and the last strip, by what it shows."""
+    paths = sorted((folder / "strips").glob("iteration-*.png"))
+    found = {int(path.stem.removeprefix("iteration-")): path for path in (*paths[:1], *paths[-1:])}
+    return {
+        f"After iteration {number}" if number else "Before training": data_uri(path.read_bytes())
+        for number, path in found.items()
+    }
+
+
+def _exports(folder: Path) -> list[Path]:
+    """List where a run's weights may have been exported to: at its end, or on request."""
+    return [folder / "lora", folder / "weights", *sorted((folder / "export").glob("*"))]

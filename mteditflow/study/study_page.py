@@ -1,0 +1,116 @@
+"""The page of a study: study.json, study.md and a figure per comparison, from the folders of finished runs."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mteditflow.evaluate.edival import Floats
+from mteditflow.evaluate.held_out import load_evaluation
+from mteditflow.record.figures import METRICS
+from mteditflow.record.files import write_json
+from mteditflow.record.templates import write_page
+from mteditflow.report.charts import ticks
+from mteditflow.study.cells import CellRun, Comparison
+from mteditflow.study.statistics import OVERALL, Estimate, Outcome, Outcomes, read_outcome, verdict
+
+LEFT, RIGHT, TOP, ROW_HEIGHT = 190, 620, 14, 34  # pixels of a figure
+
+
+def write_study(folder: Path, comparisons: list[Comparison], runs: list[CellRun], how: dict[str, Any]) -> Path:
+    """Write study.json, study.md and the figures from these finished runs, at least one; returns the page.
+
+    `how` is what the page says of how they were made: command, commits, num_finished, num_runs.
+    """
+    base = load_evaluation(runs[0].folder, "before")
+    assert base is not None
+    by_cell: dict[str, dict[int, Outcome]] = {}
+    for run in runs:
+        by_cell.setdefault(run.cell.key, {})[run.seed] = read_outcome(run.folder)
+    outcomes = Outcomes(base, by_cell)
+    contents = how | {
+        "num_sessions": len(base.verdict),
+        "turn": base.verdict.shape[1],
+        "before": _name_metrics(outcomes.base_point),
+        "seed_std": {"value": round(outcomes.alone.mean_square**0.5, 2), "dof": round(outcomes.alone.dof, 1)},
+        "paired_seed_std": {"value": round(outcomes.paired.mean_square**0.5, 2), "dof": outcomes.paired.dof},
+        "comparisons": [_describe_comparison(comparison, outcomes) for comparison in comparisons],
+    }
+    for comparison in contents["comparisons"]:
+        write_page("study/study.svg.jinja", _lay_out(comparison), folder / f"{comparison['name']}.svg")
+    write_json(folder / "study.json", contents)
+    return write_page("study/study.md.jinja", contents, folder / "study.md")
+
+
+def _name_metrics(point: Floats) -> dict[str, float]:
+    """Round MT, IF, CC, O (4,), by name."""
+    return {metric: round(float(value), 2) for metric, value in zip(METRICS, point, strict=True)}
+
+
+def _describe_comparison(comparison: Comparison, outcomes: Outcomes) -> dict[str, Any]:
+    """Describe a comparison as page and study.json have it: its rows, the paper's claims, the verdict."""
+    keys = {name: cell.key for name, cell in comparison.cells.items()}
+    claims = [(a, b, outcomes.difference(keys[a], keys[b], comparison.seeds)) for a, b in comparison.claims]
+    return {
+        "name": comparison.name,
+        "question": comparison.question,
+        "note": comparison.note,
+        "seeds": list(comparison.seeds),
+        "rows": [_describe_cell(name, comparison, outcomes) for name in comparison.cells],
+        "claims": [{"ahead": a, "behind": b, "difference": _as_dict(value)} for a, b, value in claims],
+        "verdict": verdict([value for *_, value in claims]),
+    }
+
+
+def _describe_cell(name: str, comparison: Comparison, outcomes: Outcomes) -> dict[str, Any]:
+    """Describe a cell of a comparison; one of which no run is finished has no figures."""
+    cell, reference = comparison.cells[name], next(iter(comparison.cells.values()))
+    by_seed = outcomes.at(cell.key, comparison.seeds)
+    runs, config = by_seed.values(), cell.config
+    images = config.rollout.num_tasks * config.rollout.group_size * config.data.num_turns
+    turn_images = images * config.run.num_iterations
+    row = {"cell": name, "key": cell.key, "seeds": list(by_seed), "turn_images": turn_images}
+    if not runs:
+        return row
+    difference = None if cell is reference else outcomes.difference(cell.key, reference.key, comparison.seeds)
+    gains = [run.point[OVERALL] - outcomes.base_point[OVERALL] for run in runs]
+    return row | {
+        "after": _name_metrics(np.mean([run.point for run in runs], axis=0)),
+        "gain_by_seed": [round(float(gain), 2) for gain in gains],
+        "gain": _as_dict(outcomes.gain(cell.key, comparison.seeds)),
+        "difference": _as_dict(difference),
+        "training_reward": [round(float(np.mean(ends)), 4) for ends in zip(*(r.rewards for r in runs), strict=True)],
+    }
+
+
+def _as_dict(value: Estimate | None) -> dict[str, float] | None:
+    return None if value is None else asdict(value)
+
+
+def _lay_out(comparison: dict[str, Any]) -> dict[str, Any]:
+    """Lay out a comparison's figure: a line per cell, its gain with interval, a dot per seed."""
+    rows = [row for row in comparison["rows"] if row["seeds"]]
+    ends = [0.0, *(value for r in rows for value in (r["gain"]["low"], r["gain"]["high"], *r["gain_by_seed"]))]
+    places = ticks(min(ends), max(max(ends), min(ends) + 1))
+
+    def across(value: float) -> float:
+        return round(LEFT + (RIGHT - LEFT) * (value - places[0]) / (places[-1] - places[0]), 1)
+
+    return {
+        "question": comparison["question"],
+        "lines": [
+            {
+                "name": row["cell"],
+                "y": TOP + ROW_HEIGHT * place + ROW_HEIGHT // 2,
+                **{end: across(row["gain"][end]) for end in ("low", "value", "high")},
+                "dots": [across(value) for value in row["gain_by_seed"]],
+                "label": f"{row['gain']['value']:+.1f}",
+            }
+            for place, row in enumerate(rows)
+        ],
+        "ticks": [{"x": across(value), "label": f"{value:g}"} for value in places],
+        "zero": across(0),
+        "top": TOP,
+        "bottom": TOP + ROW_HEIGHT * len(rows),
+    }

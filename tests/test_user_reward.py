@@ -1,0 +1,167 @@
+"""A reward of the user's own: docs/judge.md followed to the letter, what it does to the advantage, what is refused."""
+
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY_MAX_TEXT_TOKENS
+from torch import Tensor
+
+from mteditflow.advantage import advantages
+from mteditflow.config import AdvantageConfig, Config, RewardConfig
+from mteditflow.config.cli import from_yaml
+from mteditflow.config.command import train as main
+from mteditflow.config.reward import parse_also
+from mteditflow.data import training_tasks
+from mteditflow.distributed import Ranks
+from mteditflow.objective import build_objective
+from mteditflow.policy import build_policy
+from mteditflow.record.metrics import read_lines
+from mteditflow.reward import build_reward
+from mteditflow.rollout import sample_rollout
+from mteditflow.types import Rollout
+
+GUIDE = (Path(__file__).parent.parent / "docs" / "judge.md").read_text()
+SECTION = GUIDE[GUIDE.index("## A reward of your own") :]
+ONE_RANK = Ranks(rank=0, world_size=1, device=torch.device("cpu"))
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A working folder with the guide's files, as of a console script: not on sys.path."""
+    for language, name in (("python", "my_rewards.py"), ("yaml", "my.yaml")):
+        match = re.search(rf"```{language}\n(.*?)```", SECTION, re.DOTALL)
+        assert match
+        (tmp_path / name).write_text(match[1])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", str(tmp_path))])
+    before = set(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        if name.startswith("my_"):
+            del sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def rollout(tiny_config: Config) -> Rollout:
+    policy = build_policy(tiny_config.model, tiny_config.lora, seed=0, has_old=False)
+    tasks = training_tasks(tiny_config, 0, ONE_RANK)
+    return sample_rollout(policy, build_objective(tiny_config), tasks, tiny_config, 0)
+
+
+def z_of_pairs(values: Tensor) -> Tensor:
+    """z of 2 groups of 2."""
+    pairs = values.double().reshape(2, 2)
+    return ((pairs - pairs.mean(1, keepdim=True)) / (pairs.std(1, correction=0, keepdim=True) + 1e-4)).flatten()
+
+
+def test_the_guides_function_changes_the_advantage_as_the_formula_says(
+    folder: Path, rollout: Rollout, tiny_config: Config
+) -> None:
+    config = replace(tiny_config, reward=from_yaml(folder / "my.yaml").reward)
+    assert config.data.num_turns == 2
+    scores = build_reward(config)(rollout)
+    assert list(scores.rewards) == ["instruction", "consistency", "sharpness"]
+    assert scores.weights == {"instruction": 1.0, "consistency": 0.1, "sharpness": 0.2}
+    sharpness = torch.stack([turn.image.diff(dim=3).abs().flatten(1).mean(1) for turn in rollout.turns], dim=1)
+    torch.testing.assert_close(scores.rewards["sharpness"], sharpness, rtol=1e-6, atol=0)
+    paper = AdvantageConfig(std="group")
+    plain = advantages(build_reward(tiny_config)(rollout), rollout.group, paper)
+    expected = plain.double() + 0.2 * z_of_pairs(sharpness.mean(1))[:, None]
+    found = advantages(scores, rollout.group, paper)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)  # float32 z of up to 2, sums of 3
+    assert (found - plain).abs().min() > 0.1
+
+
+def test_a_run_by_the_guide(folder: Path, tiny_pipeline_folder: Path) -> None:
+    """Trained with, logged by its name, and weighed in reward/mean."""
+    values = {
+        "model.path": tiny_pipeline_folder, "model.max_text_tokens": TINY_MAX_TEXT_TOKENS, "lora.rank": 2,
+        "data.num_turns": 2, "rollout.num_tasks": 1, "rollout.group_size": 4, "rollout.num_steps": 3,
+        "evaluation.num_sessions": 2, "evaluation.num_sessions_short": 1, "evaluation.num_strips": 1,
+        "evaluation.num_steps": 1, "evaluation.every": 0, "run.num_iterations": 1, "run.folder": folder / "run",
+    }  # fmt: skip
+    main(["--config", "my.yaml", *(word for name, value in values.items() for word in (f"--{name}", str(value)))])
+    (line,) = read_lines(folder / "run" / "metrics.jsonl")
+    assert line["reward/sharpness"] > 0 and line["update/grad_norm"] > 0
+    expected = line["reward/instruction"] + 0.1 * line["reward/consistency"] + 0.2 * line["reward/sharpness"]
+    assert line["reward/mean"] == pytest.approx(expected, rel=1e-5)
+    assert (folder / "run" / "report.html").exists()
+
+
+FUNCTIONS = """
+import torch
+def lists(sources, instructions, pictures):
+    assert sources.shape == pictures.shape[1:] and len(instructions) == len(sources)
+    return [[float(len(text)) for text in texts] for texts in instructions]
+def transposed(sources, instructions, pictures):
+    return pictures.mean(dim=(2, 3, 4))
+def summed(sources, instructions, pictures):
+    return pictures.sum()
+def nothing(sources, instructions, pictures):
+    return None
+def endless(sources, instructions, pictures):
+    return torch.full((pictures.shape[1], len(pictures)), torch.inf)
+number = 3
+"""
+WRONG = {
+    "my_nowhere:f": r"cannot be imported from the working folder or sys.path \(ModuleNotFoundError: No module",
+    "my_broken:f": r"cannot be imported .* \(NameError: name 'x' is not defined\); python -c 'import my_broken'",
+    "my_functions:f": r"my_functions.py has no function 'f'",
+    "my_functions:number": r"my_functions.py has no function 'number'",
+    "my_functions:transposed": r"gives shape \(2, 3\), must give a number, .* \(N, K\) = \(3, 2\) here",
+    "my_functions:summed": r"gives shape \(\), must give",
+    "my_functions:nothing": r"gives NoneType, must give numbers",
+    "my_functions:endless": r"gives an infinite number, must give",
+}
+
+
+@pytest.mark.parametrize(("also", "message"), WRONG.items())
+def test_what_is_no_reward_is_one_line_before_the_run(
+    also: str, message: str, folder: Path, tiny_config: Config
+) -> None:
+    (folder / "my_functions.py").write_text(FUNCTIONS)
+    (folder / "my_broken.py").write_text("y = x\n")
+    with pytest.raises(ValueError, match=rf"reward\.also is '{also}': .*{message}") as caught:
+        build_reward(replace(tiny_config, reward=RewardConfig(also=also)))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_list_of_functions_and_their_weights(folder: Path, rollout: Rollout, tiny_config: Config) -> None:
+    (folder / "my_functions.py").write_text(FUNCTIONS)
+    reward = build_reward(
+        replace(tiny_config, reward=RewardConfig(also=("my_functions:lists", "my_rewards:sharpness=0")))
+    )
+    scores = reward(rollout)
+    assert scores.weights == {"instruction": 1.0, "consistency": 0.1, "lists": 1.0, "sharpness": 0.0}
+    expected = [[len(text) for text in rollout.tasks[g].instructions[:2]] for g in rollout.group.tolist()]
+    assert scores.rewards["lists"].tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("also", "message"),
+    [
+        ("sharpness", "must be module:function or module:function=weight"),
+        ("a:b=heavy", "the weight must be a number, not negative"),
+        ("a:b=-1", "the weight must be a number, not negative"),
+        ("a:b=inf", "the weight must be a number, not negative"),
+        ("a:mean", "there is a mean already: rename the function"),
+        ("a:success_1", "there is a success_1 already"),
+        (("a:f", "b:f"), "two functions have one name"),
+    ],
+)
+def test_what_the_config_refuses(also: str | tuple[str, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=rf"reward\.also is .*: {message}"):
+        RewardConfig(also=also)
+
+
+def test_weights_of_all_rewards_are_convex_together() -> None:
+    assert parse_also("a.b:c=0.25").weight == 0.25 and parse_also("a.b:c").weight == 1
+    convex = AdvantageConfig(weights="convex", consistency_weight=0.3)
+    Config(advantage=convex, reward=RewardConfig(also="a:b=0.7"))
+    with pytest.raises(ValueError, match=r"advantage.weights is 'convex': .* the others weigh 1.05: must be at most 1"):
+        Config(advantage=convex, reward=RewardConfig(also="a:b=0.75"))
