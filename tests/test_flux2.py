@@ -28,7 +28,7 @@ from torch import Tensor
 from mteditflow.config import Config, EvaluationConfig, LoraConfig, ModelConfig, ObjectiveConfig, RunConfig
 from mteditflow.data import training_tasks
 from mteditflow.distributed import Ranks
-from mteditflow.export.weights import save_lora
+from mteditflow.export.weights import write_lora
 from mteditflow.flow import noisy_steps, step_table
 from mteditflow.policy import Policy, build_policy
 from mteditflow.policy.flux2 import TARGETS
@@ -280,7 +280,7 @@ def test_export_gives_the_stock_pipeline_the_same_editor(
 ) -> None:
     policy, pipeline = build_policy(config_of(folders, kind), LORA, seed=3, has_old=False), stock(folders[kind])
     perturb(policy, "ema")
-    save_lora(policy, tmp_path)
+    write_lora(type(policy.pipeline), policy.adapters.state("ema"), policy.adapters.lora, tmp_path)
     latents, source = draw(1, policy.num_tokens, 16), pictures(1)
     base = generate(pipeline, [PROMPTS[2]], source[0], latents, policy, scale)
     pipeline.load_lora_weights(tmp_path)

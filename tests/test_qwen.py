@@ -15,7 +15,7 @@ from tiny_qwen import LARGE, LORA, PROMPTS, SQUARE, WIDE, build, condition_on, c
 from torch import Tensor
 
 from mteditflow.config import ModelConfig
-from mteditflow.export.weights import save_lora
+from mteditflow.export.weights import write_lora
 from mteditflow.flow import step_table
 from mteditflow.policy.qwen_image_edit import QwenImageEditPolicy, schedule
 from mteditflow.rollout import roll_out, round_to_8_bit
@@ -164,7 +164,7 @@ def test_export_gives_the_stock_pipeline_the_same_editor(
     config = config_of(folders[variant])
     pipeline, policy, source = stock(config, monkeypatch), build(config), images(1)
     perturb(policy, "ema")
-    save_lora(policy, tmp_path)
+    write_lora(type(policy.pipeline), policy.adapters.state("ema"), policy.adapters.lora, tmp_path)
     latents, prompt = noise(policy, 1), PROMPTS[1]
     base = generate(pipeline, config, prompt, source, latents)
     pipeline.load_lora_weights(tmp_path)
