@@ -14,7 +14,7 @@ from mteditflow.data import training_tasks
 from mteditflow.distributed import Ranks
 from mteditflow.flow import step_table, window_steps
 from mteditflow.policy import Policy, build_policy
-from mteditflow.rollout import INITIAL_NOISE, roll_out, row_keys, sample_rollout, round_to_8_bit
+from mteditflow.rollout import INITIAL_NOISE, roll_out, round_to_8_bit, row_keys, sample_rollout
 from mteditflow.types import EditTask, Rollout
 
 ONE_RANK = Ranks(rank=0, world_size=1, device=torch.device("cpu"))
