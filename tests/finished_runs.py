@@ -14,7 +14,6 @@ from mteditflow import run
 from mteditflow.config import command
 from mteditflow.evaluate import held_out
 from mteditflow.noise import EVALUATION
-from mteditflow.reward import Reward
 from mteditflow.types import Rollout, Scores
 
 VOID = {"meta", "img", "br", "link", "input"}
@@ -50,7 +49,7 @@ class Page(HTMLParser):
         self.words.append(data)
 
 
-def failing(reward: Reward) -> Callable[[Rollout], Scores]:
+def failing(reward: Callable[[Rollout], Scores]) -> Callable[[Rollout], Scores]:
     """A reward that gives every third held-out session no scores."""
 
     def judge(rollout: Rollout) -> Scores:

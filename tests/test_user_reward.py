@@ -159,9 +159,5 @@ def test_what_the_config_refuses(also: str | tuple[str, ...], message: str) -> N
         RewardConfig(also=also)
 
 
-def test_weights_of_all_rewards_are_convex_together() -> None:
+def test_a_weight_stands_behind_the_function() -> None:
     assert parse_also("a.b:c=0.25").weight == 0.25 and parse_also("a.b:c").weight == 1
-    convex = AdvantageConfig(weights="convex", consistency_weight=0.3)
-    Config(advantage=convex, reward=RewardConfig(also="a:b=0.7"))
-    with pytest.raises(ValueError, match=r"advantage.weights is 'convex': .* the others weigh 1.05: must be at most 1"):
-        Config(advantage=convex, reward=RewardConfig(also="a:b=0.75"))

@@ -5,6 +5,7 @@ is the exact verifier's, whatever reward trains; for tasks without a known truth
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from mteditflow.guards import MAX_INVALID_SHARE
 from mteditflow.noise import EVALUATION
 from mteditflow.policy import AdapterName, Policy
 from mteditflow.record.files import replace_file, write_json
-from mteditflow.reward import CONSISTENCY, INSTRUCTION, Rewards
+from mteditflow.reward import CONSISTENCY, INSTRUCTION
 from mteditflow.reward.exact import grade_pictures, measure_consistency, quality, read_rollout
 from mteditflow.rollout import roll_out
 from mteditflow.types import EditTask, Rollout, Scores
@@ -32,7 +33,11 @@ MAY_DIFFER = ("evaluation.every", "evaluation.num_sessions_short", "data.num_tur
 
 
 def evaluate(
-    policy: Policy, tasks: list[EditTask], config: Config, adapter: AdapterName, reward: Rewards | None = None
+    policy: Policy,
+    tasks: list[EditTask],
+    config: Config,
+    adapter: AdapterName,
+    reward: Callable[[Rollout], Scores] | None = None,
 ) -> Evaluation:
     """Evaluate one trajectory of each task under an adapter, by the ODE, judged by the exact verifier where it can
     judge all tasks, and else by `reward`. ValueError where more than half could not be scored.

@@ -41,13 +41,11 @@ def align_turns(*reports: Mapping[str, Any]) -> list[tuple[Any, ...]]:
 
 def figure(turn: Mapping[str, Any], name: str) -> Figure:
     """Read the figure `name` of a turn, such as O or O_gain, which has a sign; a dash where it is not there."""
-    is_gain, interval = name.endswith("_gain"), turn.get(f"{name}_interval")
-    is_clear = is_gain and interval and not interval[0] <= 0 <= interval[1]
-    return Figure(
-        value=format_number(turn.get(name), has_sign=is_gain),
-        interval=format_interval(interval, has_sign=is_gain) if interval else "",
-        css=("good" if interval[0] > 0 else "bad") if is_clear else "",
-    )
+    is_gain, interval, css = name.endswith("_gain"), turn.get(f"{name}_interval"), ""
+    if is_gain and interval and not interval[0] <= 0 <= interval[1]:
+        css = "good" if interval[0] > 0 else "bad"
+    text = format_interval(interval, has_sign=is_gain) if interval else ""
+    return Figure(value=format_number(turn.get(name), has_sign=is_gain), interval=text, css=css)
 
 
 def format_number(value: Any, *, has_sign: bool = False) -> str:

@@ -53,7 +53,7 @@ def clip_tokenizer(vocabulary: Sequence[str], max_tokens: int) -> PreTrainedToke
     return _tokenizer([PAD, UNKNOWN, *vocabulary, CLIP_START, CLIP_END], max_tokens, start=CLIP_START, end=CLIP_END)
 
 
-def _clip(tokenizer: PreTrainedTokenizerFast, width: int) -> CLIPTextModel:
+def _clip(tokenizer: Any, width: int) -> CLIPTextModel:
     """Make CLIP with one layer; its pooled output is the state at the end token, unless that token's id were 2."""
     config = CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, projection_dim=width,
@@ -63,7 +63,7 @@ def _clip(tokenizer: PreTrainedTokenizerFast, width: int) -> CLIPTextModel:
     return CLIPTextModel(config)
 
 
-def _t5(tokenizer: PreTrainedTokenizerFast, width: int) -> T5EncoderModel:
+def _t5(tokenizer: Any, width: int) -> T5EncoderModel:
     """Make T5 v1.1 (gated GELU) with one layer."""
     config = T5Config(
         vocab_size=len(tokenizer), d_model=width, d_kv=width // 2, d_ff=2 * width, num_layers=1, num_heads=2,
