@@ -6,6 +6,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before a library reads it: a hub asked in 
 
 from pathlib import Path
 
+import finished_runs
 import pytest
 import torch
 
@@ -85,3 +86,21 @@ def tiny_config(tiny_pipeline_folder: Path) -> Config:
         objective=ObjectiveConfig(name="grpo"),
         optimizer=OptimizerConfig(weight_decay=0.0),
     )
+
+
+@pytest.fixture(scope="session")
+def lora_run(tiny_pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run: GRPO of a LoRA on FLUX.1-Kontext, K = 2."""
+    return finished_runs.train_lora(tmp_path_factory.mktemp("runs") / "lora-run", tiny_pipeline_folder)
+
+
+@pytest.fixture(scope="session")
+def weights_run(tiny_pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run: NFT of the weights themselves, K = 1."""
+    return finished_runs.train_weights(tmp_path_factory.mktemp("runs") / "weights-run", tiny_pipeline_folder)
+
+
+@pytest.fixture(scope="session")
+def klein_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run: NFT of a LoRA on FLUX.2, of whose held-out sessions some could not be scored."""
+    return finished_runs.train_klein(tmp_path_factory.mktemp("runs") / "klein-run")

@@ -47,10 +47,7 @@ def write_run(folder: Path, config: Config, iteration: int = 3) -> dict[str, dic
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(cli.to_yaml(config))
     optimizer = {"0.step": torch.zeros(1)}
-    scalars: checkpoint.Scalars = {"num_updates": iteration}
-    checkpoint.save(
-        folder, iteration=iteration, config=config, state=state | {"optimizer": optimizer}, scalars=scalars, keep=2
-    )
+    checkpoint.save(folder, iteration=iteration, config=config, state=state | {"optimizer": optimizer}, keep=2)
     return state
 
 

@@ -60,7 +60,7 @@ def guide(monkeypatch: pytest.MonkeyPatch) -> Any:
     exec(compile(code + check, "docs/add_a_model.md", "exec"), patch.__dict__)
     assert line.replace(", patch.FAMILY", "") in (ROOT / "mteditflow" / "policy" / "__init__.py").read_text()
     monkeypatch.setattr(policies, "patch", patch, raising=False)
-    monkeypatch.setattr(policies, "FAMILIES", eval(line.removeprefix("FAMILIES = "), vars(policies)))
+    monkeypatch.setattr(policies, "FAMILIES", eval(line.removeprefix("FAMILIES = "), dict(vars(policies))))
     monkeypatch.setattr(diffusers, "PatchPipeline", PatchPipeline, raising=False)
     return patch
 

@@ -1,6 +1,5 @@
 """The model card: what it says, and that its code runs."""
 
-import json
 from dataclasses import replace
 from inspect import signature
 from pathlib import Path
@@ -22,6 +21,8 @@ from PIL import Image
 
 from mteditflow.config import Config, LoraConfig, ModelConfig, cli, command
 from mteditflow.export import card
+from mteditflow.record.figures import METRICS, figure
+from mteditflow.record.files import read_json
 
 ROOT = Path(__file__).parent.parent
 
@@ -30,46 +31,59 @@ def front_matter(text: str) -> dict[str, Any]:
     return yaml.safe_load(text.split("---\n")[1])
 
 
-def with_results(run: Path) -> None:
-    def figures(suffix: str, shift: float) -> dict[str, Any]:
-        turns = [
-            {"turn": turn} | {f"{name}{suffix}": 10.0 * turn + shift for name in card.METRICS}
-            | {f"{name}{suffix}_interval": [10.0 * turn + shift - 1, 10.0 * turn + shift + 1] for name in card.METRICS}
-            for turn in (1, 2)
-        ]  # fmt: skip
-        return {"num_sessions": 32, "turns": turns}
-
-    for name, suffix, shift in (("evaluation_before", "", 0), ("evaluation_after", "", 5), ("comparison", "_gain", -5)):
-        (run / f"{name}.json").write_text(json.dumps(figures(suffix, shift)))
-    (run / "strips").mkdir()
-    for n in (0, 20, 3):
-        Image.new("RGB", (n + 1, 4)).save(run / "strips" / f"iteration-{n:06d}.png")
-
-
-def test_card(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
-    config, run, out = config_of(tiny_pipeline_folder), tmp_path / "run", tmp_path / "out"
-    write_run(run, config, iteration=7)
-    with_results(run)
-    command.export([str(run), "--out", str(out)])
-    text = (out / "README.md").read_text()
+@pytest.mark.parametrize("name", ["lora_run", "weights_run", "klein_run"])
+def test_card_of_a_run(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """Its figures are those of the run's files; its recipe is the run's config."""
+    run: Path = request.getfixturevalue(name)
+    out = run / ("weights" if name == "weights_run" else "lora")
+    config, text = cli.from_yaml(run / "config.yaml"), (out / "README.md").read_text()
     matter = front_matter(text)
     assert matter["library_name"] == "diffusers" and matter["pipeline_tag"] == "image-to-image"
-    assert {"lora", "image-to-image"} <= set(matter["tags"])
+    assert ("lora" in matter["tags"]) == (name != "weights_run") and "image-to-image" in matter["tags"]
     assert "base_model" not in matter  # a folder has no name on the hub
-    assert "| IF | 2 | 20.0 [19.0, 21.0] | 25.0 [24.0, 26.0] | +15.0 [+14.0, +16.0] |" in text
-    assert "32 held-out sessions" in text and "iteration 7 of 7" in text and "not finished" not in text
-    assert Image.open(out / "strips.png").size == (21, 4) and "](strips.png)" in text
-    recipe = text.split("```yaml\n")[1].split("```")[0]
-    (tmp_path / "recipe.yaml").write_text(recipe)
+    before, after, gain = (
+        read_json(run / f"{file}.json") for file in ("evaluation_before", "evaluation_after", "comparison")
+    )
+    for metric in METRICS:
+        for old, new, change in zip(before["turns"], after["turns"], gain["turns"], strict=True):
+            cells = figure(old, metric), figure(new, metric), figure(change, f"{metric}_gain")
+            assert f"| {metric} | {old['turn']} | {' | '.join(map(str, cells))} |" in text
+    assert f"{before['num_sessions']} held-out sessions" in text and "iteration 2 of 2" in text
+    assert ("could not be scored" in text) == (name == "klein_run") and "not finished" not in text
+    assert (out / "strips.png").read_bytes() == (run / "strips" / "iteration-000002.png").read_bytes()
+    assert "](strips.png)" in text
+    (tmp_path / "recipe.yaml").write_text(text.split("```yaml\n")[1].split("```")[0])
     again = cli.from_yaml(tmp_path / "recipe.yaml")
-    assert replace(again, run=config.run) == config and again.run.folder == "runs/run"
-    write_run(tmp_path / "young", config)
-    command.export(
-        [str(tmp_path / "young"), "--out", str(out), "--adapter", "current"]
-    )  # an earlier export is replaced
+    assert replace(again, run=config.run) == config and again.run.folder == f"runs/{run.name}"
+
+
+def test_card_of_a_run_that_is_not_evaluated(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
+    """It takes the place of an earlier export's card and strips."""
+    out = tmp_path / "out"
+    write_run(tmp_path / "young", config_of(tiny_pipeline_folder))
+    command.export([str(tmp_path / "young"), "--out", str(out)])
+    (out / "strips.png").touch()
+    command.export([str(tmp_path / "young"), "--out", str(out), "--adapter", "current"])
     text = (out / "README.md").read_text()
     assert not (out / "strips.png").exists() and "strips.png" not in text
     assert "has not been evaluated" in text and "not averaged" in text and "iteration 3 of 7" in text
+
+
+def run_code(text: str, folder: Path, patch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Run the Python of a card on a photograph; returns its names."""
+    patch.chdir(folder)
+    Image.new("RGB", (100, 80), "red").save("photo.png")
+    names: dict[str, Any] = {}
+    exec(text.split("```python\n")[1].split("```")[0], names)
+    assert Image.open("edit.png").size == (SIZE, SIZE)
+    return names
+
+
+def test_the_code_of_the_card_of_another_family_runs(
+    klein_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = run_code((klein_run / "lora" / "README.md").read_text(), tmp_path, monkeypatch)
+    assert len(names["pipe"].transformer.peft_config) == 1
 
 
 @pytest.mark.parametrize("form", ["diffusers", "merged"])
@@ -81,20 +95,16 @@ def test_the_code_of_the_card_runs(
     config = config_of(tiny_pipeline_folder, lora, condition_height=32, condition_width=48)
     write_run(tmp_path / "run", config)
     command.export([str(tmp_path / "run"), "--format", form, "--out", str(tmp_path / "out")])
-    code = (tmp_path / "out" / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    monkeypatch.chdir(tmp_path)
-    Image.new("RGB", (100, 80), "red").save("photo.png")
-    seen: dict[str, Any] = {}
-    exec(code, seen)
-    assert Image.open("edit.png").size == (SIZE, SIZE)
-    assert seen["image"].size == (48, 32) and "_auto_resize=False" in code
-    transformer = seen["pipe"].transformer
+    text = (tmp_path / "out" / "README.md").read_text()
+    names = run_code(text, tmp_path, monkeypatch)
+    assert names["image"].size == (48, 32) and "_auto_resize=False" in text
+    transformer = names["pipe"].transformer
     if form == "diffusers" and not lora.is_full:
         assert len(transformer.peft_config) == 1
     else:
         base = dict(loaded(tiny_pipeline_folder).transformer.named_parameters())
-        own = dict(transformer.named_parameters())
-        assert any(not torch.equal(own[key], base[key]) for key in base)
+        weights = dict(transformer.named_parameters())
+        assert any(not torch.equal(weights[key], base[key]) for key in base)
 
 
 @pytest.mark.parametrize(
@@ -119,14 +129,14 @@ def test_the_card_s_arguments_are_the_pipeline_s(name: str) -> None:
 
 def test_base_model_is_a_hub_name() -> None:
     config = Config(model=ModelConfig(path="black-forest-labs/FLUX.1-Kontext-dev"))
-    own = card.Card(
+    merged = card.Card(
         config=config, iteration=1, adapter="ema", form="merged", dtype="float32", pipeline="FluxKontextPipeline",
         file="", source="out",
     )  # fmt: skip
-    matter = card.front_matter(own)
+    matter = card.front_matter(merged)
     assert matter["base_model"] == config.model.path and matter["base_model_relation"] == "merge"
-    assert card.front_matter(replace(own, form="diffusers"))["base_model_relation"] == "adapter"
-    full = replace(own, config=replace(config, lora=FULL))
+    assert card.front_matter(replace(merged, form="diffusers"))["base_model_relation"] == "adapter"
+    full = replace(merged, config=replace(config, lora=FULL))
     assert (
         card.front_matter(full)["base_model_relation"] == "finetune" and "lora" not in card.front_matter(full)["tags"]
     )

@@ -14,22 +14,19 @@ from torch import Tensor
 
 from mteditflow.config import Config, DataConfig, EvaluationConfig, LoraConfig, ModelConfig, RolloutConfig
 from mteditflow.data import held_out_tasks
-from mteditflow.evaluate.edival import (
-    METRICS,
-    Evaluation,
-    _metrics,
-    compare,
+from mteditflow.evaluate.comparison_page import final_table
+from mteditflow.evaluate.edival import Evaluation, compare, metrics, point_metrics, summary
+from mteditflow.evaluate.held_out import (
     evaluate,
-    final_table,
+    is_comparable,
     load_evaluation,
     load_verdicts,
-    point_metrics,
     save_comparison,
     save_evaluation,
     save_verdicts,
-    summary,
 )
 from mteditflow.policy import build_policy
+from mteditflow.record.figures import METRICS
 from mteditflow.types import Rollout, Scores
 
 PUBLISHED_IF, PUBLISHED_CC = (59.97, 32.69, 16.61), (95.32, 92.24, 90.22)  # FLUX.1-Kontext-dev, algorithms.md section 5
@@ -72,7 +69,7 @@ def test_undefined_consistency_is_left_out() -> None:
     nan = torch.nan
     point = point_metrics(make(torch.tensor([[1, 1], [1, 0]]), torch.tensor([[0.5, nan], [0.75, 0.25]])))
     assert point[2] == pytest.approx([62.5, 25.0])
-    samples = _metrics(np.ones((5, 2, 3)), np.full((5, 2, 3), 0.5))
+    samples = metrics(np.ones((5, 2, 3)), np.full((5, 2, 3), 0.5))
     assert samples.shape == (4, 5, 3) and samples[2] == pytest.approx(50)
 
 
@@ -151,14 +148,14 @@ def test_files_round_trip(tmp_path: Path) -> None:
 
 
 def test_an_evaluation_of_other_settings_is_not_taken_for_this_one() -> None:
-    own = EvaluationConfig(num_sessions=2, num_sessions_short=2, num_strips=1, num_steps=3)
-    config = Config(data=DataConfig(num_turns=2), evaluation=own)
+    wanted = EvaluationConfig(num_sessions=2, num_sessions_short=2, num_strips=1, num_steps=3)
+    config = Config(data=DataConfig(num_turns=2), evaluation=wanted)
     evaluation = make(torch.zeros(2, 2))
-    assert evaluation.is_of(config)
+    assert is_comparable(evaluation, config)
     others: list[dict[str, Any]] = [{"num_sessions": 3}, {"num_steps": 4}, {"num_strips": 2}, {"num_turns": 3}]
-    assert not any(evaluation.is_of(replace(config, evaluation=replace(own, **other))) for other in others)
-    trained_on_one = replace(config, data=DataConfig(num_turns=1), evaluation=replace(own, num_turns=2))
-    assert evaluation.is_of(trained_on_one)
+    assert not any(is_comparable(evaluation, replace(config, evaluation=replace(wanted, **other))) for other in others)
+    trained_on_one = replace(config, data=DataConfig(num_turns=1), evaluation=replace(wanted, num_turns=2))
+    assert is_comparable(evaluation, trained_on_one)
 
 
 def test_evaluation_is_deterministic_and_sees_the_adapter(tiny_pipeline_folder: Path) -> None:
@@ -169,9 +166,9 @@ def test_evaluation_is_deterministic_and_sees_the_adapter(tiny_pipeline_folder: 
         rollout=RolloutConfig(num_steps=3),
         evaluation=EvaluationConfig(num_sessions=3, num_turns=2, num_sessions_short=3, num_strips=2, num_steps=3),
     )
-    policy, tasks = build_policy(config.model, config.lora, 0, "grpo"), held_out_tasks(config)
+    policy, tasks = build_policy(config.model, config.lora, 0, has_old=False), held_out_tasks(config)
     base, again = evaluate(policy, tasks, config, "off"), evaluate(policy, tasks, config, "ema")
-    assert base.images.shape == (2, 2, 3, 64, 64) and base.verdict.shape == (3, 2) and base.is_of(config)
+    assert base.images.shape == (2, 2, 3, 64, 64) and base.verdict.shape == (3, 2) and is_comparable(base, config)
     assert torch.equal(base.images, again.images)  # B is 0: the same noise, the same pictures
     policy.adapters.load("ema", {key: weight + 0.1 for key, weight in policy.adapters.state("ema").items()})
     moved = evaluate(policy, tasks, config, "ema")
@@ -233,10 +230,10 @@ def test_tasks_without_truth_are_judged_by_the_reward(
         lora=LoraConfig(rank=2, alpha=4),
         evaluation=EvaluationConfig(num_sessions=6, num_turns=2, num_sessions_short=2, num_strips=2, num_steps=1),
     )
-    policy = build_policy(config.model, config.lora, 0, "grpo")
+    policy = build_policy(config.model, config.lora, 0, has_old=False)
     tasks = [replace(task, truth=None) for task in held_out_tasks(config)]
     evaluation = evaluate(policy, tasks, config, "off", Judge())
-    assert evaluation.valid.tolist() == [False, True, True, False, True, True] and evaluation.is_of(config)
+    assert evaluation.valid.tolist() == [False, True, True, False, True, True] and is_comparable(evaluation, config)
     assert point_metrics(evaluation)[:3].tolist() == [[25, 25], [25, 0], [50, 50]]
     monkeypatch.setattr("mteditflow.evaluate.held_out.MAX_INVALID_SHARE", 0.3)
     with pytest.raises(ValueError, match=r"^2 of 6 held-out sessions could not be scored, .* 30%: look at the reward"):

@@ -1,7 +1,6 @@
 """`python -m mteditflow.evaluate`: its numbers are the library's, what is finished is kept, errors are one line."""
 
 import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,19 +12,23 @@ import pytest
 import safetensors.torch
 import torch
 from diffusers.pipelines.flux.pipeline_flux_kontext import FluxKontextPipeline
-from test_report import Page
+from finished_runs import Page, judged_by_a_failing_reward
 from torch import Tensor
 
 from mteditflow.config import Config, EvaluationConfig, LoraConfig
-from mteditflow.config.cli import LORA_FILE, to_yaml
+from mteditflow.config.cli import LORA_FILE, from_yaml, to_yaml
 from mteditflow.config.command import evaluate as main
 from mteditflow.data import held_out_tasks
-from mteditflow.evaluate import edival
-from mteditflow.evaluate.edival import METRICS, compare, evaluate, load_verdicts, summary
-from mteditflow.evaluate.lora_files import common_lora, read_subject, state_of
-from mteditflow.export.weights import save_lora
+from mteditflow.evaluate import compare_editors
+from mteditflow.evaluate.compare_editors import list_settings
+from mteditflow.evaluate.comparison_page import write_comparison
+from mteditflow.evaluate.edival import compare, summary
+from mteditflow.evaluate.held_out import evaluate, load_evaluation, load_verdicts
+from mteditflow.evaluate.lora_files import common_lora, padded_state, read_subject
+from mteditflow.export.weights import write_lora
 from mteditflow.policy import Policy, build_policy
 from mteditflow.record import checkpoint
+from mteditflow.record.figures import METRICS, figure
 
 SESSIONS = EvaluationConfig(num_sessions=3, num_turns=2, num_sessions_short=2, num_strips=2, num_steps=2)
 
@@ -46,9 +49,9 @@ def config(tiny_config: Config) -> Config:
 def run(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that has saved iteration 3 of 60."""
     folder = tmp_path_factory.mktemp("runs") / "mini"
-    policy = build_policy(config.model, config.lora, 0, "grpo")
+    policy = build_policy(config.model, config.lora, 0, has_old=False)
     state = {"ema": moved(policy, 1)}
-    checkpoint.save(folder, iteration=3, config=config, state=state, scalars={}, keep=1)
+    checkpoint.save(folder, iteration=3, config=config, state=state, keep=1)
     (folder / "config.yaml").write_text(to_yaml(config))
     return folder
 
@@ -58,9 +61,9 @@ def other(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LoRA from elsewhere, of another rank, alpha and choice of modules: its scale is 5 / 3, the run's is 2."""
     folder = tmp_path_factory.mktemp("elsewhere")
     lora = LoraConfig(rank=3, alpha=5, targets=("attn.to_v", "transformer_blocks.0.ff.net.2", "proj_mlp"))
-    policy = build_policy(config.model, lora, 0, "grpo")
+    policy = build_policy(config.model, lora, 0, has_old=False)
     policy.adapters.load("ema", moved(policy, 2))
-    save_lora(policy, folder)
+    write_lora(type(policy.pipeline), policy.adapters.state("ema"), lora, folder)
     return folder
 
 
@@ -86,8 +89,8 @@ def test_numbers_are_those_of_the_library(
 ) -> None:
     """To the bit: the adapter that holds a single subject is that subject's own."""
     out = command("base", run)
-    policy, tasks = build_policy(config.model, config.lora, 5, "grpo"), held_out_tasks(config)
-    policy.adapters.load("ema", moved(build_policy(config.model, config.lora, 0, "grpo"), 1))
+    policy, tasks = build_policy(config.model, config.lora, 5, has_old=False), held_out_tasks(config)
+    policy.adapters.load("ema", moved(build_policy(config.model, config.lora, 0, has_old=False), 1))
     expected = {"base": evaluate(policy, tasks, config, "off"), slug(run): evaluate(policy, tasks, config, "ema")}
     before, after = expected.values()
     assert not torch.equal(before.images, after.images)
@@ -102,7 +105,8 @@ def test_numbers_are_those_of_the_library(
         assert (out / name / "strips.png").stat().st_size > 0
     assert json.loads((out / "comparison.json").read_text())["gains"] == {str(run): compare(before, after)}
     said = capsys.readouterr().out
-    assert "averaged adapter after iteration 3 of 60" in said.replace("\n", " ") and "O over base" in said
+    assert "averaged adapter after iteration 3 of 60" in said.replace("\n", " ")
+    assert "gain over base" in said.replace("\n", " ")
 
 
 def test_one_adapter_holds_every_lora(config: Config, run: Path, other: Path) -> None:
@@ -110,9 +114,9 @@ def test_one_adapter_holds_every_lora(config: Config, run: Path, other: Path) ->
     subjects = [read_subject(str(run)), read_subject(str(other))]
     wide = common_lora(subjects, config)
     assert (wide.rank, wide.alpha) == (3, 5) and set(wide.targets) == {n for s in subjects for n in s.lora}
-    policy = build_policy(config.model, wide, 0, "grpo")
+    policy = build_policy(config.model, wide, 0, has_old=False)
     for subject in subjects:
-        state = state_of(subject.lora, wide, policy.adapters.state("ema"))
+        state = padded_state(subject.lora, wide, policy.adapters.state("ema"))
         for name in policy.adapters.targets:
             added = wide.alpha / wide.rank * state[f"{name}.lora_B.weight"] @ state[f"{name}.lora_A.weight"]
             own = subject.lora.get(name)
@@ -148,11 +152,12 @@ def test_alpha_comes_from_the_file(other: Path, tmp_path: Path) -> None:
 
 def test_a_run_without_checkpoints_has_its_exported_adapter(run: Path, config: Config, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(to_yaml(config))
-    policy = build_policy(config.model, config.lora, 0, "grpo")
+    policy = build_policy(config.model, config.lora, 0, has_old=False)
     policy.adapters.load("ema", moved(policy, 1))
-    save_lora(policy, tmp_path / "lora")
+    write_lora(type(policy.pipeline), policy.adapters.state("ema"), config.lora, tmp_path / "lora")
     exported, saved = read_subject(str(tmp_path)), read_subject(str(run))
-    assert exported.what == "run, exported adapter" and exported.fingerprint == saved.fingerprint
+    assert exported.what == "run, averaged adapter after iteration 60 of 60"
+    assert exported.fingerprint == saved.fingerprint
 
 
 def test_what_is_finished_is_kept(
@@ -166,7 +171,7 @@ def test_what_is_finished_is_kept(
             raise KeyboardInterrupt  # killed while the second subject is evaluated
         return evaluate(policy, tasks, config, adapter, reward)  # pyright: ignore[reportArgumentType]
 
-    monkeypatch.setattr(edival, "evaluate", counted)
+    monkeypatch.setattr(compare_editors, "evaluate", counted)
     with pytest.raises(KeyboardInterrupt):
         command("base", run, other)
     out = command("base", run, other)
@@ -175,31 +180,53 @@ def test_what_is_finished_is_kept(
     assert len(files) == 9
     command(other, "base", run)  # another order is another first subject, and no other evaluation
     assert len(calls) == 4 and {path: path.read_bytes() for path in out.glob("*/*")} == files
-    command("base", "--evaluation.num_steps", 1)
+    command("base", "--evaluation.num_steps", 1, "--evaluation.num_turns", 1)
     assert len(calls) == 5
-    page = Page((out / "comparison.html").read_text())
-    assert "1 denoising steps" in page.text
+    assert "1 denoising step of the ODE, K = 1 turn, judged by" in Page(out / "comparison.html").text
 
 
 def test_a_page_of_its_own(command: Callable[..., Path], run: Path, other: Path) -> None:
     out = command("base", run, other)
-    html = (out / "comparison.html").read_text()
-    page = Page(html)
+    page = Page(out / "comparison.html")
+    html = page.html
     assert page.tags.count("svg") == len(METRICS) and html.count('class="band"') == 3 * len(METRICS)
     assert page.tags.count("img") == SESSIONS.num_strips and page.tags.count("table") == 1 + len(METRICS)
     assert all(reference.startswith("data:image/png;base64,") for reference in page.references)
     assert "http" not in html and "url(" not in html and not {"script", "link", "iframe"} & set(page.tags)
-    text = " ".join(page.text.split())
     report = json.loads((out / "base" / "metrics.json").read_text())
-    assert f"{report['turns'][0]['CC']:.1f}" in text and "K = 2 turns" in text and "3 held-out sessions" in text
-    assert all(kind.replace("_", " ") in text for kind in report["edit_types"])
+    assert "K = 2 turns" in page.text and "3 held-out sessions" in page.text and "not scored" not in page.text
+    text = page.text.replace(" ", "")
+    assert all(str(figure(turn, metric)).replace(" ", "") in text for turn in report["turns"] for metric in METRICS)
+    assert all(kind.replace("_", " ") in page.text for kind in report["edit_types"])
+
+
+def test_sessions_that_could_not_be_scored(klein_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of another family, judged by a reward: sessions 0 and 3 of 4 have no scores."""
+    judged_by_a_failing_reward(monkeypatch, compare_editors)
+    assert main(["base", str(klein_run), "--out", str(tmp_path)]) == 0
+    page = Page(tmp_path / "comparison.html")
+    assert "judged by judge 'exact'" in page.text and "the same 4 held-out sessions" in page.text
+    assert "sessions scored not scored" in page.text and "the editor without adapter 2 2" in page.text
+    assert f"{klein_run} run, averaged adapter after iteration 2 of 2 2 2" in page.text
+
+
+def test_a_metric_that_is_nowhere_defined(klein_run: Path, tmp_path: Path) -> None:
+    """As beside a judge without consistency: dashes, and no chart."""
+    evaluation = load_evaluation(klein_run, "after")
+    assert evaluation is not None
+    evaluation = replace(evaluation, consistency=torch.full_like(evaluation.consistency, torch.nan))
+    settings = list_settings(from_yaml(klein_run / "config.yaml"), is_by_truth=False)
+    what = {"what": "a run", "commit": "unknown", "judge": "a judge", "settings": settings}
+    reports = {name: summary(evaluation) | what for name in ("one", "another")}
+    page = Page(write_comparison(tmp_path, reports, {"another": compare(evaluation, evaluation)}, []))
+    assert page.tags.count("svg") == 2 and "\N{EN DASH} %" in page.text
 
 
 def test_ten_turns(config: Config) -> None:
     """A turn's figures do not depend on the turns after it: to the bit those of the same sessions cut at 3 turns."""
     ten = replace(config, evaluation=replace(SESSIONS, num_turns=10, num_steps=1))
     three = replace(config, evaluation=replace(SESSIONS, num_turns=3, num_steps=1))
-    policy, tasks = build_policy(config.model, config.lora, 0, "grpo"), held_out_tasks(ten)
+    policy, tasks = build_policy(config.model, config.lora, 0, has_old=False), held_out_tasks(ten)
     policy.adapters.load("ema", moved(policy, 1))
     cut = [replace(t, instructions=t.instructions[:3], edit_types=t.edit_types[:3]) for t in tasks]
     whole, short = evaluate(policy, tasks, ten, "ema"), evaluate(policy, cut, three, "ema")
@@ -227,8 +254,9 @@ def refused(capsys: pytest.CaptureFixture[str], call: Callable[[], Any]) -> str:
 
 
 def test_wrong_subjects_are_one_line(
-    command: Callable[..., Path], config: Config, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+    command: Callable[..., Path], config: Config, run: Path, weights_run: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     neither, empty, file = tmp_path / "neither", tmp_path / "empty", tmp_path / "file"
     neither.mkdir()
     empty.mkdir()
@@ -251,10 +279,8 @@ def test_wrong_subjects_are_one_line(
     (another / "config.yaml").write_text(to_yaml(replace(config, evaluation=replace(SESSIONS, num_sessions=4))))
     line = refused(capsys, lambda: main([str(run), str(another), "--out", str(tmp_path / "out")]))
     assert "disagree on held-out data: evaluation.num_sessions is 3 and 4; set it by an override" in line
-    whole = tmp_path / "whole"
-    shutil.copytree(run, whole)
-    (whole / "config.yaml").write_text(to_yaml(replace(config, lora=replace(config.lora, is_full=True))))
-    assert "trained whole weights, not a LoRA: export it" in refused(capsys, lambda: command(whole))
+    line = refused(capsys, lambda: main([str(weights_run), "--out", str(tmp_path / "out")]))
+    assert "trained whole weights, not a LoRA: export it" in line
     assert "--out is" in refused(capsys, lambda: main([str(run), "--out", str(file)]))
 
 

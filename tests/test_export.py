@@ -240,8 +240,7 @@ def test_another_base_is_refused(
         key.replace("transformer_blocks.0", "transformer_blocks.1"): weight
         for key, weight in write_run(tmp_path / "run", config)["ema"].items()
     }
-    scalars: checkpoint.Scalars = {"num_updates": 1}
-    checkpoint.save(tmp_path / "run", iteration=4, config=config, state={"ema": state}, scalars=scalars, keep=1)
+    checkpoint.save(tmp_path / "run", iteration=4, config=config, state={"ema": state}, keep=1)
     line = refused(capsys, tmp_path / "run", "--format", "merged")
     assert "does not fit the base" in line and "transformer_blocks.1" in line
 
@@ -336,7 +335,7 @@ def test_bad_input_is_one_line(
     manifest.write_text(manifest.read_text().replace('"version": 1', '"version": 0'))
     assert "has version 0, this program reads 1" in refused(capsys, run)
     shutil.rmtree(run / "checkpoints")
-    assert "has no checkpoint to export yet" in refused(capsys, run)
+    assert "has no checkpoint yet, and no lora/" in refused(capsys, run)
     write_run(tmp_path / "full", config_of(tiny_pipeline_folder, FULL))
     assert "take --format merged" in refused(capsys, tmp_path / "full", "--format", "comfyui")
 
@@ -351,7 +350,7 @@ def test_a_base_that_cannot_be_had(
     moved.mkdir()
     (moved / "config.yaml").write_text(text)
     gone = replace(config, model=replace(config.model, path="nobody/no-such-editor"))
-    checkpoint.save(moved, iteration=1, config=gone, state={"ema": {}}, scalars={"num_updates": 1}, keep=1)
+    checkpoint.save(moved, iteration=1, config=gone, state={"ema": {}}, keep=1)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert "no hub name that can be reached" in refused(capsys, moved)
     with pytest.raises(ValueError, match="the base 'nobody/no-such-editor' cannot be had"):

@@ -23,7 +23,6 @@ from diffusers.pipelines.flux2.pipeline_flux2 import Flux2Pipeline, compute_empi
 from diffusers.pipelines.flux2.pipeline_flux2_klein import Flux2KleinPipeline
 from einops import rearrange
 from flux2_parts import MAX_TEXT_TOKENS, pixtral_processor_class, save_tiny
-from lora_export import export_average
 from torch import Tensor
 
 from mteditflow.config import (
@@ -37,6 +36,7 @@ from mteditflow.config import (
 )
 from mteditflow.data import training_tasks
 from mteditflow.distributed import Ranks
+from mteditflow.export.weights import write_lora
 from mteditflow.flow import make_schedule, noisy_steps
 from mteditflow.guards import check_adapter
 from mteditflow.noise import NoiseSource
@@ -280,7 +280,7 @@ def test_export_gives_the_stock_pipeline_the_same_editor(
 ) -> None:
     policy, pipeline = build_policy(config_of(folders, kind), LORA, seed=3, has_old=False), stock(folders[kind])
     perturb(policy, "ema")
-    export_average(policy, LORA, tmp_path)
+    write_lora(type(policy.pipeline), policy.adapters.state("ema"), LORA, tmp_path)
     latents, source = draw(1, policy.num_tokens, 16), pictures(1)
     base = generate(pipeline, [PROMPTS[2]], source[0], latents, policy, scale)
     pipeline.load_lora_weights(tmp_path)

@@ -14,10 +14,10 @@ from conftest import TINY_MAX_TEXT_TOKENS
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 from diffusers.pipelines.flux.pipeline_flux_kontext import FluxKontextPipeline, calculate_shift
 from huggingface_hub.errors import GatedRepoError
-from lora_export import export_average
 from torch import Tensor
 
 from mteditflow.config import Config, LoraConfig, ModelConfig, RolloutConfig
+from mteditflow.export.weights import write_lora
 from mteditflow.pictures import round_to_8_bit
 from mteditflow.policy import Policy, build_policy
 from mteditflow.policy.adapters import find_targets
@@ -203,7 +203,7 @@ def test_export_gives_the_stock_pipeline_the_same_editor(
     policy: Policy, tiny_pipeline_folder: Path, tmp_path: Path
 ) -> None:
     perturb(policy, "ema")
-    export_average(policy, LORA, tmp_path)
+    write_lora(type(policy.pipeline), policy.adapters.state("ema"), LORA, tmp_path)
     pipeline = stock(tiny_pipeline_folder)
     latents, source, prompt = draw(1, policy.num_tokens, 16), tripped(images(1)), PROMPTS[2]
     base = generate(pipeline, [prompt], images(1), latents)

@@ -10,7 +10,6 @@ import tiny_qwen
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
-from lora_export import export_average
 from PIL import Image
 from tiny_qwen import (
     LARGE,
@@ -29,6 +28,7 @@ from tiny_qwen import (
 from torch import Tensor
 
 from mteditflow.config import ModelConfig, RolloutConfig
+from mteditflow.export.weights import write_lora
 from mteditflow.flow import make_schedule
 from mteditflow.noise import NoiseSource
 from mteditflow.pictures import round_to_8_bit
@@ -182,7 +182,7 @@ def test_export_gives_the_stock_pipeline_the_same_editor(
     config = config_of(folders[variant])
     pipeline, policy, source = stock(config, monkeypatch), build(config), images(1)
     perturb(policy, "ema")
-    export_average(policy, LORA, tmp_path)
+    write_lora(type(policy.pipeline), policy.adapters.state("ema"), LORA, tmp_path)
     latents, prompt = noise(policy, 1), PROMPTS[1]
     base = generate(pipeline, config, prompt, source, latents)
     pipeline.load_lora_weights(tmp_path)

@@ -98,8 +98,9 @@ def test_guidance_keeps_the_norm_of_the_conditional_velocity(folders: dict[str, 
 def test_encoding_does_not_depend_on_the_batch(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     policy, pixels = build(config_of(folders["2511"], condition=(96, 96), max_text_tokens=20)), images(7)
     calls: list[str] = []
-    embed = policy._embed
-    monkeypatch.setattr(policy, "_embed", lambda prompt, seen: calls.append(prompt) or embed(prompt, seen))
+    editor = editor_of(policy)
+    embed = editor._embed
+    monkeypatch.setattr(editor, "_embed", lambda prompt, seen: calls.append(prompt) or embed(prompt, seen))
     repeated = torch.tensor([0, 1, 2, 0, 3])
     text = policy.encode_text([*PROMPTS, PROMPTS[0], PROMPTS[0]], pixels[repeated], has_cfg=True)
     assert len(calls) == 2 * 4  # rows 0 and 3 are one

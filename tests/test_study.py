@@ -24,8 +24,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from mteditflow import run, update
 from mteditflow.config import command
-from mteditflow.evaluate.edival import METRICS
 from mteditflow.record.checkpoint import lock
+from mteditflow.record.figures import METRICS
 from mteditflow.record.metrics import read_lines
 from mteditflow.study import runner as study
 from mteditflow.study.cells import read_study, runs_of, select
@@ -172,18 +172,18 @@ def test_stopped_study_goes_on(
             calls.append(os.kill(os.getpid(), signal.SIGTERM))
         pause(seconds)
 
-    def agree_once_asked(own: run.Run) -> None:
-        while not own._is_asked_to_stop:
+    def agree_once_asked(trained: run.Run) -> None:
+        while not trained._is_asked_to_stop:
             pause(0.01)
-        agree(own)
+        agree(trained)
 
     with monkeypatch.context() as patch:
         patch.setattr(study.time, "sleep", sleep)
         patch.setattr(run.Run, "_agree_to_stop", agree_once_asked)
         assert command.study([str(path), "--folder", str(folder), "--jobs", "2"]) == 1
-    for own in runs:
-        assert "stopped after iteration 1" in (own.folder / "log.txt").read_text()
-        assert not study.is_finished(own) and len(metrics(own.folder)) == 1
+    for one in runs:
+        assert "stopped after iteration 1" in (one.folder / "log.txt").read_text()
+        assert not study.is_finished(one) and len(metrics(one.folder)) == 1
     assert command.study([str(path), "--folder", str(folder), "--jobs", "2"]) == 0
     assert "going on after iteration" in (runs[0].folder / "log.txt").read_text()
     assert command.study([str(path), "--folder", str(tmp_path / "whole"), "--jobs", "2"]) == 0
@@ -214,7 +214,7 @@ def test_run_that_another_process_took_meanwhile_is_no_failure(
     write: Write, forked: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = runs_of(read_study(write()), tmp_path / "study")[0]
-    runner = study.Runner([run], [run], study.slots_of(2))
+    runner = study.Runner([run], [run], study.make_slots(2))
     with lock(run.folder):
         with monkeypatch.context() as patch:
             patch.setattr(study, "_is_held", lambda _: False)  # looked at just before it was taken
@@ -247,7 +247,7 @@ def test_failed_run_costs_itself(
 def test_run_in_a_process_of_its_own(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "kernels")]))
     run = runs_of(read_study(write()), tmp_path / "study")[1]
-    runner = study.Runner([run], [run], study.slots_of(2))
+    runner = study.Runner([run], [run], study.make_slots(2))
     study.work(runner, lambda: None, Console())
     assert runner.num_done == 1 and runner.failed == {} and study.is_finished(run)
     assert len((run.folder / "commit").read_text().strip()) > 0
@@ -335,12 +335,12 @@ def refused(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -
 def test_every_slot_has_cores_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {4, 5, 6, 7, 8})
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    assert [slot["cores"] for slot in study.slots_of(2)] == [[4, 6, 8], [5, 7]]
-    assert [slot["cores"] for slot in study.slots_of(None)] == [[4], [5], [6], [7], [8]]
-    assert [slot["cores"] for slot in study.slots_of(6)][-1] == [4]
+    assert [slot["cores"] for slot in study.make_slots(2)] == [[4, 6, 8], [5, 7]]
+    assert [slot["cores"] for slot in study.make_slots(None)] == [[4], [5], [6], [7], [8]]
+    assert [slot["cores"] for slot in study.make_slots(6)][-1] == [4]
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    assert [slot["env"] for slot in study.slots_of(None)] == [{"CUDA_VISIBLE_DEVICES": n} for n in ("3", "5")]
+    assert [slot["env"] for slot in study.make_slots(None)] == [{"CUDA_VISIBLE_DEVICES": n} for n in ("3", "5")]
 
 
 def test_the_papers_study() -> None:

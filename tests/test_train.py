@@ -306,7 +306,7 @@ def test_a_full_disk_is_one_line(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     short = arguments(tmp_path, run__num_iterations=1, evaluation__every=0)
-    for place in ("mteditflow.evaluate.edival._replace", "mteditflow.record.checkpoint.replace_file"):
+    for place in ("mteditflow.evaluate.held_out.replace_file", "mteditflow.record.checkpoint.replace_file"):
         with monkeypatch.context() as patch:
             patch.setattr(place, full)
             assert "no room on the disk" in refused(capsys, short)

@@ -68,17 +68,21 @@ def terminal_table(reports: Reports, gains: Reports) -> Table:
     """Make a table of the metrics of every editor, and its gains over the first, at turns 1, 2, 3 and the last."""
     first = next(iter(reports))
     num_turns = len(reports[first]["turns"])
-    table = Table(title=f"{reports[first]['num_sessions']} held-out sessions, percent [95 % interval]")
+    title = f"{reports[first]['num_sessions']} held-out sessions, percent [95 % interval]"
+    table = Table(title=title + (f", gain over {first}" if gains else ""))
     table.add_column("turn", justify="right")
     table.add_column("", overflow="fold")
     for metric in METRICS:
         table.add_column(metric, justify="right")
     for n in sorted({*range(min(3, num_turns)), num_turns - 1}):
-        rows = [(name, report["turns"][n], "") for name, report in reports.items()]
-        rows += [(f"{name} over {first}", report["turns"][n], "_gain") for name, report in gains.items()]
-        for place, (name, turn, suffix) in enumerate(rows):
-            cells = (str(figure(turn, f"{metric}{suffix}")) for metric in METRICS)
-            table.add_row("" if place else str(n + 1), name, *cells, end_section=turn is rows[-1][1])
+        for name, report in reports.items():
+            cells = (str(figure(report["turns"][n], metric)) for metric in METRICS)
+            table.add_row(str(n + 1) if name == first else "", name, *cells)
+            if name in gains:
+                table.add_row(
+                    "", "gain", *(str(figure(gains[name]["turns"][n], f"{metric}_gain")) for metric in METRICS)
+                )
+        table.add_section()
     return table
 
 

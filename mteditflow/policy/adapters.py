@@ -12,8 +12,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mteditflow.config import LoraConfig
-
 AdapterName = Literal["current", "old", "off", "ema"]
 Weights = dict[str, nn.Parameter]
 
@@ -29,19 +27,14 @@ class Adapters:
     """
 
     def __init__(
-        self,
-        lora: LoraConfig,
-        targets: list[str],
-        weights: dict[AdapterName, Weights],
-        switch: Callable[[AdapterName], nn.Module],
+        self, targets: list[str], weights: dict[AdapterName, Weights], switch: Callable[[AdapterName], nn.Module]
     ) -> None:
         """targets: full names of the modules that are trained. weights: of each copy, always in the same order.
 
         switch: selects a copy, or 'off', and returns the transformer that uses it. It must neither touch requires_grad
         nor a graph that is pending.
         """
-        self.lora, self.targets = lora, targets
-        self._weights, self._switch = weights, switch
+        self.targets, self._weights, self._switch = targets, weights, switch
         self._select("current")
 
     @property

@@ -97,18 +97,23 @@ class Editor(Protocol):
 
         has_cfg: with what the unconditional half of classifier-free guidance needs.
         """
+        ...
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Encode images (B, 3, H, W) in [-1, 1], at the condition's size, to clean latents (B, L', C)."""
+        ...
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decode latents (B, L, C) in the base's dtype to images (B, 3, H, W) in about [-1, 1]."""
+        ...
 
     def velocity(self, transformer: Any, latents: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
         """Predict the velocity (B, L, C), float32, at noise level sigma (B,), with the condition's guidance."""
+        ...
 
     def sigmas(self, num_steps: int) -> Tensor:
         """Return the model's own schedule of noise levels (S+1,), float64 on the host."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,7 @@
 """Full fine-tuning: the transformer's own weights are trained, with `lora.is_full`.
 
-Rank 0 rather than a field of its own, because then no setting contradicts another: `lora.targets` says which linears
-are trained (empty: every weight of the transformer), `lora.rank` says how (0: as they are; else by a change of that
-rank), and the checkpoints of runs that knew no such field still resume. `lora.alpha` has no meaning here.
+`lora.targets` says which linears are trained (empty: every weight of the transformer); rank and alpha have no meaning
+here.
 
 Copies (`current`, `ema`, `old`) are modules of their own; `off` is the pipeline's transformer, untouched. Weights that
 are not trained are the same tensors in all. Swapping weights into one module (or torch.func.functional_call) would be
@@ -31,9 +30,11 @@ def full_weights(transformer: nn.Module, lora: LoraConfig, *, has_old: bool) -> 
     trained = {id(weight) for name in targets for weight in _weights_of(transformer, name).values()}
     names = copy_names(has_old)
     transformers: dict[AdapterName, nn.Module] = {name: _copy(transformer, trained) for name in names}
-    weights = {name: _prepare(transformers[name], targets, is_trainable=name == "current") for name in names}
+    weights: dict[AdapterName, Weights] = {
+        name: _prepare(transformers[name], targets, is_trainable=name == "current") for name in names
+    }
     transformers["off"] = transformer
-    return Adapters(lora, targets, weights, transformers.__getitem__)
+    return Adapters(targets, weights, transformers.__getitem__)
 
 
 class _Rounded(nn.Module):

@@ -44,7 +44,7 @@ def lora_adapters(
                 layer._active_adapter = [name]
         return transformer
 
-    return Adapters(lora, targets, {name: _draw(layers, name, lora.rank, seed) for name in names}, switch)
+    return Adapters(targets, {name: _draw(layers, name, lora.rank, seed) for name in names}, switch)
 
 
 def _draw(layers: dict[str, LoraLayer], name: AdapterName, rank: int, seed: int) -> Weights:

@@ -53,7 +53,10 @@ def figure(turn: Mapping[str, Any], name: str) -> Figure:
 def format_number(value: Any, *, has_sign: bool = False) -> str:
     """Write a number with one decimal; a dash for what is no finite number."""
     known = finite(value)
-    return "\N{EN DASH}" if known is None else f"{known:{'+' if has_sign else ''}.1f}".replace("-", MINUS)
+    if known is None:
+        return "\N{EN DASH}"
+    rounded = round(known, 1) + 0.0  # no -0.0
+    return f"{rounded:{'+' if has_sign else ''}.1f}".replace("-", MINUS)
 
 
 def format_interval(ends: Sequence[float], *, has_sign: bool = False) -> str:

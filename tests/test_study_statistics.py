@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from mteditflow.evaluate.edival import Evaluation
-from mteditflow.study.statistics import Estimate, Findings, Outcome, estimate, spreads, verdict
+from mteditflow.study.statistics import Estimate, Outcome, Outcomes, estimate, spreads, verdict
 
 T_975 = {2: 4.3027, 4: 2.7764, 1e9: 1.9600}  # Student's t, from tables
 NUM_CELLS, NUM_SEEDS = 4, 3
@@ -35,7 +35,7 @@ def test_what_all_seeds_share_does_not_spread_differences() -> None:
 
 @pytest.mark.parametrize("points", [{"a": {0: 1.0}, "b": {0: 2.0}}, {"a": {0: 1.0}}])
 def test_one_seed_has_no_spread(points: dict[str, dict[int, float]]) -> None:
-    assert [(own.mean_square, own.dof) for own in spreads(points)] == [(0.0, 0), (0.0, 0)]
+    assert [(spread.mean_square, spread.dof) for spread in spreads(points)] == [(0.0, 0), (0.0, 0)]
 
 
 @pytest.mark.parametrize("dof", T_975)
@@ -61,7 +61,7 @@ def outcome(overall: float, samples: list[float]) -> Outcome:
     return Outcome(point=np.array([0, 0, 0, overall]), samples=np.array(samples), rewards=(0.0, 0.0))
 
 
-def make_findings() -> Findings:
+def make_outcomes() -> Outcomes:
     """Base O is sqrt(1 * 1/4) = 50 %, in every sample."""
     base = Evaluation(
         verdict=torch.ones(4, 1, dtype=torch.bool), consistency=torch.full((4, 1), 0.25),
@@ -70,25 +70,25 @@ def make_findings() -> Findings:
     )  # fmt: skip
     a = {0: outcome(60, [58, 62] * 1000), 1: outcome(64, [62, 66] * 1000)}
     b = {0: outcome(57, [55, 59] * 1000), 1: outcome(61, [59, 63] * 1000), 2: outcome(90, [90] * 2000)}
-    return Findings(base, {"a": a, "b": b, "once": {0: outcome(70, [70] * 2000)}})
+    return Outcomes(base, {"a": a, "b": b, "once": {0: outcome(70, [70] * 2000)}})
 
 
 def test_differences_are_paired_by_session_and_seed() -> None:
     """a - b is 3 at both seeds that they share and in every sample, and b's third seed has no part."""
-    findings = make_findings()
-    assert findings.base_point[3] == pytest.approx(50) and findings.paired.dof == 1
-    assert findings.paired.mean_square == pytest.approx(0, abs=1e-20)
-    assert findings.difference("a", "b", [0, 1, 2]) == Estimate(value=3, low=3, high=3)
-    assert findings.difference("b", "a", [1]) == Estimate(value=-3, low=-3, high=-3)
-    assert findings.difference("a", "b", [2]) is None and findings.difference("a", "absent", [0]) is None
+    outcomes = make_outcomes()
+    assert outcomes.base_point[3] == pytest.approx(50) and outcomes.paired.dof == 1
+    assert outcomes.paired.mean_square == pytest.approx(0, abs=1e-20)
+    assert outcomes.difference("a", "b", [0, 1, 2]) == Estimate(value=3, low=3, high=3)
+    assert outcomes.difference("b", "a", [1]) == Estimate(value=-3, low=-3, high=-3)
+    assert outcomes.difference("a", "b", [2]) is None and outcomes.difference("a", "absent", [0]) is None
 
 
 def test_gain_keeps_the_spread_of_the_seeds() -> None:
-    findings = make_findings()
-    gain, of_one = findings.gain("a", [0, 1, 2]), findings.gain("once", [0])
+    outcomes = make_outcomes()
+    gain, of_one = outcomes.gain("a", [0, 1, 2]), outcomes.gain("once", [0])
     assert gain is not None and gain.value == 12 and gain.low < 10 and gain.high > 14
     assert of_one is not None and of_one.value == 20 and of_one.high - of_one.low > gain.high - gain.low
-    assert findings.gain("absent", [0]) is None
+    assert outcomes.gain("absent", [0]) is None
 
 
 FOR, AGAINST, OPEN = (Estimate(value=v, low=v - 1, high=v + 1) for v in (2, -2, 0))
