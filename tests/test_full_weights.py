@@ -169,7 +169,8 @@ def arguments(model: Path, folder: Path, num_iterations: int, **overrides: Any) 
     values = {
         "model.path": model, "model.max_text_tokens": TINY_MAX_TEXT_TOKENS, "model.dtype": "float32",
         "lora.is_full": True, "lora.targets": "[]", "data.num_turns": 2, "rollout.num_tasks": 1,
-        "rollout.group_size": 3, "rollout.num_steps": 3, "optimizer.learning_rate": 1e-4, "optimizer.schedule": "constant",
+        "rollout.group_size": 3, "rollout.num_steps": 3,
+        "optimizer.learning_rate": 1e-4, "optimizer.schedule": "constant",
         "objective.kl_beta": 0.01, "evaluation.num_sessions": 2, "evaluation.num_sessions_short": 1,
         "evaluation.num_strips": 1, "evaluation.num_steps": 1, "evaluation.every": 0,
         "run.num_iterations": num_iterations, "run.folder": folder,
