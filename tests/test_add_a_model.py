@@ -141,3 +141,16 @@ def test_it_is_exported(guide: Any, folder: Path, tmp_path: Path) -> None:
     assert len(comfyui_keys("PatchPipeline", state, alpha=4)) == 3 * 7
     with pytest.raises(ValueError, match=r"no keys for 1 of the adapted modules, such as 'proj_out'"):
         comfyui_keys("PatchPipeline", {"proj_out.lora_A.weight": torch.zeros(1)}, alpha=4)
+
+
+def test_only_its_own_file_knows_a_family() -> None:
+    """Names of classes and flags; published sizes, the embedded editor and the profile's random one have some too."""
+    allowed = ("policy/published.py", "world/", "profile/random_kontext.py")
+    package = ROOT / "mteditflow"
+    paths = [path for path in package.rglob("*") if path.suffix in (".py", ".jinja")]
+    files = {str(path.relative_to(package)): path.read_text() for path in paths}
+    for family in policies.FAMILIES:
+        own = f"policy/{family.editor.__module__.rsplit('.', 1)[-1]}.py"
+        for name in (*family.pipelines, family.transformer, *family.uncapturable):
+            known = {file for file, text in files.items() if re.search(rf"\b{name}\b", text)}
+            assert own in known and all(file == own or file.startswith(allowed) for file in known), (name, known)

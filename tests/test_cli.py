@@ -295,7 +295,7 @@ def test_a_run_that_does_not_fit_is_refused(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_dry_run_of_no_pipeline(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"model\.path .* is not a diffusers pipeline"):
+    with pytest.raises(ValueError, match=r"model\.path is .*without transformer/config\.json"):
         dry_run(replace(Config(), model=ModelConfig(path=str(tmp_path))))
     with pytest.raises(ValueError, match=r"model\.path is 'nowhere': no folder"):
         dry_run(replace(Config(), model=ModelConfig(path="nowhere")))

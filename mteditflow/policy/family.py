@@ -116,7 +116,7 @@ class Editor(Protocol):
         ...
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Family:
     """Editors that compute alike."""
 
