@@ -31,7 +31,7 @@ class Page(HTMLParser):
         self.words: list[str] = []
         self.feed(self.html)
         assert self.open == []
-        self.text = " ".join("".join(self.words).split())
+        self.text = " ".join(" ".join(self.words).split())
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)

@@ -205,7 +205,7 @@ def test_sessions_that_could_not_be_scored(klein_run: Path, tmp_path: Path, monk
     judged_by_a_failing_reward(monkeypatch, compare_editors)
     assert main(["base", str(klein_run), "--out", str(tmp_path)]) == 0
     page = Page(tmp_path / "comparison.html")
-    assert "judged by judge 'exact'" in page.text and "the same 4 held-out sessions" in page.text
+    assert "judged by the judge 'exact'" in page.text and "the same 4 held-out sessions" in page.text
     assert "sessions scored not scored" in page.text and "the editor without adapter 2 2" in page.text
     assert f"{klein_run} run, averaged adapter after iteration 2 of 2 2 2" in page.text
 

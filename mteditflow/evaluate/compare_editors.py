@@ -102,7 +102,7 @@ def _evaluate_pending(
     wide = common_lora(subjects, config)
     policy = build_policy(config.model, wide, config.run.seed, has_old=False)
     reward = None if is_by_truth else build_reward(replace(config, reward=replace(config.reward, also=())))
-    how = {"settings": settings, "judge": "the exact verifier" if is_by_truth else f"judge {config.reward.judge!r}"}
+    how = {"settings": settings, "judge": "the exact verifier" if is_by_truth else f"the judge {config.reward.judge!r}"}
     for subject in pending:
         line = f"evaluating {subject.word}: {subject.what}"
         console.print(line, soft_wrap=True, highlight=False, markup=False)

@@ -130,7 +130,7 @@ def arguments(pipeline: str, config: Config) -> dict[str, str]:
 
 
 def _notes(card: Card) -> list[str]:
-    """What goes wrong when it is left out."""
+    """List what goes wrong when it is left out."""
     height, width = card.config.model.condition_size
     family, lora = family_of(card.pipeline), card.config.lora
     notes = [f"{family.note}; it was trained with {width} x {height}."] if family and family.note else []

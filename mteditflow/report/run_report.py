@@ -38,9 +38,7 @@ HELD_OUT = ChartSpec(
 )
 CHARTS = (
     ChartSpec(
-        title="Reward",
-        note="Mean over the iteration's trajectories, and their spread.",
-        keys=r"reward/(mean|std)",
+        title="Reward", note="Mean over the iteration's trajectories, and their spread.", keys=r"reward/(mean|std)"
     ),
     ChartSpec(title="Instruction score by turn", note="From 0, ignored, to 1, done.", keys=r"reward/turn_(\d+)"),
     ChartSpec(title="Success by turn", note="Share of edits that the verdict accepts.", keys=r"reward/success_(\d+)"),
