@@ -13,7 +13,6 @@ from torch import Tensor
 from mteditflow.flow import Schedule
 from mteditflow.noise import NoiseSource, Place, row_keys
 
-
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom in shares of width and height."""
 

@@ -13,7 +13,7 @@ import torch
 from photos import PHOTOS, copy_photos, photo
 from PIL import Image
 
-from mteditflow.config import Config, DataConfig, EvaluationConfig, ModelConfig, RewardConfig, RolloutConfig, cli
+from mteditflow.config import Config, DataConfig, EvaluationConfig, ModelConfig, RolloutConfig, cli
 from mteditflow.config.command import train
 from mteditflow.data import check_data, held_out_tasks, training_tasks
 from mteditflow.data.images import fit_picture, read_picture
@@ -22,7 +22,7 @@ from mteditflow.distributed import Ranks
 from mteditflow.flow import make_schedule
 from mteditflow.noise import NoiseSource
 from mteditflow.record.metrics import read_lines
-from mteditflow.reward import ExactReward
+from mteditflow.reward.exact import ExactInstruction
 from mteditflow.types import EditTask, Rollout, Scores
 
 SHARE = 0.6
@@ -241,9 +241,7 @@ def arguments_of(folder: Path, pipeline: Path, data: Path) -> list[str]:
 def redness(rollout: Rollout) -> Scores:
     """A reward that looks at pictures: how red each turn is."""
     red = torch.stack([turn.image[:, 0].flatten(1).mean(1) for turn in rollout.turns], dim=1) / 2 + 0.5
-    return Scores(
-        instruction=red.clamp(0, 1), consistency=torch.full_like(red, torch.nan), valid=torch.ones(len(red)).bool()
-    )
+    return Scores(rewards={"red": red.clamp(0, 1)}, weights={"red": 1.0}, valid=torch.ones(len(red)).bool())
 
 
 def test_a_run_on_users_data(
@@ -265,7 +263,7 @@ def test_the_worlds_judges_cannot_score_it(
 ) -> None:
     make(RECORDS)
     arguments = arguments_of(tmp_path / "run", tiny_pipeline_folder, tmp_path / "a.jsonl")
-    for judge in ("exact", "thinking", "direct"):
+    for judge in ("exact", "simulated_thinking", "simulated_direct"):
         with pytest.raises(SystemExit) as stop:
             train([*arguments, f"--reward.judge={judge}"])
         err = capsys.readouterr().err
@@ -275,8 +273,8 @@ def test_the_worlds_judges_cannot_score_it(
     task = replace(training_tasks(make(RECORDS), 0, ranks())[0], source=torch.zeros(3, 64, 64))
     schedule, noise = make_schedule(torch.linspace(1, 0, 3)), NoiseSource(seed=0, step=0)
     rollout = Rollout(tasks=[task], turns=[turn()], group=torch.zeros(1).long(), schedule=schedule, noise=noise)
-    with pytest.raises(ValueError, match=r"reward.judge is 'exact': a task has no truth"):
-        ExactReward(RewardConfig().scale)(rollout)
+    with pytest.raises(ValueError, match=r"a task has no truth to compare with: take another reward.judge"):
+        ExactInstruction()(rollout)
 
 
 def turn() -> Any:

@@ -3,7 +3,14 @@
 from mteditflow.config.model import EMBEDDED, LoraConfig, ModelConfig
 from mteditflow.config.reward import RewardConfig
 from mteditflow.config.settings import (
-    AdvantageConfig, AlarmConfig, Config, DataConfig, EvaluationConfig, ObjectiveConfig, OptimizerConfig, RolloutConfig,
+    AdvantageConfig,
+    AlarmConfig,
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    RolloutConfig,
     RunConfig,
 )  # fmt: skip
 
