@@ -1,8 +1,10 @@
 """Users' sessions as tasks: order over resumes and ranks, who is held out, damaged images, and whole runs."""
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from photos import PHOTOS, copy_photos, photo
 from PIL import Image
 
 from mteditflow.config import Config, DataConfig, EvaluationConfig, ModelConfig, RolloutConfig, cli
-from mteditflow.config.command import train
+from mteditflow.config.command import check, train
 from mteditflow.data import check_data, held_out_tasks, training_tasks
 from mteditflow.data.images import fit_picture, read_picture
 from mteditflow.data.userdata import is_held_out_image
@@ -191,6 +193,35 @@ def test_too_much_damage_stops_with_one_line(
     nothing = make([record("torn.jpg", i) for i in range(3)], "c.jsonl")
     with pytest.raises(ValueError, match=r"none of its 3 images can be read"):
         training_tasks(nothing, 0, ranks())
+
+
+def test_check_and_a_run_find_the_same_faults(
+    make: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "photos" / "torn.jpg").write_bytes(photo("china.jpg").read_bytes()[:30_000])
+    faulty = [{"image": "photos/china.jpg"}, {"prompt": "a"}, record("gone.png", 0), record("torn.jpg", 0)]
+    faulty += [{**record("china.jpg", 0), "untouched_objects": [["a"]]}, {**record("china.jpg", 0), "objects": [{}]}]
+    monkeypatch.setattr("mteditflow.data.userdata.MAX_BAD_SHARE", 1.0)
+    config = make([*RECORDS, *faulty])
+    check_data(config, is_speaking=True)
+    held_out_tasks(config)
+    for i in range(9):
+        training_tasks(config, i, ranks())
+    by_run = re.findall(r"skipped (a.jsonl:\d+): ", capsys.readouterr().err)
+    assert check([config.data.path, "--num_turns", "2", "--max_bad_share", "1"]) == 0
+    by_check = re.findall(r"^  (a.jsonl:\d+): ", capsys.readouterr().out, re.M)
+    assert sorted(by_run) == sorted(by_check) == [f"a.jsonl:{i}" for i in range(22, 28)]
+
+
+def test_check_and_a_run_allow_the_same_share(make: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> None:
+    """29 of 100, where 0.29 * 100 is less than 29 in floating point."""
+    records = [*(record(PHOTOS[i % 7], i) for i in range(71)), *(record("gone.png", i) for i in range(29))]
+    for share, is_fit in ((0.29, True), (0.28, False)):
+        monkeypatch.setattr("mteditflow.data.userdata.MAX_BAD_SHARE", share)
+        config = make(records, f"{share}.jsonl")
+        assert check([config.data.path, "--num_turns", "2", "--max_bad_share", str(share)]) == (0 if is_fit else 1)
+        with nullcontext() if is_fit else pytest.raises(ValueError, match="29 of 100 sessions are damaged"):
+            check_data(config, is_speaking=False)
 
 
 def test_check_data_says_what_is_skipped(

@@ -13,7 +13,7 @@ _chosen = "auto"
 
 
 def use_backend(name: str) -> None:
-    """'auto': Triton for CUDA tensors where it is installed; 'triton': Triton or an error; 'reference': eager torch."""
+    """Choose: 'auto', Triton for CUDA tensors where it is installed; 'triton', it or an error; 'reference', eager."""
     global _chosen
     if name not in BACKENDS:
         raise ValueError(f"backend is {name!r}: must be one of {', '.join(BACKENDS)}")
@@ -28,7 +28,7 @@ def _has_triton() -> bool:
 
 
 def is_triton(tensor: Tensor) -> bool:
-    """Whether Triton runs on this tensor: float64 is always eager."""
+    """Say whether Triton runs on this tensor: float64 is always eager."""
     if _chosen == "reference" or tensor.dtype == torch.float64:
         return False
     return _chosen == "triton" or (tensor.is_cuda and _has_triton())
@@ -36,5 +36,5 @@ def is_triton(tensor: Tensor) -> bool:
 
 @cache
 def triton(part: str) -> ModuleType:
-    """The Triton implementation of a part of the ops; imported when it first runs."""
+    """Import the Triton implementation of a part of the ops when it first runs."""
     return import_module(f"mteditflow_kernels.triton_{part}")

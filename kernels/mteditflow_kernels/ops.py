@@ -16,7 +16,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def _check_latents(like: Tensor, **tensors: Tensor | None) -> None:
-    """(B, ...) each, of the shape and device of `like`."""
+    """Raise ValueError unless the tensors are (B, ...), of the shape and device of `like`."""
     for name, tensor in tensors.items():
         if tensor is None:
             continue
@@ -31,7 +31,7 @@ def _check_latents(like: Tensor, **tensors: Tensor | None) -> None:
 
 
 def _check_rows(like: Tensor, **tensors: Tensor | None) -> None:
-    """One floating-point number for each row of `like`."""
+    """Raise ValueError unless the tensors hold one floating-point number for each row of `like`."""
     for name, tensor in tensors.items():
         if tensor is None:
             continue
@@ -74,18 +74,18 @@ def _check_keys(like: Tensor, keys: Tensor) -> None:
 
 
 def _split(step: Tensor | int) -> tuple[Tensor | None, int]:
-    """A step per row, or one for all, as the registered ops take it."""
+    """Split a step into one per row and one for all, as the registered ops take it."""
     return (None, step) if isinstance(step, int) else (step, 0)
 
 
 def _rows(like: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
-    """What the kernels read one number of per row: float32 (float64 for such latents), contiguous."""
+    """Prepare what the kernels read one number of per row: float32 (float64 for such latents), contiguous."""
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     return [None if tensor is None else tensor.detach().to(dtype).contiguous() for tensor in tensors]
 
 
 def counter_normal(keys: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Standard normal numbers, float32 (B, *shape), a function of `keys` (B, 5) int64 and the element alone."""
+    """Draw standard normal numbers, float32 (B, *shape), a function of `keys` (B, 5) int64 and the element alone."""
     _check_keys(keys, keys)
     if torch.compiler.is_compiling():
         return registered.counter_normal(keys.contiguous(), list(shape))
@@ -97,7 +97,7 @@ def counter_normal(keys: Tensor, shape: tuple[int, ...]) -> Tensor:
 def sde_step(
     velocity: Tensor, latents: Tensor, table: Tensor, step: Tensor | int, noise_keys: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """One denoising step: next_latents (B, ...) in the dtype of `latents`, and log_prob (B,) of these stored values.
+    """Make a denoising step: next_latents (B, ...) in the dtype of `latents`, and log_prob (B,) of the stored values.
 
     `noise_keys` (B, 5) int64 are the keys of `counter_normal`; None draws no noise, which only an ODE step can do
     without. `step` (B,) int64, or one for all rows. Raises ValueError for arguments that do not go together.
@@ -115,8 +115,8 @@ def sde_step(
 
 
 def sde_log_prob(velocity: Tensor, latents: Tensor, next_latents: Tensor, table: Tensor, step: Tensor | int) -> Tensor:
-    """Log-prob (B,) of `next_latents` (B, ...) given `latents`, differentiable in velocity; NaN at ODE steps. The bits
-    that `sde_step` returned. Raises ValueError for arguments that do not go together.
+    """Compute the log-prob (B,) of `next_latents` (B, ...) given `latents`, to the bit that of `sde_step`; NaN at ODE
+    steps. Differentiable in velocity. Raises ValueError for arguments that do not go together.
     """
     _check_latents(latents, latents=latents, velocity=velocity, next_latents=next_latents)
     _check_step(latents, table, step)
@@ -143,9 +143,9 @@ def grpo_loss(
     old_velocity: Tensor | None = None,
     weight: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """`reference.grpo_loss`; differentiable in velocity. Raises ValueError for arguments that do not go together."""
-    own = {"velocity": velocity, "next_latents": next_latents, "ref_velocity": ref_velocity}
-    _check_latents(latents, latents=latents, **own, old_velocity=old_velocity)
+    """Compute `reference.grpo_loss`, differentiable in velocity. ValueError for arguments that do not go together."""
+    velocities = {"velocity": velocity, "ref_velocity": ref_velocity, "old_velocity": old_velocity}
+    _check_latents(latents, latents=latents, next_latents=next_latents, **velocities)
     _check_rows(latents, old_log_prob=old_log_prob, advantage=advantage, weight=weight)
     _check_step(latents, table, step)
     reference.check_kl(kl_beta, ref_velocity, kl_form)
@@ -181,9 +181,9 @@ def nft_loss(
     max_advantage: float = 5.0,
     weight: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """`reference.nft_loss`; differentiable in velocity. Raises ValueError for arguments that do not go together."""
-    own = {"velocity": velocity, "old_velocity": old_velocity, "noise": noise, "ref_velocity": ref_velocity}
-    _check_latents(clean_latents, clean_latents=clean_latents, **own)
+    """Compute `reference.nft_loss`, differentiable in velocity. ValueError for arguments that do not go together."""
+    velocities = {"velocity": velocity, "old_velocity": old_velocity, "ref_velocity": ref_velocity}
+    _check_latents(clean_latents, clean_latents=clean_latents, noise=noise, **velocities)
     _check_rows(clean_latents, sigma=sigma, reward_probability=reward_probability, weight=weight)
     reference.check_kl(kl_beta, ref_velocity, "published")
     is_compiling = torch.compiler.is_compiling()

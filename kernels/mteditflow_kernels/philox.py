@@ -21,7 +21,7 @@ TURN_SHIFT = 16
 
 
 def _multiply(word: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of word * multiplier; by 16-bit halves, since the whole product overflows a signed int64."""
+    """Multiply: high and low 32 bits, by 16-bit halves, since the whole product overflows a signed int64."""
     low = (word & 0xFFFF) * multiplier  # < 2^48
     high = (word >> 16) * multiplier + (low >> 16)  # < 2^49
     return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
@@ -39,27 +39,27 @@ def _rounds(words: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Ten
 
 
 def philox_4x32(counter: Tensor, key: Tensor) -> Tensor:
-    """Four random words per counter (..., 4), from `counter` (..., 4) and `key` (..., 2), uint32 values in int64."""
+    """Draw four random words (..., 4) from `counter` (..., 4) and `key` (..., 2), uint32 values in int64."""
     c0, c1, c2, c3 = counter.unbind(-1)
     k0, k1 = key.unbind(-1)
     return torch.stack(torch.broadcast_tensors(*_rounds((c0, c1, c2, c3), (k0, k1))), dim=-1)
 
 
 def _words(keys: Tensor, num_elements: int) -> Tensor:
-    """(B, ceil(num_elements / 4), 4) words: counter 0 is element // 4, the rest is in `keys` (B, 5)."""
+    """Draw words (B, ceil(num_elements / 4), 4): counter 0 is element // 4, the rest is in `keys` (B, 5)."""
     key0, key1, counter1, counter2, counter3 = keys[:, :, None].unbind(1)  # (B, 1) each
     counter0 = torch.arange(-(-num_elements // 4), dtype=torch.int64, device=keys.device)[None]  # (1, n)
     return torch.stack(_rounds((counter0, counter1, counter2, counter3), (key0, key1)), dim=-1)
 
 
 def counter_uniform(keys: Tensor, n: int) -> Tensor:
-    """Uniform numbers in [0, 1), float32 (B, n); element i is word i % 4 of counter i // 4. `keys` (B, 5) int64."""
+    """Draw uniform numbers in [0, 1), float32 (B, n); element i is word i % 4 of counter i // 4. `keys` (B, 5)."""
     words = _words(keys, n).flatten(1)[:, :n]
     return (words >> 8).to(torch.float32) * 2.0**-24
 
 
 def counter_normal(keys: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Standard normal numbers, float32 (B, *shape), by Box-Muller.
+    """Draw standard normal numbers, float32 (B, *shape), by Box-Muller.
 
     `keys` (B, 5) int64 are key0, key1, counter1, counter2, counter3.
     Words (w0, w1) give elements 4i and 4i + 1 as r cos and r sin with r = sqrt(-2 log u0), angle 2 pi u1, u0 in (0, 1];

@@ -24,9 +24,7 @@ from mteditflow_kernels.philox import counter_normal
 
 C_X, C_V, STD, LOG_PROB_SCALE, LOG_PROB_CONST, KL_PUBLISHED, KL_EXACT = range(7)
 NUM_COLUMNS = 7
-GRPO_FIGURES = (
-    *("ratio_mean", "ratio_error", "clip_fraction", "approx_kl", "kl", "policy_loss", "log_prob_difference"),
-)
+GRPO_FIGURES = ("ratio_mean", "ratio_error", "clip_fraction", "approx_kl", "kl", "policy_loss", "log_prob_difference")
 NFT_FIGURES = ("policy_loss", "kl")
 
 
@@ -51,14 +49,14 @@ class _RowMean(torch.autograd.Function):
 
 
 def row_mean(values: Tensor) -> Tensor:
-    """Mean over all but the first dimension, (B, ...) -> (B,), in an order of summation that depends on D alone."""
+    """Average all but the first dimension, (B, ...) -> (B,), in an order of summation that depends on D alone."""
     mean = _RowMean.apply(values.flatten(1))
     assert isinstance(mean, Tensor)
     return mean
 
 
 def _upcast(*tensors: Tensor) -> list[Tensor]:
-    """The tensors in their common dtype, float32 at least."""
+    """Cast the tensors to their common dtype, float32 at least."""
     dtype = torch.float32
     for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype)
@@ -66,12 +64,12 @@ def _upcast(*tensors: Tensor) -> list[Tensor]:
 
 
 def _column(values: Tensor, like: Tensor) -> Tensor:
-    """(B,) as (B, 1, ..., 1), to go with the rows of `like` (B, ...)."""
+    """Reshape (B,) to (B, 1, ..., 1), to go with the rows of `like` (B, ...)."""
     return values.reshape(-1, *[1] * (like.ndim - 1))
 
 
 def _coefficients(table: Tensor, step: Tensor | int, like: Tensor) -> Tensor:
-    """(B, NUM_COLUMNS) in the dtype of `like` (B, ...); `step` (B,) int64, or one for all rows."""
+    """Look up (B, NUM_COLUMNS) in the dtype of `like` (B, ...); `step` (B,) int64, or one for all rows."""
     return table[step].to(like.dtype).expand(len(like), -1)
 
 
@@ -80,12 +78,12 @@ def _mean(velocity: Tensor, latents: Tensor, coefficients: Tensor) -> Tensor:
 
 
 def _weighted_sum(rows: Tensor, weight: Tensor | None) -> Tensor:
-    """sum_b weight_b rows_b; without weights their mean."""
+    """Sum weight_b rows_b over b; without weights take the mean."""
     return rows.mean() if weight is None else (rows * weight).sum()
 
 
 def sde_log_prob(velocity: Tensor, latents: Tensor, next_latents: Tensor, table: Tensor, step: Tensor | int) -> Tensor:
-    """Log-prob (B,) of `next_latents` (B, ...) given `latents`, differentiable in velocity; NaN at ODE steps."""
+    """Compute the log-prob (B,) of `next_latents` given `latents`, differentiable in velocity; NaN at ODE steps."""
     velocity, latents, next_latents = _upcast(velocity, latents, next_latents)
     coefficients = _coefficients(table, step, latents)
     square = row_mean((next_latents - _mean(velocity, latents, coefficients)).square())  # (B,)
@@ -106,9 +104,9 @@ def sde_log_prob_backward(
 def sde_step(
     velocity: Tensor, latents: Tensor, table: Tensor, step: Tensor | int, noise_keys: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """One denoising step: next_latents (B, ...) in the dtype of `latents`, and log_prob (B,) of these stored values.
+    """Make a denoising step: next_latents (B, ...) in the dtype of `latents`, and log_prob (B,) of the stored values.
 
-    `noise_keys` (B, 5) int64 are the noise keys of `counter_normal`; None draws no noise, which only an ODE step can do
+    `noise_keys` (B, 5) int64 are the keys of `counter_normal`; None draws no noise, which only an ODE step can do
     without. `step` (B,) int64, or one for all rows.
     """
     velocity_, latents_ = _upcast(velocity, latents)
@@ -133,7 +131,7 @@ def _log_ratio(
     velocity: Tensor, latents: Tensor, next_latents: Tensor, old_log_prob: Tensor, old_velocity: Tensor | None,
     table: Tensor, step: Tensor | int,
 ) -> Tensor:  # fmt: skip
-    """log_prob - old_log_prob (B,); GRPO-Guard's where the old velocity is given."""
+    """Compute log_prob - old_log_prob (B,); GRPO-Guard's log ratio where the old velocity is given."""
     log_ratio = sde_log_prob(velocity, latents, next_latents, table, step) - old_log_prob
     if old_velocity is None:
         return log_ratio
@@ -230,7 +228,7 @@ def grpo_loss_backward(
 
 
 def noised(clean_latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-    """(1 - sigma) x0 + sigma eps, (B, ...), float32 or float64; `sigma` (B,)."""
+    """Mix (1 - sigma) x0 + sigma eps, (B, ...), float32 or float64; `sigma` (B,)."""
     clean_latents, noise, sigma = _upcast(clean_latents, noise, sigma)
     level = _column(sigma, clean_latents)
     return (1 - level) * clean_latents + level * noise
@@ -239,7 +237,7 @@ def noised(clean_latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
 def _nft_errors(
     velocity: Tensor, old_velocity: Tensor, clean_latents: Tensor, noise: Tensor, sigma: Tensor, beta: float
 ) -> tuple[Tensor, Tensor]:
-    """x0 of the implicit good and bad policies minus the true one, (B, ...) each: xt - t v+- - x0."""
+    """Compute xt - t v+- - x0, (B, ...): how far x0 of the implicit good and bad policies is from the true one."""
     latents = noised(clean_latents, noise, sigma).to(velocity.dtype)
     old_velocity, level = old_velocity.to(velocity.dtype), _column(sigma.to(velocity.dtype), latents)
     positive = latents - level * (beta * velocity + (1 - beta) * old_velocity) - clean_latents
@@ -248,7 +246,7 @@ def _nft_errors(
 
 
 def _nft_scale(error: Tensor) -> Tensor:
-    """w (B,) = max(mean_d |error|, 1e-5), held constant."""
+    """Compute w (B,) = max(mean_d |error|, 1e-5), held constant."""
     return row_mean(error.detach().abs()).clamp(min=1e-5)
 
 

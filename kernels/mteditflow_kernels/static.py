@@ -25,7 +25,7 @@ SCALARS = {
     "*i64": ("steps", "keys"),
     "*i32": ("tickets",),
 }
-LATENTS = (*("velocity", "latents", "next_latents", "ref_velocity", "old_velocity", "clean", "noise", "grad_velocity"),)
+LATENTS = ("velocity", "latents", "next_latents", "ref_velocity", "old_velocity", "clean", "noise", "grad_velocity")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,12 +38,11 @@ class Variant:
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """Of one compiled kernel; `reduced` are the layouts of what it sums, in order, which fix the order of the sums."""
+    """What a compiled kernel needs; `reduced`: the layouts of what it sums, in order, which fix the order of sums."""
 
     registers: int
     stack: int
     local: int
-    shared: int
     instructions: int
     float64: int
     loads_128: int
@@ -88,7 +87,7 @@ def _type(name: str) -> str:
 
 
 def _disassembly(cubin: bytes) -> tuple[str, list[str]]:
-    """Resource usage, and the instructions."""
+    """Disassemble a cubin: its resource usage, and the instructions."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -101,7 +100,7 @@ def _disassembly(cubin: bytes) -> tuple[str, list[str]]:
 
 
 def is_target(capability: int) -> bool:
-    """Whether this Triton's assembler knows that compute capability."""
+    """Say whether this Triton's assembler knows that compute capability."""
     command = [get_ptxas(capability).path, "--help"]
     return f"'sm_{capability}'" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
@@ -119,9 +118,7 @@ def figures(variant: Variant, capability: int = 90) -> Figures:
     )
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=OPTIONS)
     usage, code = _disassembly(compiled.asm["cubin"])
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
-    assert found is not None, usage
-    registers, stack, shared, local = (int(value) for value in found.groups())
+    used = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
 
     def count(pattern: str) -> int:
         return sum(bool(re.search(pattern, line)) for line in code)
@@ -129,10 +126,9 @@ def figures(variant: Variant, capability: int = 90) -> Figures:
     layouts = dict(re.findall(r"^(#\w+) = (#ttg\..*)$", compiled.asm["ttgir"], flags=re.M))
     reduced = re.findall(r"\(tensor<(\d+)xf32, (#\w+)>\) -> f32", compiled.asm["ttgir"])
     return Figures(
-        registers=registers,
-        stack=stack,
-        local=local,
-        shared=shared,
+        registers=used["REG"],
+        stack=used["STACK"],
+        local=used["LOCAL"],
         instructions=len(code),
         float64=count(r"\bD(ADD|MUL|FMA|SETP)\b|F2F\.F64|\.F64\."),
         loads_128=count(r"LDG\.E\.128"),

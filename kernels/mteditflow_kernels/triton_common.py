@@ -31,8 +31,8 @@ COLUMNS = tl.constexpr(reference.NUM_COLUMNS)
 
 @triton.jit
 def _normal_pair(word0, word1):
-    """Two normals of two words. ln x by (mantissa in [sqrt 1/2, sqrt 2)) polynomial, sine and cosine of a quarter
-    turn about 0; coefficients are Chebyshev fits, off by less than 2e-8 each.
+    """Make two normals of two words, by polynomials: ln x on mantissas in [sqrt 1/2, sqrt 2), sine and cosine on a
+    quarter turn about 0. The coefficients are Chebyshev fits, off by less than 2e-8.
     """
     count = ((word0 >> 8) + 1).to(tl.int32).to(tl.float32)  # 1 .. 2^24, exact
     bits = count.to(tl.int32, bitcast=True)
@@ -68,40 +68,36 @@ def _normal_pair(word0, word1):
 
 @triton.jit
 def normals(keys, block, BLOCK: tl.constexpr):
-    """(BLOCK,) normals of a row's elements block * BLOCK onwards; `keys` points to the row's five."""
+    """Make the normals (BLOCK,) of a row's elements from block * BLOCK on; `keys` points to the row's five."""
     key0 = tl.load(keys).to(tl.uint32)
     key1 = tl.load(keys + 1).to(tl.uint32)
     counter = (block * (BLOCK // 4) + tl.arange(0, BLOCK // 4)).to(tl.uint32)
     zero = counter * 0
-    w0, w1, w2, w3 = tl.philox_impl(
-        counter,
-        zero + tl.load(keys + 2).to(tl.uint32),
-        zero + tl.load(keys + 3).to(tl.uint32),
-        zero + tl.load(keys + 4).to(tl.uint32),
-        key0,
-        key1,
-    )
+    counter1 = zero + tl.load(keys + 2).to(tl.uint32)
+    counter2 = zero + tl.load(keys + 3).to(tl.uint32)
+    counter3 = zero + tl.load(keys + 4).to(tl.uint32)
+    w0, w1, w2, w3 = tl.philox_impl(counter, counter1, counter2, counter3, key0, key1)
     n0, n1 = _normal_pair(w0, w1)
     n2, n3 = _normal_pair(w2, w3)
     return tl.interleave(tl.interleave(n0, n2), tl.interleave(n1, n3))
 
 
 @triton.jit
-def own_elements(num_elements, BLOCK: tl.constexpr):
-    """Where this program's BLOCK elements of its row lie, and which of them the row has."""
+def elements(num_elements, BLOCK: tl.constexpr):
+    """Find where this program's BLOCK elements of its row lie, and which of them the row has."""
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     return tl.program_id(1).to(tl.int64) * num_elements + place, place < num_elements
 
 
 @triton.jit
 def load(tensor, offset, inside):
-    """As float32, 0 outside the row."""
+    """Load as float32, 0 outside the row."""
     return tl.load(tensor + offset, inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def coefficients_of(table, steps, step, HAS_STEPS: tl.constexpr):
-    """The row of the table for this program's row: its own step, or the one for all."""
+    """Point to the row of the table for this program's row: that of its step, or of the one step for all."""
     if HAS_STEPS:
         step = tl.load(steps + tl.program_id(1)).to(tl.int32)
     return table + step * COLUMNS
@@ -109,14 +105,14 @@ def coefficients_of(table, steps, step, HAS_STEPS: tl.constexpr):
 
 @triton.jit
 def mean_of(velocity, latents, coefficients, offset, inside):
-    """The step's mean, and the velocity."""
+    """Compute the step's mean; returns it and the velocity."""
     v = load(velocity, offset, inside)
     return tl.load(coefficients + C_X) * load(latents, offset, inside) + tl.load(coefficients + C_V) * v, v
 
 
 @triton.jit
 def is_last(ticket, total):
-    """Whether this program is the last of `total` to arrive; what the others stored before is visible to it."""
+    """Say whether this program is the last of `total` to arrive; what the others stored before is visible to it."""
     number = tl.atomic_add(ticket, 1, sem="acq_rel")
     is_last = number == total - 1
     if is_last:
@@ -126,6 +122,7 @@ def is_last(ticket, total):
 
 @triton.jit
 def ordered_sum(partial, num_blocks, BLOCKS: tl.constexpr):
+    """Sum the partial sums of a row's blocks, in the blocks' order."""
     place = tl.arange(0, BLOCKS)
     return tl.sum(tl.load(partial + place, mask=place < num_blocks, other=0.0, cache_modifier=".cg"))
 
@@ -134,22 +131,23 @@ _TICKETS: dict[tuple[torch.device, int], list[Tensor]] = {}  # all that there we
 
 
 def tickets(num_rows: int, device: torch.device) -> Tensor:
-    """Zeros, (num_rows + 1,) or more: every kernel leaves them zero. One set per stream, since kernels of two streams
-    may run at once.
+    """Lend zeros, (num_rows + 1,) or more, which every kernel leaves zero. There is one set per stream, since kernels
+    of two streams may run at once.
     """
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    own = _TICKETS.setdefault((device, stream), [])
-    if not own or len(own[-1]) <= num_rows:
-        own.append(torch.zeros(max(256, 2 * num_rows), dtype=torch.int32, device=device))
-    return own[-1]
+    sets = _TICKETS.setdefault((device, stream), [])
+    if not sets or len(sets[-1]) <= num_rows:
+        sets.append(torch.zeros(max(256, 2 * num_rows), dtype=torch.int32, device=device))
+    return sets[-1]
 
 
 def geometry(rows: Tensor) -> tuple[int, int, int]:
-    """B, D, and the blocks of a row."""
+    """Measure (B, ...): B, D, and the number of blocks of a row."""
     num_rows, num_elements = len(rows), rows[0].numel()
     return num_rows, num_elements, -(-num_elements // BLOCK)
 
 
 def step_arguments(table: Tensor, step: Tensor | int) -> tuple[Tensor, Tensor, int, bool]:
+    """Make a kernel's arguments table, steps, step and HAS_STEPS; what is not used holds anything."""
     is_per_row = isinstance(step, Tensor)
     return table, step if is_per_row else table, 0 if is_per_row else step, is_per_row

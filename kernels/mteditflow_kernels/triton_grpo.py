@@ -19,12 +19,12 @@ from mteditflow_kernels.triton_common import (
     SCALE,
     STD,
     coefficients_of,
+    elements,
     geometry,
     is_last,
     load,
     mean_of,
     ordered_sum,
-    own_elements,
     step_arguments,
     tickets,
 )
@@ -37,36 +37,36 @@ def _grpo_kernel(
     HAS_REF: tl.constexpr, HAS_OLD: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_STEPS: tl.constexpr,
     BLOCK: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Row sums as in `_step_kernel`; the last program of a row writes its row of `rows` (4, B), the last of all rows
-    writes the loss and the diagnostics, `figures` (7,).
+    """Sum rows as `_step_kernel` does; the last program of a row writes its row of `rows` (4, B), the last of all
+    rows writes the loss and the diagnostics, `figures` (7,).
     """
     block, row = tl.program_id(0), tl.program_id(1)
     coefficients = coefficients_of(table, steps, step, HAS_STEPS)
     c_v = tl.load(coefficients + C_V)
-    offset, inside = own_elements(num_elements, BLOCK)
+    offset, inside = elements(num_elements, BLOCK)
     mean, v = mean_of(velocity, latents, coefficients, offset, inside)
     residual = load(next_latents, offset, inside) - mean
     residual = tl.where(inside, residual, 0.0)
-    own, stride = partial + row * num_blocks, num_rows * num_blocks
-    tl.store(own + block, tl.sum(residual * residual))
+    sums, stride = partial + row * num_blocks, num_rows * num_blocks
+    tl.store(sums + block, tl.sum(residual * residual))
     if HAS_REF:
         difference = c_v * (v - load(ref_velocity, offset, inside))
-        tl.store(own + stride + block, tl.sum(difference * difference))
+        tl.store(sums + stride + block, tl.sum(difference * difference))
     if HAS_OLD:
         moved = c_v * (v - load(old_velocity, offset, inside))
-        tl.store(own + 2 * stride + block, tl.sum(moved * moved))
+        tl.store(sums + 2 * stride + block, tl.sum(moved * moved))
     if is_last(tickets + row, num_blocks):
-        square = ordered_sum(own, num_blocks, BLOCKS) / num_elements
+        square = ordered_sum(sums, num_blocks, BLOCKS) / num_elements
         log_prob = tl.load(coefficients + CONST) - tl.load(coefficients + SCALE) * square
         std = tl.load(coefficients + STD)
         log_prob = tl.where(std == 0.0, float("nan"), log_prob)
         log_ratio = log_prob - tl.load(old_log_prob + row)
         if HAS_OLD:
-            moved_square = ordered_sum(own + 2 * stride, num_blocks, BLOCKS) / num_elements
+            moved_square = ordered_sum(sums + 2 * stride, num_blocks, BLOCKS) / num_elements
             log_ratio = (log_ratio + tl.load(coefficients + SCALE) * moved_square) * std
         kl = 0.0
         if HAS_REF:
-            kl = tl.load(coefficients + kl_column) * (ordered_sum(own + stride, num_blocks, BLOCKS) / num_elements)
+            kl = tl.load(coefficients + kl_column) * (ordered_sum(sums + stride, num_blocks, BLOCKS) / num_elements)
         tl.store(rows + row, log_ratio)
         tl.store(rows + num_rows + row, kl)
         if is_last(tickets + num_rows, num_rows):
@@ -80,7 +80,7 @@ def _grpo_figures(
     rows, advantage, weight, loss, figures, clip_range, kl_beta, num_rows, HAS_REF: tl.constexpr,
     HAS_WEIGHT: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Ratio, clip, loss and diagnostics of all rows; `rows` gets the derivatives after the log ratio and after kl."""
+    """Compute ratio, clip, loss and diagnostics of all rows; `rows` gets the derivatives by log ratio and by kl."""
     place = tl.arange(0, ROWS)
     inside = place < num_rows
     log_ratio = tl.load(rows + place, inside, other=0.0, cache_modifier=".cg")
@@ -113,15 +113,15 @@ def _grpo_backward_kernel(
     kl_column, num_rows, num_elements, HAS_REF: tl.constexpr, HAS_OLD: tl.constexpr, HAS_STEPS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Chain rule through the log ratio and kl, whose derivatives by row the forward pass has left in `rows`. That of
-    GRPO-Guard's log ratio takes the residual to the old mean, and a factor std.
+    """Apply the chain rule through the log ratio and kl of a row, by which the forward pass left the loss's derivatives
+    in `rows`. GRPO-Guard's log ratio has the residual to the old mean, and a factor std.
     """
     row = tl.program_id(1)
     coefficients = coefficients_of(table, steps, step, HAS_STEPS)
     c_v = tl.load(coefficients + C_V)
     outer = tl.load(grad_loss)
     factor = outer * tl.load(rows + 2 * num_rows + row) * 2.0 * tl.load(coefficients + SCALE) * c_v / num_elements
-    offset, inside = own_elements(num_elements, BLOCK)
+    offset, inside = elements(num_elements, BLOCK)
     if HAS_OLD:
         factor = factor * tl.load(coefficients + STD)
         mean, _ = mean_of(old_velocity, latents, coefficients, offset, inside)
@@ -142,7 +142,7 @@ Rows = tuple[Tensor, Tensor, Tensor | None]
 def forward(
     latents: Latents, rows: Rows, table: Tensor, step: Tensor | int, clip_range: float, kl_beta: float, kl_column: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, figures (7,) and what the backward pass needs, of (velocity, latents, next_latents, ref_velocity,
+    """Compute loss, figures (7,) and what the backward pass needs, of (velocity, latents, next_latents, ref_velocity,
     old_velocity) and (old_log_prob, advantage, weight).
     """
     velocity, x, next_latents, ref_velocity, old_velocity = latents
@@ -166,7 +166,7 @@ def forward(
 def backward(
     grad_loss: Tensor, latents: Latents, slopes: Tensor, table: Tensor, step: Tensor | int, kl_column: int
 ) -> Tensor:
-    """The gradient of `velocity`."""
+    """Compute the gradient of `velocity`."""
     velocity, x, next_latents, ref_velocity, old_velocity = latents
     num_rows, num_elements, num_blocks = geometry(x)
     grad = torch.empty_like(velocity)
@@ -201,5 +201,5 @@ class _GrpoLoss(torch.autograd.Function):
 def loss(
     latents: Latents, rows: Rows, table: Tensor, step: Tensor | int, clip_range: float, kl_beta: float, kl_column: int
 ) -> tuple[Tensor, Tensor]:
-    """`forward`, differentiable in velocity, without the dispatcher."""
+    """Run `forward`, differentiable in velocity, without the dispatcher."""
     return _GrpoLoss.apply(latents[0], latents[1:], rows, table, (step, clip_range, kl_beta, kl_column))

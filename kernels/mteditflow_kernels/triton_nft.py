@@ -11,21 +11,12 @@ import triton.language as tl
 from torch import Tensor
 
 from mteditflow_kernels.reference import NFT_FIGURES
-from mteditflow_kernels.triton_common import (
-    BLOCK,
-    OPTIONS,
-    geometry,
-    is_last,
-    load,
-    ordered_sum,
-    own_elements,
-    tickets,
-)
+from mteditflow_kernels.triton_common import BLOCK, OPTIONS, elements, geometry, is_last, load, ordered_sum, tickets
 
 
 @triton.jit
 def _nft_errors(velocity, old_velocity, clean, noise, sigma, offset, inside, beta):
-    """x+ - x0 and x- - x0, the velocity, all float32; 0 outside the row."""
+    """Compute x+ - x0 and x- - x0; returns them and the velocity, all float32, 0 outside the row."""
     v = load(velocity, offset, inside)
     old = load(old_velocity, offset, inside)
     x0 = load(clean, offset, inside)
@@ -41,40 +32,40 @@ def _nft_kernel(
     tickets, beta, kl_beta, max_advantage, num_rows, num_elements, num_blocks, HAS_REF: tl.constexpr,
     HAS_WEIGHT: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Five sums a row; `rows` (4, B) gets policy, kl, w+ and w-, `figures` (2,) policy_loss and kl."""
+    """Take five sums a row; `rows` (4, B) gets policy, kl, w+ and w-, `figures` (2,) policy_loss and kl."""
     block, row = tl.program_id(0), tl.program_id(1)
-    offset, inside = own_elements(num_elements, BLOCK)
+    offset, inside = elements(num_elements, BLOCK)
     sigma = tl.load(sigmas + row)
     positive, negative, v = _nft_errors(velocity, old_velocity, clean, noise, sigma, offset, inside, beta)
-    own, stride = partial + row * num_blocks, num_rows * num_blocks
-    tl.store(own + block, tl.sum(tl.abs(positive)))
-    tl.store(own + stride + block, tl.sum(tl.abs(negative)))
-    tl.store(own + 2 * stride + block, tl.sum(positive * positive))
-    tl.store(own + 3 * stride + block, tl.sum(negative * negative))
+    partials, stride = partial + row * num_blocks, num_rows * num_blocks
+    tl.store(partials + block, tl.sum(tl.abs(positive)))
+    tl.store(partials + stride + block, tl.sum(tl.abs(negative)))
+    tl.store(partials + 2 * stride + block, tl.sum(positive * positive))
+    tl.store(partials + 3 * stride + block, tl.sum(negative * negative))
     if HAS_REF:
         difference = v - load(ref_velocity, offset, inside)
-        tl.store(own + 4 * stride + block, tl.sum(difference * difference))
+        tl.store(partials + 4 * stride + block, tl.sum(difference * difference))
     if is_last(tickets + row, num_blocks):
-        scale_positive = tl.maximum(ordered_sum(own, num_blocks, BLOCKS) / num_elements, 1e-5)
-        scale_negative = tl.maximum(ordered_sum(own + stride, num_blocks, BLOCKS) / num_elements, 1e-5)
-        good = ordered_sum(own + 2 * stride, num_blocks, BLOCKS) / num_elements / scale_positive
-        bad = ordered_sum(own + 3 * stride, num_blocks, BLOCKS) / num_elements / scale_negative
+        scale_positive = tl.maximum(ordered_sum(partials, num_blocks, BLOCKS) / num_elements, 1e-5)
+        scale_negative = tl.maximum(ordered_sum(partials + stride, num_blocks, BLOCKS) / num_elements, 1e-5)
+        good = ordered_sum(partials + 2 * stride, num_blocks, BLOCKS) / num_elements / scale_positive
+        bad = ordered_sum(partials + 3 * stride, num_blocks, BLOCKS) / num_elements / scale_negative
         r = tl.load(probability + row)
         kl = 0.0
         if HAS_REF:
-            kl = ordered_sum(own + 4 * stride, num_blocks, BLOCKS) / num_elements
+            kl = ordered_sum(partials + 4 * stride, num_blocks, BLOCKS) / num_elements
         tl.store(rows + row, max_advantage * (r * good + (1.0 - r) * bad) / beta)
         tl.store(rows + num_rows + row, kl)
         tl.store(rows + 2 * num_rows + row, scale_positive)
         tl.store(rows + 3 * num_rows + row, scale_negative)
         if is_last(tickets + num_rows, num_rows):
-            each = tl.arange(0, ROWS)
-            real = each < num_rows
-            policy = tl.load(rows + each, real, other=0.0, cache_modifier=".cg")
-            penalty = tl.load(rows + num_rows + each, real, other=0.0, cache_modifier=".cg")
+            place = tl.arange(0, ROWS)
+            is_row = place < num_rows
+            policy = tl.load(rows + place, is_row, other=0.0, cache_modifier=".cg")
+            penalty = tl.load(rows + num_rows + place, is_row, other=0.0, cache_modifier=".cg")
             share = tl.full((ROWS,), 1.0, tl.float32) / num_rows
             if HAS_WEIGHT:
-                share = tl.load(weight + each, real, other=0.0)
+                share = tl.load(weight + place, is_row, other=0.0)
             tl.store(loss, tl.sum((policy + kl_beta * penalty) * share))
             tl.store(figures, tl.sum(policy) / num_rows)
             tl.store(figures + 1, tl.sum(penalty) / num_rows)
@@ -88,7 +79,7 @@ def _nft_backward_kernel(
 ):  # fmt: skip
     """(2 / D) weight {A_max t [-r (x+ - x0) / w+ + (1 - r) (x- - x0) / w-] + kl_beta (v - v_ref)}"""
     row = tl.program_id(1)
-    offset, inside = own_elements(num_elements, BLOCK)
+    offset, inside = elements(num_elements, BLOCK)
     sigma = tl.load(sigmas + row)
     positive, negative, v = _nft_errors(velocity, old_velocity, clean, noise, sigma, offset, inside, beta)
     r = tl.load(probability + row)
@@ -108,7 +99,7 @@ Rows = tuple[Tensor, Tensor, Tensor | None]
 def forward(
     latents: Latents, rows: Rows, beta: float, kl_beta: float, max_advantage: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, figures (2,) and what the backward pass needs, of (velocity, old_velocity, clean_latents, noise,
+    """Compute loss, figures (2,) and what the backward pass needs, of (velocity, old_velocity, clean_latents, noise,
     ref_velocity) and (sigma, reward_probability, weight).
     """
     velocity, old_velocity, clean, noise, ref_velocity = latents
@@ -129,7 +120,7 @@ def forward(
 def backward(
     grad_loss: Tensor, latents: Latents, rows: Rows, sums: Tensor, beta: float, kl_beta: float, max_advantage: float
 ) -> Tensor:
-    """The gradient of `velocity`."""
+    """Compute the gradient of `velocity`."""
     velocity, old_velocity, clean, noise, ref_velocity = latents
     sigma, probability, weight = rows
     num_rows, num_elements, num_blocks = geometry(clean)
@@ -159,5 +150,5 @@ class _NftLoss(torch.autograd.Function):
 
 
 def loss(latents: Latents, rows: Rows, beta: float, kl_beta: float, max_advantage: float) -> tuple[Tensor, Tensor]:
-    """`forward`, differentiable in velocity, without the dispatcher."""
+    """Run `forward`, differentiable in velocity, without the dispatcher."""
     return _NftLoss.apply(latents[0], latents[1:], rows, (beta, kl_beta, max_advantage))

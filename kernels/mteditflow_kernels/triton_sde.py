@@ -18,13 +18,13 @@ from mteditflow_kernels.triton_common import (
     SCALE,
     STD,
     coefficients_of,
+    elements,
     geometry,
     is_last,
     load,
     mean_of,
     normals,
     ordered_sum,
-    own_elements,
     step_arguments,
     tickets,
 )
@@ -33,7 +33,7 @@ from mteditflow_kernels.triton_common import (
 @triton.jit
 def _normal_kernel(keys, out, num_elements, BLOCK: tl.constexpr):
     block, row = tl.program_id(0), tl.program_id(1)
-    offset, inside = own_elements(num_elements, BLOCK)
+    offset, inside = elements(num_elements, BLOCK)
     tl.store(out + offset, normals(keys + row * 5, block, BLOCK), inside)
 
 
@@ -43,11 +43,11 @@ def _step_kernel(
     IS_SAMPLED: tl.constexpr, IS_NOISY: tl.constexpr, HAS_STEPS: tl.constexpr, BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Makes next_latents (IS_SAMPLED) or reads them, and scores the stored values."""
+    """Make next_latents (IS_SAMPLED) or read them, and score the stored values."""
     block, row = tl.program_id(0), tl.program_id(1)
     coefficients = coefficients_of(table, steps, step, HAS_STEPS)
     std = tl.load(coefficients + STD)
-    offset, inside = own_elements(num_elements, BLOCK)
+    offset, inside = elements(num_elements, BLOCK)
     mean, _ = mean_of(velocity, latents, coefficients, offset, inside)
     if IS_SAMPLED:
         sample = mean
@@ -58,10 +58,10 @@ def _step_kernel(
     else:
         stored = tl.load(next_latents + offset, inside, other=0.0)
     residual = tl.where(inside, stored.to(tl.float32) - mean, 0.0)
-    own = partial + row * num_blocks
-    tl.store(own + block, tl.sum(residual * residual))
+    sums = partial + row * num_blocks
+    tl.store(sums + block, tl.sum(residual * residual))
     if is_last(tickets + row, num_blocks):
-        square = ordered_sum(own, num_blocks, BLOCKS) / num_elements
+        square = ordered_sum(sums, num_blocks, BLOCKS) / num_elements
         value = tl.load(coefficients + CONST) - tl.load(coefficients + SCALE) * square
         tl.store(log_prob + row, tl.where(std == 0.0, float("nan"), value))
 
@@ -76,14 +76,14 @@ def _log_prob_backward_kernel(
     coefficients = coefficients_of(table, steps, step, HAS_STEPS)
     c_v = tl.load(coefficients + C_V)
     factor = tl.load(grad_log_prob + row) * 2.0 * tl.load(coefficients + SCALE) * c_v / num_elements
-    offset, inside = own_elements(num_elements, BLOCK)
+    offset, inside = elements(num_elements, BLOCK)
     mean, _ = mean_of(velocity, latents, coefficients, offset, inside)
     residual = load(next_latents, offset, inside) - mean
     tl.store(grad_velocity + offset, (factor * residual).to(grad_velocity.dtype.element_ty), inside)
 
 
 def normal(keys: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """`philox.counter_normal` within NORMAL_ERROR."""
+    """Compute `philox.counter_normal` within NORMAL_ERROR."""
     out = torch.empty(len(keys), *shape, dtype=torch.float32, device=keys.device)
     num_rows, num_elements, num_blocks = geometry(out)
     _normal_kernel[(num_blocks, num_rows)](keys, out, num_elements, BLOCK=BLOCK, **OPTIONS)
@@ -91,14 +91,10 @@ def normal(keys: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def step_and_score(
-    velocity: Tensor,
-    latents: Tensor,
-    next_latents: Tensor | None,
-    table: Tensor,
-    step: Tensor | int,
+    velocity: Tensor, latents: Tensor, next_latents: Tensor | None, table: Tensor, step: Tensor | int,
     keys: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """next_latents, made where it is None, and its log_prob (B,)."""
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Score next_latents, made where it is None; returns it and its log_prob (B,)."""
     num_rows, num_elements, num_blocks = geometry(latents)
     made = torch.empty_like(latents) if next_latents is None else next_latents
     log_prob, partial = (torch.empty(n, device=latents.device) for n in (num_rows, num_rows * num_blocks))
@@ -115,7 +111,7 @@ def step_and_score(
 def log_prob_backward(
     grad_log_prob: Tensor, velocity: Tensor, latents: Tensor, next_latents: Tensor, table: Tensor, step: Tensor | int
 ) -> Tensor:
-    """The gradient of `velocity`."""
+    """Compute the gradient of `velocity`."""
     num_rows, num_elements, num_blocks = geometry(latents)
     grad = torch.empty_like(velocity)
     table, steps, number, has_steps = step_arguments(table, step)

@@ -1,22 +1,20 @@
 """Edit tasks, of the embedded world or of a user's data. Which tasks a step sees is a function of (data.seed, step)
 alone, so a resume sees what would have come, on any number of ranks.
 
-    python -m mteditflow.data check FILE                                           what is in the data, what is wrong
-    python -m mteditflow.data generate COCO.json --images FOLDER --out FILE.jsonl  sessions from object lists
-
-`--help` imports no torch: what needs it is imported where it is used.
+`python -m mteditflow.data --help` imports no torch: what needs it is imported where it is used.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mteditflow.config import EMBEDDED, Config
+from mteditflow.config.ranges import require
+from mteditflow.world.edits import Session, make_session
+from mteditflow.world.scenes import IMAGE
 
 if TYPE_CHECKING:
     from mteditflow.distributed import Ranks
     from mteditflow.types import EditTask
-    from mteditflow.world.edits import Session
-
-SIZE = 64  # pixels, of the embedded world's pictures
 
 
 def check_data(config: Config, *, is_speaking: bool) -> None:
@@ -34,50 +32,43 @@ def check_data(config: Config, *, is_speaking: bool) -> None:
 def check_size(config: Config) -> None:
     """Raise ValueError where the editor is set to another size than that of the embedded world's pictures."""
     for name, value in (("model.height", config.model.height), ("model.width", config.model.width)):
-        if config.data.path == EMBEDDED and value != SIZE:
-            raise ValueError(f"{name} is {value}: must be {SIZE}, the size of the embedded world's pictures")
+        is_right = config.data.path != EMBEDDED or value == IMAGE
+        require(is_right, name, value, f"must be {IMAGE}, the size of the embedded world's pictures")
 
 
 def training_tasks(config: Config, iteration: int, ranks: "Ranks") -> "list[EditTask]":
-    """This rank's share of the P tasks of an iteration. Raises ValueError where P is not a multiple of the ranks."""
+    """Make this rank's share of the P tasks of an iteration. ValueError where P is not a multiple of the ranks."""
     num_tasks = config.rollout.num_tasks
-    if num_tasks % ranks.world_size:
-        raise ValueError(f"rollout.num_tasks is {num_tasks}: must be a multiple of the {ranks.world_size} ranks")
+    is_right = num_tasks % ranks.world_size == 0
+    require(is_right, "rollout.num_tasks", num_tasks, f"must be a multiple of the {ranks.world_size} ranks")
     ids = range(iteration * num_tasks, (iteration + 1) * num_tasks)[ranks.rank :: ranks.world_size]
     if config.data.path != EMBEDDED:
         from mteditflow.data.userdata import user_task
 
         return [user_task(config, i) for i in ids]
-    from mteditflow.world.edits import make_session
-
     num_turns = config.data.num_turns
-    return _tasks(list(ids), [make_session(f"{config.data.seed}/{i}", num_turns, held_out=False) for i in ids])
+    return _world_tasks(ids, [make_session(f"{config.data.seed}/{i}", num_turns, held_out=False) for i in ids])
 
 
 def held_out_tasks(config: Config) -> "list[EditTask]":
-    """The first evaluation.num_sessions held-out sessions: the same for every run on the same data."""
+    """Make the first evaluation.num_sessions held-out sessions: the same for every run on the same data."""
     if config.data.path != EMBEDDED:
         from mteditflow.data.userdata import held_out_user_tasks
 
         return held_out_user_tasks(config)
-    from mteditflow.world.edits import make_session
-
     ids = range(config.evaluation.num_sessions)
-    return _tasks(list(ids), [make_session(str(i), config.num_held_out_turns, held_out=True) for i in ids])
+    return _world_tasks(ids, [make_session(str(i), config.num_held_out_turns, held_out=True) for i in ids])
 
 
-def _tasks(ids: list[int], sessions: "list[Session]") -> "list[EditTask]":
+def _world_tasks(ids: Sequence[int], sessions: list[Session]) -> "list[EditTask]":
     from mteditflow.types import EditTask
     from mteditflow.world.render import render
 
     pictures = render([session.source for session in sessions])
     return [
         EditTask(
-            id=i,
-            source=picture,
-            instructions=tuple(edit.instruction for edit in session.edits),
-            edit_types=tuple(edit.edit_type for edit in session.edits),
-            truth=session,
+            id=i, source=picture, instructions=tuple(edit.instruction for edit in session.edits),
+            edit_types=tuple(edit.edit_type for edit in session.edits), truth=session,
         )
         for i, session, picture in zip(ids, sessions, pictures, strict=True)
-    ]
+    ]  # fmt: skip

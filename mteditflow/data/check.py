@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from rich.console import Console
 from rich.table import Column, Table
 
+from mteditflow.config.ranges import require
 from mteditflow.data.formats import read_sessions
 from mteditflow.data.sessions import MAX_BAD_SHARE, Fault, Sessions
 
@@ -23,11 +24,9 @@ def check(path: str, *, num_turns: int, max_bad_share: float | None = None) -> i
 
     ValueError, one line, where the data as a whole cannot be read.
     """
-    if num_turns < 1:
-        raise ValueError(f"--num_turns is {num_turns}: must be at least 1")
+    require(num_turns >= 1, "--num_turns", num_turns, "must be at least 1")
     max_bad_share = MAX_BAD_SHARE if max_bad_share is None else max_bad_share
-    if not 0 <= max_bad_share <= 1:
-        raise ValueError(f"--max_bad_share is {max_bad_share}: must lie in [0, 1]")
+    require(0 <= max_bad_share <= 1, "--max_bad_share", max_bad_share, "must lie in [0, 1]")
     try:
         sessions = read_sessions(path)
     except ValueError as error:

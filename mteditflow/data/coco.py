@@ -13,6 +13,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from mteditflow.config.ranges import require
 from mteditflow.data.generate import Thing, generate, untouched_regions
 from mteditflow.data.images import read_size
 from mteditflow.types import Box
@@ -51,17 +52,12 @@ def write_sessions(coco: str, *, images: str, out: str, num_turns: int, seed: in
 
 def _check_arguments(target: Path, folder: Path, num_turns: int, per_image: int) -> None:
     """Raise ValueError for an argument that cannot be followed."""
-    for name, value, most in (("--turns", num_turns, MAX_TURNS), ("--per_image", per_image, MAX_PER_IMAGE)):
-        if not 1 <= value <= most:
-            raise ValueError(f"{name} is {value}: must lie in 1 to {most}")
-    if target.suffix != ".jsonl":
-        raise ValueError(f"--out is {str(target)!r}: must end in .jsonl")
-    if target.exists():
-        raise ValueError(f"--out is {str(target)!r}: is there already, remove it or choose another")
-    if not target.parent.is_dir():
-        raise ValueError(f"--out is {str(target)!r}: there is no folder {target.parent}, make it")
-    if not folder.is_dir():
-        raise ValueError(f"--images is {str(folder)!r}: no such folder")
+    require(1 <= num_turns <= MAX_TURNS, "--turns", num_turns, f"must lie in 1 to {MAX_TURNS}")
+    require(1 <= per_image <= MAX_PER_IMAGE, "--per_image", per_image, f"must lie in 1 to {MAX_PER_IMAGE}")
+    require(target.suffix == ".jsonl", "--out", str(target), "must end in .jsonl")
+    require(not target.exists(), "--out", str(target), "is there already, remove it or choose another")
+    require(target.parent.is_dir(), "--out", str(target), f"there is no folder {target.parent}, make it")
+    require(folder.is_dir(), "--images", str(folder), "no such folder")
 
 
 def make_record(image: str, things: list[Thing], num_turns: int, random: Random) -> dict[str, Any]:

@@ -26,7 +26,7 @@ EDIVAL_COLUMNS = (
 EDIVAL_NEEDED = EDIVAL_COLUMNS[:2] + EDIVAL_COLUMNS[3:4]
 EDIVAL_FOLDERS = (".", "input_images_resize_512", "images")  # beside the CSV; the second is that of its download
 KNOWN = "a .jsonl file, EdiVal's .csv, a .parquet file, a folder of images, or a data set of the hub (owner/name)"
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")  # owner/name:split
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")  # owner/name:split
 
 Entry = tuple[Mapping[str, Any], str, Picture]
 """A record, the image's name, and the image."""
@@ -41,15 +41,23 @@ def read_sessions(path: str) -> Sessions:
 
     ValueError, one line without the path: not there, of another format, a wrong column, or empty.
     """
+    readers = {".jsonl": _read_jsonl, ".csv": _read_edival, ".parquet": _read_parquet}
     file = Path(path)
-    if file.is_dir():
-        sessions = _read_folder(file)
-    elif file.exists() or file.suffix in (".jsonl", ".csv", ".parquet"):
-        sessions = _read_file(file)
-    elif _HUB_NAME.fullmatch(path):
-        sessions = _read_hub(path)
-    else:
-        raise ValueError(f"no such file or folder: give {KNOWN}")
+    try:
+        if file.is_dir():
+            sessions = _read_folder(file)
+        elif file.suffix in readers:
+            sessions = readers[file.suffix](file)
+        elif file.exists():
+            raise ValueError(f"format {file.suffix or 'without a suffix'} is not known: give {KNOWN}")
+        elif HUB_NAME.fullmatch(path):
+            sessions = _read_hub(path)
+        else:
+            raise ValueError(f"no such file or folder: give {KNOWN}")
+    except UnicodeDecodeError:
+        raise ValueError("is not text in UTF-8: save it so") from None
+    except OSError as error:
+        raise ValueError(f"cannot be read ({error.strerror or error}): give a file that can") from None
     if not sessions.total:
         raise ValueError("holds no session: give data with at least one")
     is_there: dict[Path, bool] = {}
@@ -61,20 +69,6 @@ def read_sessions(path: str) -> Sessions:
         else:
             faults.append(Fault(place=session.place, kind="image", text=f"no such file: {file}"))
     return replace(sessions, found=found, faults=faults)
-
-
-def _read_file(path: Path) -> Sessions:
-    readers: dict[str, Callable[[Path], Sessions]] = {
-        ".jsonl": _read_jsonl, ".csv": _read_edival, ".parquet": _read_parquet
-    }  # fmt: skip
-    if path.suffix not in readers:
-        raise ValueError(f"format {path.suffix or 'without a suffix'} is not known: give {KNOWN}")
-    try:
-        return readers[path.suffix](path)
-    except UnicodeDecodeError:
-        raise ValueError("is not text in UTF-8: save it so") from None
-    except OSError as error:
-        raise ValueError(f"cannot be read ({error.strerror or error}): give a file that can") from None
 
 
 def _unused(names: Iterable[str], what: str) -> tuple[str, ...]:

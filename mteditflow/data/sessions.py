@@ -77,7 +77,7 @@ class Sessions:
         return len(self.found) + len(self.faults)
 
     def is_too_damaged(self, num_bad: int, max_bad_share: float) -> bool:
-        """Say whether `num_bad` of the sessions are more than data.max_bad_share allows."""
+        """Say whether `num_bad` of the sessions are more than `max_bad_share`."""
         return num_bad / self.total > max_bad_share
 
 

@@ -11,6 +11,7 @@ import sys
 from functools import cache, lru_cache
 
 from mteditflow.config import Config, DataConfig
+from mteditflow.config.ranges import require
 from mteditflow.data.formats import read_sessions
 from mteditflow.data.images import crop_region, fit_picture
 from mteditflow.data.sessions import MAX_BAD_SHARE, Sessions, UserSession, digest
@@ -92,12 +93,9 @@ def training_source(data: DataConfig) -> Source:
     found, share = read_named("data.path", data.path).found, 0.0 if data.held_out else data.held_out_share
     sessions = [session for session in found if not is_held_out_image(session.image, share)]
     source = Source("data.path", data.path, sessions, data.num_turns)
-    if not source.sessions:
-        longest = max((len(session.instructions) for session in sessions), default=0)
-        raise ValueError(
-            f"data.num_turns is {data.num_turns}: no session of {data.path} to train on is that long, the longest "
-            f"has {longest}; lower it, or add data"
-        )
+    longest = max((len(session.instructions) for session in sessions), default=0)
+    remedy = f"no session of {data.path} to train on is that long, the longest has {longest}; lower it, or add data"
+    require(bool(source.sessions), "data.num_turns", data.num_turns, remedy)
     if data.held_out:
         _check_disjoint(sessions, read_named("data.held_out", data.held_out).found, data)
     return source
@@ -116,12 +114,9 @@ def _check_disjoint(training: list[UserSession], held_out: list[UserSession], da
     """Raise ValueError where an image file is trained and evaluated on."""
     files = {session.file.resolve() for session in training if session.file}
     both = sorted({session.image for session in held_out if session.file and session.file.resolve() in files})
-    if both or data.held_out == data.path:
-        image = f" ({len(both)}, such as {both[0]})" if both else ""
-        raise ValueError(
-            f"data.held_out is {data.held_out!r}: has images of data.path{image}; take them out of one, or leave "
-            f"data.held_out empty for a split by images"
-        )
+    shared = f" ({len(both)}, such as {both[0]})" if both else ""
+    remedy = f"has images of data.path{shared}; take them out of one, or leave it empty for a split by images"
+    require(not both and data.held_out != data.path, "data.held_out", data.held_out, remedy)
 
 
 def check_sessions(config: Config, is_speaking: bool) -> None:
@@ -145,8 +140,8 @@ def user_task(config: Config, slot: int) -> EditTask:
     num = len(source.sessions)
     epoch, first = divmod(slot, num)
     order = _in_order(source, f"{config.data.seed}/{epoch}")
-    for session in order[first:] + order[:first]:
-        task = source.task(session, slot, config)
+    for place in range(first, first + num):
+        task = source.task(order[place % num], slot, config)
         if task:
             return task
     raise ValueError(f"data.path is {source.path!r}: none of its {num} images can be read")
@@ -166,10 +161,7 @@ def held_out_user_tasks(config: Config) -> list[EditTask]:
 
 def _check_count(source: Source, num: int, config: Config) -> None:
     """Raise ValueError where there are fewer held-out sessions than evaluation wants."""
-    wanted = config.evaluation.num_sessions
-    if num < wanted:
-        lever = "add data" if config.data.held_out else "raise data.held_out_share"
-        raise ValueError(
-            f"evaluation.num_sessions is {wanted}: {source.path} has {num} held-out sessions of "
-            f"{config.num_held_out_turns} turns; lower it (and num_sessions_short, num_strips), or {lever}"
-        )
+    wanted, lever = config.evaluation.num_sessions, "add data" if config.data.held_out else "raise data.held_out_share"
+    found = f"{source.path} has {num} held-out sessions of {config.num_held_out_turns} turns"
+    remedy = f"{found}; lower it (and num_sessions_short, num_strips), or {lever}"
+    require(num >= wanted, "evaluation.num_sessions", wanted, remedy)

@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from mteditflow import rollout, update
 from mteditflow.config import EMBEDDED, Config
-from mteditflow.data import SIZE, training_tasks
+from mteditflow.data import training_tasks
 from mteditflow.distributed import Ranks, local_device
 from mteditflow.objective import Objective, build_objective
 from mteditflow.plan.dry_run import batch_plan
@@ -35,6 +35,7 @@ from mteditflow.profile.random_kontext import random_kontext
 from mteditflow.record.metrics import Timer, used_memory
 from mteditflow.reward import build_reward
 from mteditflow.types import EditTask
+from mteditflow.world.scenes import IMAGE
 
 PHASES = ("encode text", "encode images", "denoise", "decode", "score", "forward, backward", "optimizer")
 SYNCS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
@@ -57,7 +58,7 @@ class Case:
         policy, objective, config = self.policy, self.objective, self.config
         optimizer = torch.optim.AdamW([parameter for _, parameter in policy.adapters.trainable], lr=1e-9)
         made = rollout.sample_rollout(policy, objective, self.tasks, config, 0)
-        if config.data.path == EMBEDDED and (config.model.height, config.model.width) == (SIZE, SIZE):
+        if config.data.path == EMBEDDED and (config.model.height, config.model.width) == (IMAGE, IMAGE):
             with context("score"):
                 build_reward(config)(made)
         sign = 1.0 - 2.0 * (torch.arange(len(made.group)) % 2)

@@ -152,7 +152,8 @@ class Pairs:
     instructions: list[str]
 
 
-def _any_edit(scene: Scene, random: Random) -> Edit:
+def _draw_edit(scene: Scene, random: Random) -> Edit:
+    """Draw an edit of a type drawn by TYPE_WEIGHTS, again until it is feasible."""
     while (edit := sample_edit(scene, random.choices(EDIT_TYPES, list(TYPE_WEIGHTS.values()))[0], random)) is None:
         pass
     return edit
@@ -170,7 +171,7 @@ def make_pairs(vae: AutoencoderKL, num_pairs: int, seed: int, chain: int = 8) ->
             continue
         scenes.append(scene)
         for _ in range(chain):
-            flaw, edit, mistake = random.random(), _any_edit(scene, random), _any_edit(scene, random)
+            flaw, edit, mistake = random.random(), _draw_edit(scene, random), _draw_edit(scene, random)
             source, is_flawed = len(scenes) - 1, flaw < IGNORED + MISTAKEN
             if is_flawed and flaw >= IGNORED:
                 scenes.append(mistake.after)
@@ -223,8 +224,8 @@ def success(pipeline: FluxKontextPipeline, num_sessions: int, num_steps: int = 8
     sigmas = sigma_schedule(num_steps, TOKENS).float()
     with torch.no_grad():
         for sigma, sigma_next in pairwise(sigmas):
-            sigma_rows = sigma.expand(num_sessions)
-            latents = latents + (sigma_next - sigma) * editor(latents, condition, sigma_rows, t5_ids, clip_ids)
+            velocity = editor(latents, condition, sigma.expand(num_sessions), t5_ids, clip_ids)
+            latents = latents + (sigma_next - sigma) * velocity
     grades = grade(edits, read(before), read(decode(pipeline.vae, latents)))
     passed = [(edit.edit_type, score >= MIN_SCORE_DONE) for edit, score in zip(edits, grades, strict=True)]
     by_type = {name: [is_done for found, is_done in passed if found == name] for name in EDIT_TYPES}

@@ -20,14 +20,9 @@ Color = tuple[float, float, float]
 FINE = 4  # samples per pixel and axis
 OUTLINE = 1.1  # pixels
 COLOR_RGB: dict[str, Color] = {
-    "red": (0.86, 0.16, 0.16),
-    "orange": (0.98, 0.55, 0.10),
-    "yellow": (0.98, 0.88, 0.20),
-    "green": (0.20, 0.68, 0.28),
-    "blue": (0.18, 0.38, 0.88),
-    "purple": (0.60, 0.26, 0.76),
-    "white": (0.96, 0.96, 0.96),
-}
+    "red": (0.86, 0.16, 0.16), "orange": (0.98, 0.55, 0.10), "yellow": (0.98, 0.88, 0.20),
+    "green": (0.20, 0.68, 0.28), "blue": (0.18, 0.38, 0.88), "purple": (0.60, 0.26, 0.76), "white": (0.96, 0.96, 0.96),
+}  # fmt: skip
 BROWN, CREAM, DARK = (0.45, 0.29, 0.16), (0.96, 0.90, 0.76), (0.16, 0.14, 0.16)
 # Where the copies of an object stand in its cell: centre (x, y) and half-size, in pixels.
 COPIES: dict[int, list[tuple[float, float, float]]] = {
@@ -70,9 +65,8 @@ def _polygon(u: Array, v: Array, corners: list[tuple[float, float]]) -> Array:
 
 
 def _star(u: Array, v: Array) -> Array:
-    angles = [np.pi * (k / 5 - 0.5) for k in range(10)]
-    radii = [1.0, 0.46] * 5
-    return _polygon(u, v - 0.06, [(r * np.cos(a), r * np.sin(a)) for a, r in zip(angles, radii, strict=True)])
+    corners = [(np.pi * (k / 5 - 0.5), 0.46 if k % 2 else 1.0) for k in range(10)]  # angle, radius
+    return _polygon(u, v - 0.06, [(radius * np.cos(angle), radius * np.sin(angle)) for angle, radius in corners])
 
 
 def _heart(u: Array, v: Array) -> Array:

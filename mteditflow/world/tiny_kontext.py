@@ -76,14 +76,9 @@ def _t5(tokenizer: Any, width: int) -> T5EncoderModel:
 def flux_scheduler() -> FlowMatchEulerDiscreteScheduler:
     """Make FLUX.1-Kontext-dev's scheduler, constant for constant."""
     return FlowMatchEulerDiscreteScheduler(
-        num_train_timesteps=1000,
-        shift=3.0,
-        use_dynamic_shifting=True,
-        base_shift=0.5,
-        max_shift=1.15,
-        base_image_seq_len=256,
-        max_image_seq_len=4096,
-    )
+        num_train_timesteps=1000, shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15,
+        base_image_seq_len=256, max_image_seq_len=4096,
+    )  # fmt: skip
 
 
 def build_pipeline(
