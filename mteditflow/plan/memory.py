@@ -55,13 +55,13 @@ def read_sizes(config: Config) -> Sizes:
         assert family is not None, known
         others = {"text_encoder": round(1e9 * known.text_encoders), "vae": round(1e9 * known.autoencoder)}
     else:
+        family, others = configured_family(replace(config.model, path=str(folder))), _weights_by_part(folder)
         try:
             transformer = json.loads((folder / "transformer" / "config.json").read_text())
         except OSError:
             raise ValueError(
                 f"model.path is {path!r}, without transformer/config.json: must be the folder of a diffusers pipeline"
             ) from None
-        family, others = configured_family(replace(config.model, path=str(folder))), _weights_by_part(folder)
     with torch.device("meta"):
         model: nn.Module = getattr(diffusers, family.transformer).from_config(transformer)
     return Sizes(
