@@ -11,6 +11,8 @@ SOURCES = sorted([
     *PAGES, *(ROOT / "configs").glob("*.yaml"), *(ROOT / "mteditflow").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")
 ])  # fmt: skip
 
+MEANT_TO_BE_ABSENT = {"kernels/__init__.py", "mteditflow/policy/patch.py"}  # a rule of the house; a guide's example
+
 
 def anchors(page: Path) -> set[str]:
     """The anchors of a page's headings, as GitHub makes them."""
@@ -36,7 +38,7 @@ def test_files_that_a_text_names_are_there(source: Path) -> None:
     names = re.findall(
         r"(?<![\w/.-])((?:docs|configs|tests|bench|mteditflow|kernels)/[\w/.-]*\.(?:md|yaml|py))", source.read_text()
     )
-    assert [name for name in set(names) if not (ROOT / name).exists()] == []
+    assert [it for it in set(names) - MEANT_TO_BE_ABSENT if not (ROOT / it).exists()] == []
 
 
 def test_a_broken_link_is_seen(tmp_path: Path) -> None:

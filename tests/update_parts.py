@@ -72,7 +72,7 @@ def step(
     policy: Policy, rollout: Rollout, advantage: Tensor, config: Config, learning_rate: float = 1e-3
 ) -> tuple[dict[str, float], list[Tensor]]:
     """One call of `update` by plain SGD: figures, and the gradient of each step, unscaled by max_grad_norm."""
-    config = change(config, "optimizer", max_grad_norm=1e9)
+    config = change(config, "optimizer", max_grad_norm=1e6)
     optimizer = KeepsGradients(policy, learning_rate)
     figures = update(policy, optimizer, build_objective(config), rollout, advantage, config, ONE_RANK)
     assert all(parameter.grad is None for _, parameter in policy.adapters.trainable)
