@@ -275,7 +275,8 @@ CELLS = {"a": {}, "b": {"data.num_turns": 1}}
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "field": ({"cells": CELLS | {"c": {"rollout.group_sise": 4}}},
               "cell 'turns: c': rollout.group_sise is no field: did you mean rollout.group_size?"),
-    "value": ({"cells": CELLS | {"c": {"rollout.group_size": 1}}}, "cell 'turns: c': rollout.group_size is 1: must lie in"),
+    "value": ({"cells": CELLS | {"c": {"rollout.group_size": 1}}},
+              "cell 'turns: c': rollout.group_size is 1: must lie in"),
     "own": ({"cells": CELLS | {"c": {"run.seed": 1}}}, "cell 'turns: c' sets run.seed: leave it out"),
     "sessions": ({"cells": CELLS | {"c": {"evaluation.num_sessions": 5}}},
                  "cell 'turns: a' and cell 'turns: c' disagree on held-out data: evaluation.num_sessions is 4 and 5"),
