@@ -7,7 +7,7 @@ one place would be the same noise.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum
+from enum import Enum, unique
 
 import torch
 from mteditflow_kernels import noise_keys
@@ -17,6 +17,7 @@ NUM_PLACES = 2**16  # of a turn: the low half of a key's number; the turn is the
 TURN_SHIFT = 16
 
 
+@unique
 class Place(Enum):
     """Where each use of randomness stands within a turn: its first place, and how many it has."""
 

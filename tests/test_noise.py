@@ -10,7 +10,8 @@ from mteditflow.noise import EVALUATION, NUM_PLACES, TURN_SHIFT, NoiseSource, Pl
 
 
 def test_places_are_disjoint_and_within_a_turn() -> None:
-    places = {place: {place.at(i) for i in range(place.value[1])} for place in Place}
+    # by name: an Enum takes two names of one value for one member
+    places = {name: {place.at(i) for i in range(place.value[1])} for name, place in Place.__members__.items()}
     assert all(min(of_place) >= 0 and max(of_place) < NUM_PLACES for of_place in places.values())
     for (a, of_a), (b, of_b) in combinations(places.items(), 2):
         assert not of_a & of_b, (a, b)
