@@ -20,22 +20,23 @@ NUM_ROUNDS = 10
 TURN_SHIFT = 16
 
 
-def _multiply(word: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
-    """Multiply: high and low 32 bits, by 16-bit halves, since the whole product overflows a signed int64."""
-    low = (word & 0xFFFF) * multiplier  # < 2^48
-    high = (word >> 16) * multiplier + (low >> 16)  # < 2^49
-    return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
-
-
 def _rounds(words: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Ten rounds on words and keys below 2^32.
+
+    A product of two such numbers wraps around in int64 to the bits of the unsigned one: its low word is its lower half,
+    its high word the upper half, to which a shift adds the sign. Words that only enter an exclusive or may keep what
+    stands above their 32 bits, and so may the keys; what is multiplied next is masked.
+    """
     c0, c1, c2, c3 = words
     k0, k1 = key
     for _ in range(NUM_ROUNDS):
-        high0, low0 = _multiply(c0, MULTIPLIERS[0])
-        high1, low1 = _multiply(c2, MULTIPLIERS[1])
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
-        k0, k1 = (k0 + WEYL[0]) & MASK, (k1 + WEYL[1]) & MASK
-    return c0, c1, c2, c3
+        product0, product1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
+        c0, c2 = (product1 >> 32) ^ (c1 ^ k0), (product0 >> 32) ^ (c3 ^ k1)
+        c0 &= MASK  # in place: they are new
+        c2 &= MASK
+        c1, c3 = product1, product0
+        k0, k1 = k0 + WEYL[0], k1 + WEYL[1]
+    return c0, c1 & MASK, c2, c3 & MASK
 
 
 def philox_4x32(counter: Tensor, key: Tensor) -> Tensor:
@@ -45,33 +46,34 @@ def philox_4x32(counter: Tensor, key: Tensor) -> Tensor:
     return torch.stack(torch.broadcast_tensors(*_rounds((c0, c1, c2, c3), (k0, k1))), dim=-1)
 
 
-def _words(keys: Tensor, num_elements: int) -> Tensor:
-    """Draw words (B, ceil(num_elements / 4), 4): counter 0 is element // 4, the rest is in `keys` (B, 5)."""
+def _words(keys: Tensor, num_elements: int) -> tuple[Tensor, ...]:
+    """Four times (B, ceil(num_elements / 4)) words: counter 0 is element // 4, the rest is in `keys` (B, 5)."""
     key0, key1, counter1, counter2, counter3 = keys[:, :, None].unbind(1)  # (B, 1) each
     counter0 = torch.arange(-(-num_elements // 4), dtype=torch.int64, device=keys.device)[None]  # (1, n)
-    return torch.stack(_rounds((counter0, counter1, counter2, counter3), (key0, key1)), dim=-1)
+    return _rounds((counter0, counter1, counter2, counter3), (key0, key1))
 
 
 def counter_uniform(keys: Tensor, n: int) -> Tensor:
-    """Draw uniform numbers in [0, 1), float32 (B, n); element i is word i % 4 of counter i // 4. `keys` (B, 5)."""
-    words = _words(keys, n).flatten(1)[:, :n]
-    return (words >> 8).to(torch.float32) * 2.0**-24
+    """Uniform numbers in [0, 1), float32 (B, n); element i is word i % 4 of counter i // 4. `keys` (B, 5) int64."""
+    uniforms = [(word >> 8).to(torch.float32) * 2.0**-24 for word in _words(keys, n)]
+    return torch.stack(uniforms, dim=-1).flatten(1)[:, :n]
 
 
 def counter_normal(keys: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Draw standard normal numbers, float32 (B, *shape), by Box-Muller.
+    """Standard normal numbers, float32 (B, *shape), by Box-Muller.
 
     `keys` (B, 5) int64 are key0, key1, counter1, counter2, counter3.
     Words (w0, w1) give elements 4i and 4i + 1 as r cos and r sin with r = sqrt(-2 log u0), angle 2 pi u1, u0 in (0, 1];
     words (w2, w3) give the next two. Logarithm and sine run in float64, because their vectorised and scalar forms
     differ in the last bit, by which an element would depend on its place in memory; rounding to float32 hides it.
     """
-    num_elements = math.prod(shape)
-    uniforms = (_words(keys, num_elements) >> 8).to(torch.float64)  # (B, n, 4), integers below 2^24
-    radius = torch.sqrt(-2.0 * torch.log((uniforms[..., 0::2] + 1.0) * 2.0**-24))  # (B, n, 2)
-    angle = uniforms[..., 1::2] * (2.0 * math.pi * 2.0**-24)
-    normals = torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)], dim=-1)  # (B, n, 2, 2)
-    return normals.to(torch.float32).flatten(1)[:, :num_elements].reshape(len(keys), *shape).contiguous()
+    num_elements, parts = math.prod(shape), []
+    words = [(word >> 8).to(torch.float64) for word in _words(keys, num_elements)]  # integers below 2^24
+    for first, second in (words[:2], words[2:]):
+        radius = torch.sqrt(-2.0 * torch.log((first + 1.0) * 2.0**-24))
+        angle = second * (2.0 * math.pi * 2.0**-24)
+        parts += [(radius * torch.cos(angle)).to(torch.float32), (radius * torch.sin(angle)).to(torch.float32)]
+    return torch.stack(parts, dim=-1).flatten(1)[:, :num_elements].reshape(len(keys), *shape).contiguous()
 
 
 def noise_keys(*, seed: int, step: int, task: Tensor, trajectory: Tensor, turn: int, denoising_step: int) -> Tensor:
