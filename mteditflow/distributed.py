@@ -55,13 +55,6 @@ def start() -> Ranks:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-    elif (
-        "OMP_NUM_THREADS" in os.environ
-        and os.environ.get("LOCAL_WORLD_SIZE", "1") == "1"
-        and torch.get_num_threads() == 1
-    ):
-        # torchrun sets OMP_NUM_THREADS=1 for every process; one process alone may use the machine
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
     if world_size > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return Ranks(rank=rank, world_size=world_size, device=device)

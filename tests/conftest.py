@@ -31,12 +31,6 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.fixture(autouse=True)
-def one_thread_in_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run that sees torchrun's OMP_NUM_THREADS takes all cores: bits are compared here."""
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-
-
 @pytest.fixture(scope="session")
 def tiny_pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random-weight FluxKontextPipeline in the true format, of about 100 thousand parameters."""

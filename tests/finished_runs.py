@@ -78,9 +78,7 @@ def train(folder: Path, model: Path, **overrides: Any) -> Path:
         "evaluation.num_strips": 2, "evaluation.num_steps": 2, "evaluation.every": 1, "run.num_iterations": 2,
         "run.folder": folder,
     } | {name.replace("__", "."): value for name, value in overrides.items()}  # fmt: skip
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("OMP_NUM_THREADS", raising=False)
-        assert command.train([word for name, value in values.items() for word in (f"--{name}", str(value))]) == 0
+    assert command.train([word for name, value in values.items() for word in (f"--{name}", str(value))]) == 0
     return folder
 
 

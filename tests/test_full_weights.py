@@ -177,10 +177,7 @@ def arguments(model: Path, folder: Path, num_iterations: int, **overrides: Any) 
     return [word for name, value in values.items() for word in (f"--{name}", str(value))]
 
 
-def test_a_bfloat16_run_has_ratio_1_and_exports_its_rounded_average(
-    tiny_pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+def test_a_bfloat16_run_has_ratio_1_and_exports_its_rounded_average(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
     main(arguments(tiny_pipeline_folder, tmp_path, 1, objective__name="grpo", model__dtype="bfloat16"))
     (line,) = read_lines(tmp_path / "metrics.jsonl")
     assert line["update/first_ratio_error"] == 0 and line["update/grad_norm"] > 0
@@ -190,11 +187,8 @@ def test_a_bfloat16_run_has_ratio_1_and_exports_its_rounded_average(
 
 
 @pytest.mark.parametrize("objective", ["grpo", "nft"])
-def test_a_run_trains_and_resumes(
-    tiny_pipeline_folder: Path, tmp_path: Path, objective: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_trains_and_resumes(tiny_pipeline_folder: Path, tmp_path: Path, objective: str) -> None:
     """The ratio is exactly 1 before the first update (a guard stops the run otherwise), and a resume has equal bits."""
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     own = {"objective__name": objective}
     if objective == "nft":
         own["objective__nft_old_decay"] = "ramp"

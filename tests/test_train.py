@@ -79,9 +79,7 @@ Arguments = Callable[..., list[str]]
 def whole(arguments: Arguments, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that nothing disturbed."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("OMP_NUM_THREADS", raising=False)
-        main(arguments(folder))
+    main(arguments(folder))
     return folder
 
 
