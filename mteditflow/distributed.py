@@ -32,9 +32,9 @@ class Ranks:
         """The rows of all ranks, (world_size * N, ...), in the order of the ranks; every rank has N rows."""
         if self.world_size == 1:
             return tensor
-        own = tensor.to(self.device).contiguous()
-        parts = [torch.empty_like(own) for _ in range(self.world_size)]
-        dist.all_gather(parts, own)
+        rows = tensor.to(self.device).contiguous()
+        parts = [torch.empty_like(rows) for _ in range(self.world_size)]
+        dist.all_gather(parts, rows)
         return torch.cat(parts).to(tensor.device)
 
     def barrier(self) -> None:

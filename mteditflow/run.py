@@ -171,15 +171,9 @@ class Run:
     def _save(self, done: int) -> None:
         names = ("current", "ema", "old") if self.objective.has_old else ("current", "ema")
         state = {name: self.policy.adapters.state(name) for name in names}
-        state["optimizer"] = {
-            f"{i}.{key}": value for i, own in self.optimizer.state_dict()["state"].items() for key, value in own.items()
-        }
-        checkpoint.save(
-            self.folder,
-            iteration=done,
-            config=self.config,
-            state=state,
-        )
+        moments = self.optimizer.state_dict()["state"]
+        state["optimizer"] = {f"{i}.{key}": value for i, named in moments.items() for key, value in named.items()}
+        checkpoint.save(self.folder, iteration=done, config=self.config, state=state)
 
     def _restore(self, saved: checkpoint.Checkpoint) -> None:
         self.first_iteration = saved.iteration

@@ -71,7 +71,7 @@ def read_sessions(path: str) -> Sessions:
     return replace(sessions, found=found, faults=faults)
 
 
-def _unused(names: Iterable[str], what: str) -> tuple[str, ...]:
+def _find_unused(names: Iterable[str], what: str) -> tuple[str, ...]:
     """List the fields that mean nothing here. ValueError where one looks like a misspelt field that is not there."""
     given = set(names)
     absent, unknown = [field for field in FIELDS if field not in given], sorted(given - set(FIELDS))
@@ -104,7 +104,7 @@ def _read_jsonl(path: Path, image_fields: tuple[str, ...] = ("image",)) -> Sessi
             raise UnreadableError(f"is not JSON: {error.msg}") from None
         if not isinstance(record, dict):
             raise ValueError("must be an object with fields such as image and instructions")
-        unused[place] = _unused([name for name in record if name not in image_fields[1:]], "field")
+        unused[place] = _find_unused([name for name in record if name not in image_fields[1:]], "field")
         image = image_name(record, image_fields)
         return record, image, path.parent / image
 
@@ -240,7 +240,7 @@ def _read_table(table: Any, name: str, folder: Path) -> Sessions:
     text is a path, relative to `folder`.
     """
     columns = table.column_names
-    unused = _unused(columns, "column")
+    unused = _find_unused(columns, "column")
     if "image" not in columns or not {"instructions", "prompt"} & set(columns):
         raise ValueError(f"has columns {', '.join(columns)}: needs image, and instructions or prompt")
     is_path = getattr(table.features["image"], "dtype", "") in ("string", "large_string")

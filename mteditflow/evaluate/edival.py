@@ -35,7 +35,7 @@ class Evaluation:
 
 def point_metrics(evaluation: Evaluation) -> Floats:
     """Compute MT, IF, CC, O in percent, (4, K)."""
-    return metrics(*_masked(evaluation))
+    return metrics(*_mask_invalid(evaluation))
 
 
 def resampled_metrics(evaluation: Evaluation) -> Floats:
@@ -47,7 +47,7 @@ def resampled_metrics(evaluation: Evaluation) -> Floats:
     """
     n = len(evaluation.verdict)
     index = np.random.default_rng(0).integers(n, size=(NUM_BOOTSTRAP, n))
-    verdict, kept = _masked(evaluation)
+    verdict, kept = _mask_invalid(evaluation)
     marginal, joint, consistency, _ = metrics(verdict[index], kept[index])
     consistency = np.where(np.isnan(consistency), point_metrics(evaluation)[2], consistency)
     return np.stack([marginal, joint, consistency, np.sqrt(joint * consistency)])
@@ -66,7 +66,7 @@ def _mean(values: Floats) -> Floats:
     return np.where(count > 0, np.where(defined, values, 0.0).sum(-2) / np.maximum(count, 1), np.nan)
 
 
-def _masked(evaluation: Evaluation) -> tuple[Floats, Floats]:
+def _mask_invalid(evaluation: Evaluation) -> tuple[Floats, Floats]:
     """Verdicts and consistency (n, K), NaN in the rows that are not valid."""
     invalid = ~evaluation.valid[:, None]
     tables = (evaluation.verdict, evaluation.consistency)
@@ -79,7 +79,7 @@ def summary(evaluation: Evaluation) -> dict[str, Any]:
 
     None where a metric is not defined; CC_sessions says in how many sessions CC is.
     """
-    num_kept = (~np.isnan(_masked(evaluation)[1])).sum(0).tolist()
+    num_kept = (~np.isnan(_mask_invalid(evaluation)[1])).sum(0).tolist()
     turns = _turns(point_metrics(evaluation), resampled_metrics(evaluation))
     done: dict[str, list[bool]] = {}
     for n in evaluation.valid.nonzero()[:, 0].tolist():

@@ -80,7 +80,7 @@ def save(folder: Path, *, iteration: int, config: Config, state: State, keep: in
         remedy = "previous checkpoint kept; free some space and run again"
         raise ValueError(f"no room on the disk to save {final}: {remedy}") from error
     _delete(replaced)
-    for old in _finished(parent)[keep:]:
+    for old in _list_finished(parent)[keep:]:
         if old != final:  # damaged ones that were passed over may be newer: never the one just written
             _delete(old)
     return final
@@ -98,7 +98,7 @@ def load_latest(
     A damaged one is passed over, and `warn` is told. Raises ValueError for a checkpoint of another version, for a
     config that changes the problem, and when every checkpoint is damaged: starting anew would bury them.
     """
-    finished = _finished(folder / "checkpoints")
+    finished = _list_finished(folder / "checkpoints")
     for path in finished:
         try:
             manifest = _read_manifest(path)
@@ -208,7 +208,7 @@ def _read_state(path: Path, files: dict[str, str], groups: Collection[str] | Non
     return state
 
 
-def _finished(parent: Path) -> list[Path]:
+def _list_finished(parent: Path) -> list[Path]:
     """Finished checkpoints, newest first; of one iteration, the replaced one last."""
     paths = parent.iterdir() if parent.is_dir() else ()
     found = [(int(match[1]), not match[2], path) for path in paths if (match := _NAME.fullmatch(path.name))]
