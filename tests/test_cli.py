@@ -295,6 +295,9 @@ def test_a_run_that_does_not_fit_is_refused(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_dry_run_of_no_pipeline(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"model\.path .* is not a diffusers pipeline: .* no model_index\.json"):
+        dry_run(replace(Config(), model=ModelConfig(path=str(tmp_path))))
+    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxKontextPipeline"}')
     with pytest.raises(ValueError, match=r"model\.path is .*without transformer/config\.json"):
         dry_run(replace(Config(), model=ModelConfig(path=str(tmp_path))))
     with pytest.raises(ValueError, match=r"model\.path is 'nowhere': no folder"):
