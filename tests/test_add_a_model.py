@@ -150,7 +150,7 @@ def test_only_its_own_file_knows_a_family() -> None:
     paths = [path for path in package.rglob("*") if path.suffix in (".py", ".jinja")]
     files = {str(path.relative_to(package)): path.read_text() for path in paths}
     for family in policies.FAMILIES:
-        own = f"policy/{family.editor.__module__.rsplit('.', 1)[-1]}.py"
+        home = f"policy/{family.editor.__module__.rsplit('.', 1)[-1]}.py"
         for name in (*family.pipelines, family.transformer, *family.uncapturable):
             known = {file for file, text in files.items() if re.search(rf"\b{name}\b", text)}
-            assert own in known and all(file == own or file.startswith(allowed) for file in known), (name, known)
+            assert home in known and all(file == home or file.startswith(allowed) for file in known), (name, known)

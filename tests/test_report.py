@@ -42,7 +42,7 @@ def test_every_figure_of_a_run_is_on_its_page(name: str, request: pytest.Fixture
     num_turns = len(before["turns"])
     assert num_turns == config.data.num_turns and len(read_lines(folder)) == 2
     rows = [
-        f"{metric if metric != 'O' else 'O'}{turn + 1} {''.join(cells)}".replace(" ", "")
+        f"{metric}{turn + 1} {''.join(cells)}".replace(" ", "")
         for metric in METRICS
         for turn in range(num_turns)
         if (
@@ -113,6 +113,17 @@ def test_a_curve_that_never_comes_is_not_missed(lora_run: Path, tmp_path: Path) 
     for every in (0, 2):
         (folder / "config.yaml").write_text(text.replace("  every: 1\n", f"  every: {every}\n"))
         assert "Held-out O by turn" not in Page(write_report(folder)).text
+
+
+def test_rewards_of_a_run_are_curves_and_others_are_not_missed(lora_run: Path, tmp_path: Path) -> None:
+    """A user's function has its curve; a run without consistency is not told that it is not there yet."""
+    folder = copy_run(lora_run, tmp_path / "run", "config.yaml", "metrics.jsonl")
+    lines = [{k: v for k, v in line.items() if k != "reward/consistency"} for line in read_lines(folder)]
+    text = "".join(json.dumps(line | {"reward/sharp_edges": 0.25}) + "\n" for line in lines)
+    (folder / "metrics.jsonl").write_text(text)
+    page = Page(write_report(folder))
+    assert "Further rewards" in page.text and "sharp edges" in page.text and "Consistency" not in page.text
+    assert "Further rewards" not in Page(lora_run / "report.html").text
 
 
 def test_a_config_that_cannot_be_had(lora_run: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from mteditflow.config.ranges import Count, Range, Share, Weight, check_ranges, 
 
 EDIVAL_DINO = "facebook/dinov3-vitb16-pretrain-lvd1689m"
 _ALSO = re.compile(r"(?P<module>[\w.]+):(?P<function>[A-Za-z_]\w*)(=(?P<weight>.+))?")
-_TAKEN = re.compile(r"instruction|consistency|mean|std|valid_share|zero_spread_share|(turn|success)_\d+")
+TAKEN = re.compile(r"instruction|consistency|mean|std|valid_share|zero_spread_share|(?:turn|success)_\d+")
 """Names that metrics have already."""
 
 
@@ -34,7 +34,7 @@ def parse_also(text: str) -> AlsoReward:
     except ValueError:
         weight = math.nan
     require(0 <= weight < math.inf, "reward.also", text, "the weight must be a number, not negative")
-    is_free = not _TAKEN.fullmatch(match["function"])
+    is_free = not TAKEN.fullmatch(match["function"])
     require(is_free, "reward.also", text, f"there is a {match['function']} already: rename the function")
     return AlsoReward(text=text, module=match["module"], function=match["function"], weight=weight)
 

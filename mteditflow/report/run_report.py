@@ -12,6 +12,7 @@ from typing import Any
 
 from mteditflow.config import Config
 from mteditflow.config.cli import from_yaml
+from mteditflow.config.reward import TAKEN
 from mteditflow.export.card import read_usage
 from mteditflow.record.alarms import ALARMS
 from mteditflow.record.figures import METRICS, RESULTS, align_turns, finite
@@ -30,7 +31,7 @@ class ChartSpec:
     title: str
     note: str
     keys: str
-    is_optional: bool = False  # not every objective has these figures
+    is_optional: bool = False  # not every objective, or choice of rewards, has these figures
 
 
 HELD_OUT = ChartSpec(
@@ -43,7 +44,16 @@ CHARTS = (
     ChartSpec(title="Instruction score by turn", note="From 0, ignored, to 1, done.", keys=r"reward/turn_(\d+)"),
     ChartSpec(title="Success by turn", note="Share of edits that the verdict accepts.", keys=r"reward/success_(\d+)"),
     ChartSpec(
-        title="Consistency", note="What no instruction touched, against the source.", keys=r"reward/(consistency)"
+        title="Consistency",
+        note="What no instruction touched, against the source.",
+        keys=r"reward/(consistency)",
+        is_optional=True,
+    ),
+    ChartSpec(
+        title="Further rewards",
+        note="Mean over trajectories and turns, of the functions of reward.also.",
+        keys=rf"reward/(?!(?:{TAKEN.pattern})$)(\w+)",
+        is_optional=True,
     ),
     ChartSpec(
         title="Drift from the source",
