@@ -34,6 +34,9 @@ BYTES = {  # moved per element of bfloat16 latents by the kernels of `static.VAR
     "NFT, KL, backward": 12,
 }
 
+BLOCK_BYTES = {"rows to 8 bits": 3, "norm and rope": 4, "norm and rope, backward": 6}  # `static.BLOCK_VARIANTS`
+HEAD, WIDTH = 128, 4096  # as many elements as the latents have, in heads of FLUX's and rows of klein's
+
 
 @dataclass(frozen=True, kw_only=True)
 class Ops:
@@ -44,6 +47,8 @@ class Ops:
     sde_log_prob: Callable[..., Tensor]
     grpo_loss: Callable[..., tuple[Tensor, dict[str, Tensor]]]
     nft_loss: Callable[..., tuple[Tensor, dict[str, Tensor]]]
+    quantise_rows: Callable[..., tuple[Tensor, Tensor]]
+    norm_rope: Callable[..., Tensor]
 
 
 OWN = Ops(
@@ -52,6 +57,8 @@ OWN = Ops(
     sde_log_prob=mteditflow_kernels.sde_log_prob,
     grpo_loss=mteditflow_kernels.grpo_loss,
     nft_loss=mteditflow_kernels.nft_loss,
+    quantise_rows=mteditflow_kernels.quantise_rows,
+    norm_rope=mteditflow_kernels.norm_rope,
 )
 EAGER = Ops(
     counter_normal=philox.counter_normal,
@@ -59,6 +66,8 @@ EAGER = Ops(
     sde_log_prob=reference.sde_log_prob,
     grpo_loss=reference.grpo_loss,
     nft_loss=reference.nft_loss,
+    quantise_rows=reference.quantise_rows,
+    norm_rope=reference.norm_rope,
 )
 
 
@@ -114,7 +123,7 @@ class Case:
 
     def num_bytes(self, shape: tuple[int, ...]) -> int:
         """What the algorithm moves in a call."""
-        return sum(BYTES[name] for name in self.kernels) * prod(shape)
+        return sum((BYTES | BLOCK_BYTES)[name] for name in self.kernels) * prod(shape)
 
 
 def _step(is_noisy: bool) -> Prepare:
@@ -175,6 +184,25 @@ def _backward(loss_of: Loss) -> Prepare:
     return prepare
 
 
+def _quantise(ops: Ops, x: Sequence[Tensor], rows: Rows) -> Callable[[], Tensor]:
+    """The scales stand for both: the parity of the bits is `triton_cases.py`'s."""
+    wide = x[0].reshape(-1, min(WIDTH, prod(rows.shape)))
+    return lambda: ops.quantise_rows(wide)[1]
+
+
+def _norm_rope(has_gradient: bool) -> Prepare:
+    def prepare(ops: Ops, x: Sequence[Tensor], rows: Rows) -> Callable[[], Tensor]:
+        heads = x[0].detach().reshape(len(x[0]), -1, min(4, prod(rows.shape) // HEAD), HEAD)
+        weight, angles = torch.ones_like(heads[0, 0, 0]), draw(2, heads.shape[1], HEAD).to(heads.device)
+        if not has_gradient:
+            return lambda: ops.norm_rope([(heads, weight, angles)], 1e-6)
+        heads.requires_grad_()
+        given = torch.ones_like(heads)
+        return lambda: torch.autograd.grad(ops.norm_rope([(heads, weight, angles)], 1e-6), heads, given)[0]
+
+    return prepare
+
+
 CASES = [
     Case(
         name="noise", kernels=("noise",), num_latents=1,
@@ -199,5 +227,11 @@ CASES = [
     ),
     Case(name="NFT, forward", kernels=("NFT",), num_latents=4, prepare=_forward(_nft(False))),
     Case(name="NFT, backward", kernels=("NFT, backward",), num_latents=4, prepare=_backward(_nft(False))),
+    Case(name="rows to 8 bits", kernels=("rows to 8 bits",), num_latents=1, prepare=_quantise),
+    Case(name="norm and rope", kernels=("norm and rope",), num_latents=1, prepare=_norm_rope(False)),
+    Case(
+        name="norm and rope, both", kernels=("norm and rope", "norm and rope, backward"), num_latents=1,
+        prepare=_norm_rope(True),
+    ),
     Case(name="NFT with KL, both", kernels=("NFT, KL", "NFT, KL, backward"), num_latents=5, prepare=_both(_nft(True))),
 ]  # fmt: skip

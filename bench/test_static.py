@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from kernel_cases import BYTES
+from kernel_cases import BLOCK_BYTES, BYTES
 from mteditflow_kernels import grpo_loss, nft_loss, noise_keys, sde_log_prob, sde_step
-from mteditflow_kernels.static import VARIANTS, figures
+from mteditflow_kernels.static import BLOCK_VARIANTS, VARIANTS, figures
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -28,11 +28,19 @@ def test_table_of_static_figures(capability: int, capsys: pytest.CaptureFixture[
     table.add_column("kernel", no_wrap=True)
     for name in (*names, "floor, us"):
         table.add_column(name)
-    for name, variant in VARIANTS.items():
+    num_bytes = BYTES | BLOCK_BYTES
+    for name, variant in (VARIANTS | BLOCK_VARIANTS).items():
         f = figures(variant, capability)
-        floor = 1e6 * BYTES[name] * NUM_ELEMENTS / COPY_BYTES_PER_SECOND
+        floor = 1e6 * num_bytes[name] * NUM_ELEMENTS / COPY_BYTES_PER_SECOND
         moved = f"{f.loads_128} / {f.stores_128}"
-        row = (f.registers, f.stack + f.local, moved, f"{f.instructions_per_element:.0f}", BYTES[name], f"{floor:.1f}")
+        row = (
+            f.registers,
+            f.stack + f.local,
+            moved,
+            f"{f.instructions_per_element:.0f}",
+            num_bytes[name],
+            f"{floor:.1f}",
+        )
         table.add_row(name, *map(str, row))
     with capsys.disabled():
         Console(width=120).print("\n", table)

@@ -2,10 +2,27 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from mteditflow_kernels import counter_normal, grpo_loss, nft_loss, noise_keys, sde_log_prob, sde_step, use_backend
+from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.normalization import RMSNorm
+from diffusers.models.transformers.transformer_qwenimage import apply_rotary_emb_qwen
+from mteditflow_kernels import (
+    counter_normal,
+    grpo_loss,
+    nft_loss,
+    noise_keys,
+    norm_rope,
+    quantise_rows,
+    sde_log_prob,
+    sde_step,
+    use_backend,
+)
+from mteditflow_kernels.reference import RopePart
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mteditflow.flow import sigma_schedule, step_table
 
@@ -14,6 +31,27 @@ KEYS = noise_keys(seed=0, step=0, task=ROWS, trajectory=ROWS, turn=0, denoising_
 TABLE = step_table(sigma_schedule(4, 16), noise_level=0.9)
 X = torch.randn(3, 4, 5)
 ROW = torch.zeros(3)
+
+
+class _Calls(TorchDispatchMode):
+    """The names of the ops that are dispatched."""
+
+    names: tuple[str, ...] = ()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names += (str(func),)
+        return func(*args, **(kwargs or {}))
+
+
+def parts_of(*tokens: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[RopePart]:
+    """Streams of two rows and three heads of 16."""
+    random = torch.Generator().manual_seed(0)
+
+    def part(n: int) -> RopePart:
+        x, weight, angle = (torch.randn(shape, generator=random) for shape in ((2, n, 3, 16), (16,), (n, 8)))
+        return x.to(dtype), weight.to(dtype), torch.stack([angle.cos(), angle.sin()], dim=-1).flatten(1)
+
+    return [part(n) for n in tokens]
 
 
 def log_prob(**changed: object) -> Callable[[], object]:
@@ -61,6 +99,19 @@ def nft(**changed: object) -> Callable[[], object]:
         (nft(sigma=ROWS), r"sigma is torch.int64 \(3,\): must be floating-point of shape \(3,\)"),
         (nft(kl_beta=0.1), r"kl_beta is 0.1: the penalty needs ref_velocity"),
         (lambda: use_backend("cuda"), r"backend is 'cuda': must be one of auto, triton, reference"),
+        (
+            lambda: norm_rope([(X, ROW, X)], 1e-6),
+            r"x is torch.float32 \(3, 4, 5\), its weight \(3,\): must be \(B, S, H, D\) and \(D,\)",
+        ),
+        (
+            lambda: norm_rope([parts_of(4)[0], parts_of(4, dtype=torch.bfloat16)[0]], 1e-6),
+            r"x is torch.bfloat16 \(2, 4, 3, 16\): must differ from \(2, 4, 3, 16\) in tokens alone",
+        ),
+        (
+            lambda: norm_rope([(*parts_of(4)[0][:2], parts_of(5)[0][2])], 1e-6),
+            r"angles are \(5, 16\): must be \(4, 16\)",
+        ),
+        (lambda: quantise_rows(ROWS), r"x is torch.int64 \(3,\): must be floating-point of shape \(..., K\)"),
     ],
 )
 def test_arguments_that_do_not_go_together(call: Callable[[], object], message: str) -> None:
@@ -70,12 +121,74 @@ def test_arguments_that_do_not_go_together(call: Callable[[], object], message: 
 
 
 def test_without_triton_only_the_reference_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mteditflow_kernels.backend._has_triton", lambda: False)
+    monkeypatch.setattr("mteditflow_kernels.backend.HAS_TRITON", False)
     with pytest.raises(ValueError, match="backend is 'triton': triton is not installed"):
         use_backend("triton")
     for name in ("reference", "auto"):
         use_backend(name)
         assert log_prob()() is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_quantised_rows(dtype: torch.dtype) -> None:
+    """A number is off by at most a sixteenth of itself or half of the smallest step; a row is itself in every batch."""
+    x = (X * torch.tensor([1e-3, 1.0, 1e3])[:, None, None]).to(dtype)
+    x[1, 2] = 0
+    q, scale = quantise_rows(x)
+    largest = x.float().abs().amax(-1, keepdim=True)
+    assert q.shape == x.shape and torch.equal(scale, largest.clamp(min=1e-12) / 448)
+    # 3 bits of mantissa; subnormal below 2^-6, where a step is 2^-9; float32 roundings of scale, inverse and product
+    allowed = torch.maximum(x.float().abs() * (2.0**-4 + 4 * 2.0**-24), scale * 2.0**-10)
+    assert ((q.float() * scale - x.float()).abs() <= allowed).all()
+    assert torch.equal(q.float().abs().amax(-1, keepdim=True), 448.0 * (largest > 0))
+    for row in range(3):
+        alone = quantise_rows(x[row])
+        assert torch.equal(alone[0].float(), q[row].float()) and torch.equal(alone[1], scale[row])
+
+
+def test_norm_rope_has_the_bits_of_diffusers() -> None:
+    """FLUX's joined streams with real angles, Qwen's with complex ones; float32."""
+    text, image = parts_of(5, 7)
+    found = norm_rope([text, image], 1e-6)
+    flux, qwen = [], []
+    for x, weight, turns in (text, image):
+        cosine, sine = turns.unflatten(1, (-1, 2)).unbind(-1)
+        norms = torch.nn.RMSNorm(16, eps=1e-6), RMSNorm(16, eps=1e-6)
+        for norm in norms:
+            norm.weight = torch.nn.Parameter(weight)
+        flux.append((norms[0](x), cosine.repeat_interleave(2, 1), sine.repeat_interleave(2, 1)))
+        qwen.append(apply_rotary_emb_qwen(norms[1](x), torch.complex(cosine, sine), use_real=False))
+    joined, cosines, sines = zip(*flux, strict=True)
+    angles: Any = torch.cat(cosines), torch.cat(sines)
+    expected: Any = apply_rotary_emb(torch.cat(joined, dim=1), angles, sequence_dim=1)
+    assert torch.equal(found, expected)
+    assert torch.equal(found, torch.cat(qwen, dim=1))
+
+
+def test_a_trained_norm_has_a_gradient() -> None:
+    """By the reference, whatever the backend: the kernel's weight is frozen."""
+    ((x, weight, angles),) = parts_of(4)
+    weight.requires_grad_()
+    use_backend("triton")
+    try:
+        norm_rope([(x, weight, angles)], 1e-6).sum().backward()
+    finally:
+        use_backend("auto")
+    assert weight.grad is not None and weight.grad.any()
+
+
+def test_what_a_fake_tensor_of_a_gpu_gets() -> None:
+    """The registered ops with their outputs and no others, so that memory is counted as it will be."""
+    with FakeTensorMode(), _Calls() as calls:
+        q, scale = quantise_rows(torch.empty(3, 4, 64, dtype=torch.bfloat16, device="cuda"))
+        x, weight = (torch.empty(*s, dtype=torch.bfloat16, device="cuda") for s in ((2, 7, 3, 16), (16,)))
+        angles = torch.empty(7, 16, device="cuda")
+        turned = norm_rope([(x, weight, angles)] * 2, 1e-6)
+    assert (q.dtype, q.shape, scale.dtype, scale.shape) == (torch.float8_e4m3fn, (3, 4, 64), torch.float32, (3, 4, 1))
+    assert (turned.shape, turned.dtype, turned.is_contiguous()) == ((2, 14, 3, 16), torch.bfloat16, True)
+    assert q.is_cuda and turned.is_cuda
+    names = [name for name in calls.names if name.split(".")[1] not in ("empty", "detach", "device")]
+    assert names == ["mteditflow.quantise_rows.default", "mteditflow.norm_rope.default"]
 
 
 def test_the_documentation_runs() -> None:

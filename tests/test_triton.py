@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from mteditflow_kernels.static import LATENTS, VARIANTS, figures, is_target
+from mteditflow_kernels.static import BLOCK_VARIANTS, LATENTS, VARIANTS, figures, is_target
 from mteditflow_kernels.triton_common import tickets
 
 # SASS instructions of the whole kernel per element of a thread: what was reached, and a tenth more.
@@ -55,6 +55,26 @@ def test_what_the_compiler_made(name: str, capability: int) -> None:
     assert f.loads_128 == len(latents) - len(stored) - sum(unused[n] for n in latents if n in unused)
     assert f.loads_narrow == 0
     assert f.stores_128 == (2 if name == "noise" else len(stored))  # noise is float32
+
+
+# Registers, instructions as above, 128-bit loads (x, gradient, weight, two of angles) and stores; a row to quantise is
+# read in loops that the assembler unrolls, and written as 8 bytes a thread.
+IN_BLOCKS = {
+    "rows to 8 bits": (40, 100, None, 0),
+    "norm and rope": (40, 24, 4, 1),
+    "norm and rope, backward": (40, 34, 5, 1),
+}
+
+
+@pytest.mark.parametrize("capability", [90, 100])
+@pytest.mark.parametrize("name", BLOCK_VARIANTS)
+def test_what_the_compiler_made_for_the_blocks(name: str, capability: int) -> None:
+    if not is_target(capability):
+        pytest.skip(f"this Triton's assembler does not know sm_{capability}")
+    f, (registers, instructions, loads, stores) = figures(BLOCK_VARIANTS[name], capability), IN_BLOCKS[name]
+    assert f.stack == 0 and f.local == 0 and f.float64 == 0 and f.loads_narrow == 0
+    assert f.registers <= registers and f.instructions_per_element <= instructions, f
+    assert f.loads_128 == (loads or f.loads_128) and f.loads_128 >= 2 and f.stores_128 == stores
 
 
 def test_sums_have_one_order() -> None:

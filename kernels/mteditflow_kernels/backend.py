@@ -10,6 +10,7 @@ from torch import Tensor
 
 BACKENDS = ("auto", "triton", "reference")
 _chosen = "auto"
+HAS_TRITON = find_spec("triton") is not None  # torch.compile reads a constant, and cannot look for a package
 
 
 def use_backend(name: str) -> None:
@@ -17,21 +18,16 @@ def use_backend(name: str) -> None:
     global _chosen
     if name not in BACKENDS:
         raise ValueError(f"backend is {name!r}: must be one of {', '.join(BACKENDS)}")
-    if name == "triton" and not _has_triton():
+    if name == "triton" and not HAS_TRITON:
         raise ValueError("backend is 'triton': triton is not installed, pip install triton")
     _chosen = name
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
 
 
 def is_triton(tensor: Tensor) -> bool:
     """Say whether Triton runs on this tensor: float64 is always eager."""
     if _chosen == "reference" or tensor.dtype == torch.float64:
         return False
-    return _chosen == "triton" or (tensor.is_cuda and _has_triton())
+    return _chosen == "triton" or (tensor.is_cuda and HAS_TRITON)
 
 
 @cache

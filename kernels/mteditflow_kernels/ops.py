@@ -2,15 +2,18 @@
 
 `reference` says what each op computes. Triton runs on CUDA tensors of float32, bfloat16 and float16; float64 is always
 eager. Both give a row the same bits in every batch, and the log-prob that training computes those of the rollout, but
-not each other's bits. Inside torch.compile the ops are those of `registered`.
+not each other's bits. They run outside of what torch.compile sees, which is the transformer's blocks; `quantise_rows`
+and `norm_rope` run inside.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from mteditflow_kernels import philox, reference, registered
 from mteditflow_kernels.backend import is_triton, triton
-from mteditflow_kernels.reference import GRPO_FIGURES, NFT_FIGURES
+from mteditflow_kernels.reference import GRPO_FIGURES, NFT_FIGURES, RopePart
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -57,7 +60,7 @@ def _check_step(like: Tensor, table: Tensor, step: Tensor | int) -> None:
             f"step is {step.dtype} {tuple(step.shape)} on {step.device}: must be an int, or int64 of shape "
             f"({len(like)},) on {like.device}"
         )
-    elif step.is_cuda or torch.compiler.is_compiling():
+    elif step.is_cuda:
         return  # its values are not the host's to know
     else:
         smallest, largest = int(step.min()), int(step.max())
@@ -73,11 +76,6 @@ def _check_keys(like: Tensor, keys: Tensor) -> None:
         )
 
 
-def _split(step: Tensor | int) -> tuple[Tensor | None, int]:
-    """Split a step into one per row and one for all, as the registered ops take it."""
-    return (None, step) if isinstance(step, int) else (step, 0)
-
-
 def _rows(like: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
     """Prepare what the kernels read one number of per row: float32 (float64 for such latents), contiguous."""
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
@@ -87,8 +85,6 @@ def _rows(like: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
 def counter_normal(keys: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Draw standard normal numbers, float32 (B, *shape), a function of `keys` (B, 5) int64 and the element alone."""
     _check_keys(keys, keys)
-    if torch.compiler.is_compiling():
-        return registered.counter_normal(keys.contiguous(), list(shape))
     if is_triton(keys):
         return triton("sde").normal(keys.contiguous(), shape)
     return philox.counter_normal(keys, shape)
@@ -107,8 +103,6 @@ def sde_step(
     if noise_keys is not None:
         _check_keys(latents, noise_keys)
         noise_keys = noise_keys.contiguous()
-    if torch.compiler.is_compiling():
-        return registered.sde_step(velocity.detach(), latents.detach(), table, *_split(step), noise_keys)
     if is_triton(latents):
         return triton("sde").step_and_score(velocity, latents, None, table, step, noise_keys)
     return reference.sde_step(velocity, latents, table, step, noise_keys)
@@ -120,8 +114,6 @@ def sde_log_prob(velocity: Tensor, latents: Tensor, next_latents: Tensor, table:
     """
     _check_latents(latents, latents=latents, velocity=velocity, next_latents=next_latents)
     _check_step(latents, table, step)
-    if torch.compiler.is_compiling():
-        return registered.sde_log_prob(velocity, latents, next_latents, table, *_split(step))
     if is_triton(latents):
         return triton("sde").log_prob(velocity, latents, next_latents, table, step)
     return reference.sde_log_prob(velocity, latents, next_latents, table, step)
@@ -149,21 +141,15 @@ def grpo_loss(
     _check_rows(latents, old_log_prob=old_log_prob, advantage=advantage, weight=weight)
     _check_step(latents, table, step)
     reference.check_kl(kl_beta, ref_velocity, kl_form)
-    is_compiling = torch.compiler.is_compiling()
-    if not is_compiling and not is_triton(latents):
+    if not is_triton(latents):
         return reference.grpo_loss(
             velocity, latents, next_latents, old_log_prob, advantage, table, step, clip_range=clip_range,
             kl_beta=kl_beta, ref_velocity=ref_velocity, kl_form=kl_form, old_velocity=old_velocity, weight=weight,
         )  # fmt: skip
     tensors = velocity, latents, next_latents, ref_velocity, old_velocity
     rows = _rows(latents, old_log_prob, advantage, weight)
-    if is_compiling:
-        loss, figures, _ = registered.grpo_loss(
-            *tensors, *rows, table, *_split(step), float(clip_range), float(kl_beta), kl_form
-        )
-    else:
-        column = reference.KL_EXACT if kl_form == "exact" else reference.KL_PUBLISHED
-        loss, figures = triton("grpo").loss(tensors, tuple(rows), table, step, clip_range, kl_beta, column)
+    column = reference.KL_EXACT if kl_form == "exact" else reference.KL_PUBLISHED
+    loss, figures = triton("grpo").loss(tensors, tuple(rows), table, step, clip_range, kl_beta, column)
     return loss, dict(zip(GRPO_FIGURES, figures.detach().unbind(), strict=True))
 
 
@@ -186,16 +172,46 @@ def nft_loss(
     _check_latents(clean_latents, clean_latents=clean_latents, noise=noise, **velocities)
     _check_rows(clean_latents, sigma=sigma, reward_probability=reward_probability, weight=weight)
     reference.check_kl(kl_beta, ref_velocity, "published")
-    is_compiling = torch.compiler.is_compiling()
-    if not is_compiling and not is_triton(clean_latents):
+    if not is_triton(clean_latents):
         return reference.nft_loss(
             velocity, old_velocity, clean_latents, noise, sigma, reward_probability, beta=beta, kl_beta=kl_beta,
             ref_velocity=ref_velocity, max_advantage=max_advantage, weight=weight,
         )  # fmt: skip
     tensors = velocity, old_velocity.detach(), clean_latents, noise, ref_velocity
     rows = _rows(clean_latents, sigma, reward_probability, weight)
-    if is_compiling:
-        loss, figures, _ = registered.nft_loss(*tensors, *rows, float(beta), float(kl_beta), float(max_advantage))
-    else:
-        loss, figures = triton("nft").loss(tensors, tuple(rows), beta, kl_beta, max_advantage)
+    loss, figures = triton("nft").loss(tensors, tuple(rows), beta, kl_beta, max_advantage)
     return loss, dict(zip(NFT_FIGURES, figures.detach().unbind(), strict=True))
+
+
+def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute `reference.quantise_rows`, not differentiable: q (..., K) float8_e4m3fn and scale (..., 1) float32.
+
+    Raises ValueError where x is not floating-point (..., K).
+    """
+    if x.dtype not in DTYPES or x.ndim < 1:
+        raise ValueError(f"x is {x.dtype} {tuple(x.shape)}: must be floating-point of shape (..., K)")
+    x = x.detach()
+    return registered.quantise_rows(x.contiguous()) if is_triton(x) else reference.quantise_rows(x)
+
+
+def norm_rope(parts: Sequence[RopePart], eps: float) -> Tensor:
+    """Compute `reference.norm_rope`, by one launch a part where no weight is trained and D is a power of two.
+
+    Raises ValueError for parts that do not go together.
+    """
+    first = parts[0][0]
+    for x, weight, angles in parts:
+        size = x.shape[-1]
+        if x.ndim != 4 or x.dtype not in DTYPES or size % 2 or weight.shape != (size,):
+            raise ValueError(
+                f"x is {x.dtype} {tuple(x.shape)}, its weight {tuple(weight.shape)}: must be (B, S, H, D) and (D,)"
+            )
+        if (len(x), x.shape[2:], x.dtype) != (len(first), first.shape[2:], first.dtype):
+            raise ValueError(f"x is {x.dtype} {tuple(x.shape)}: must differ from {tuple(first.shape)} in tokens alone")
+        if angles.shape != (x.shape[1], size):
+            raise ValueError(f"angles are {tuple(angles.shape)}: must be {(x.shape[1], size)}")
+    size = first.shape[-1]
+    is_fit = size & (size - 1) == 0 and not any(weight.requires_grad for _, weight, _ in parts)
+    if not (is_triton(first) and is_fit):
+        return reference.norm_rope(parts, eps)
+    return registered.norm_rope(*map(list, zip(*parts, strict=True)), eps)

@@ -15,6 +15,7 @@ Sums over elements follow a fixed tree (`row_mean`), because torch's own order d
 threads, and a ratio of exactly 1 before the first update needs the same bits for a row in every batch.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ C_X, C_V, STD, LOG_PROB_SCALE, LOG_PROB_CONST, KL_PUBLISHED, KL_EXACT = range(7)
 NUM_COLUMNS = 7
 GRPO_FIGURES = ("ratio_mean", "ratio_error", "clip_fraction", "approx_kl", "kl", "policy_loss", "log_prob_difference")
 NFT_FIGURES = ("policy_loss", "kl")
+E4M3_MAX, SMALLEST_AMAX = 448.0, 1e-12
+RopePart = tuple[Tensor, Tensor, Tensor]
 
 
 class _RowMean(torch.autograd.Function):
@@ -89,16 +92,6 @@ def sde_log_prob(velocity: Tensor, latents: Tensor, next_latents: Tensor, table:
     square = row_mean((next_latents - _mean(velocity, latents, coefficients)).square())  # (B,)
     log_prob = coefficients[:, LOG_PROB_CONST] - coefficients[:, LOG_PROB_SCALE] * square
     return log_prob.masked_fill(coefficients[:, STD] == 0, torch.nan)
-
-
-def sde_log_prob_backward(
-    grad_log_prob: Tensor, velocity: Tensor, latents: Tensor, next_latents: Tensor, table: Tensor, step: Tensor | int
-) -> Tensor:
-    """dlog_prob/dv = 2 scale c_v (next - mean) / D, times grad_log_prob (B,)."""
-    x, v, next_latents = _upcast(latents, velocity, next_latents)
-    coefficients = _coefficients(table, step, x)
-    slope = grad_log_prob * 2 * coefficients[:, LOG_PROB_SCALE] * coefficients[:, C_V] / x[0].numel()
-    return (_column(slope, x) * (next_latents - _mean(v, x, coefficients))).to(velocity.dtype)
 
 
 def sde_step(
@@ -192,41 +185,6 @@ def grpo_loss(
     return loss, {name: value.detach() for name, value in diagnostics.items()}
 
 
-def grpo_loss_backward(
-    grad_loss: Tensor,
-    velocity: Tensor,
-    latents: Tensor,
-    next_latents: Tensor,
-    old_log_prob: Tensor,
-    advantage: Tensor,
-    table: Tensor,
-    step: Tensor | int,
-    *,
-    clip_range: float,
-    kl_beta: float,
-    ref_velocity: Tensor | None,
-    kl_form: str,
-    old_velocity: Tensor | None,
-    weight: Tensor | None,
-) -> Tensor:
-    """The gradient of `velocity` in closed form; GRPO-Guard's takes the residual to the old mean."""
-    v, x = _upcast(velocity, latents)
-    c = _coefficients(table, step, x)
-    ratio = torch.exp(_log_ratio(v, x, next_latents, old_log_prob, old_velocity, table, step))
-    is_clipped = ((advantage > 0) & (ratio > 1 + clip_range)) | ((advantage < 0) & (ratio < 1 - clip_range))
-    share = grad_loss * (1 / len(x) if weight is None else weight)
-    slope = (share * -advantage * ratio).masked_fill(is_clipped, 0)  # after the log ratio
-    mean = _mean(v if old_velocity is None else old_velocity.to(v.dtype), x, c)
-    slope = slope if old_velocity is None else slope * c[:, STD]
-    slope = slope * 2 * c[:, LOG_PROB_SCALE] * c[:, C_V] / x[0].numel()
-    grad = _column(slope, x) * (next_latents.to(x.dtype) - mean)
-    if ref_velocity is not None:
-        coefficient = c[:, KL_EXACT if kl_form == "exact" else KL_PUBLISHED]
-        slope = kl_beta * share * 2 * coefficient * c[:, C_V].square() / x[0].numel()
-        grad = grad + _column(slope, x) * (v - ref_velocity.to(v.dtype))
-    return grad.to(velocity.dtype)
-
-
 def noised(clean_latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
     """Mix (1 - sigma) x0 + sigma eps, (B, ...), float32 or float64; `sigma` (B,)."""
     clean_latents, noise, sigma = _upcast(clean_latents, noise, sigma)
@@ -282,28 +240,32 @@ def nft_loss(
     return loss, {"policy_loss": policy.mean().detach(), "kl": kl.mean().detach()}
 
 
-def nft_loss_backward(
-    grad_loss: Tensor,
-    velocity: Tensor,
-    old_velocity: Tensor,
-    clean_latents: Tensor,
-    noise: Tensor,
-    sigma: Tensor,
-    reward_probability: Tensor,
-    *,
-    beta: float,
-    kl_beta: float,
-    ref_velocity: Tensor | None,
-    max_advantage: float,
-    weight: Tensor | None,
-) -> Tensor:
-    """(2 / D) weight {A_max t [-r (x+ - x0) / w+ + (1 - r) (x- - x0) / w-] + kl_beta (v - v_ref)}, as (B, ...)."""
-    v, x0 = _upcast(velocity, clean_latents)
-    positive, negative = _nft_errors(v, old_velocity, x0, noise, sigma, beta)
-    share = grad_loss * (1 / len(x0) if weight is None else weight) * 2 / x0[0].numel()  # 0-d or (B,)
-    good = share * max_advantage * sigma * reward_probability / _nft_scale(positive)
-    bad = share * max_advantage * sigma * (1 - reward_probability) / _nft_scale(negative)
-    grad = _column(bad, x0) * negative - _column(good, x0) * positive
-    if ref_velocity is not None:
-        grad = grad + _column(kl_beta * share.expand(len(x0)), x0) * (v - ref_velocity.to(v.dtype))
-    return grad.to(velocity.dtype)
+def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Round the rows of x (..., K) to 8 bits: q (..., K) float8_e4m3fn and scale (..., 1) float32, x = q scale.
+
+    The scale max(max |x|, 1e-12) / 448 is a function of the row alone: its largest element becomes 448, the largest
+    number of the format. A maximum rounds nothing, so no bit depends on the order in which it is taken. A product with
+    the inverse takes one division a row, where a quotient takes one an element.
+    """
+    largest = x.abs().amax(-1, keepdim=True).float().clamp(min=SMALLEST_AMAX)
+    return (x.float() * (largest.reciprocal() * E4M3_MAX)).to(torch.float8_e4m3fn), largest / E4M3_MAX
+
+
+def norm_rope(parts: Sequence[RopePart], eps: float) -> Tensor:
+    """Normalise the heads of queries or keys and turn them by their places: (B, S, H, D), the parts' tokens in a row.
+
+        n = x rsqrt(mean_d x^2 + eps) weight
+        y_2i = n_2i cos_i - n_2i+1 sin_i    y_2i+1 = n_2i+1 cos_i + n_2i sin_i
+
+    A part is x (B, s, H, D), weight (D,) and angles (s, D) float32: cos_0, sin_0, cos_1, sin_1 and so on. In float32
+    these are the bits of diffusers, FLUX's and Qwen's; in bfloat16 they round once, where those do two or three times.
+    """
+    turned = []
+    for x, weight, angles in parts:
+        (value,) = _upcast(x)
+        normal = value * torch.rsqrt(value.pow(2).mean(-1, keepdim=True) + eps) * weight.to(value.dtype)
+        even, odd = normal.unflatten(-1, (-1, 2)).unbind(-1)  # (B, s, H, D / 2)
+        cosine, sine = angles.unsqueeze(1).unflatten(-1, (-1, 2)).unbind(-1)  # (s, 1, D / 2)
+        pair = torch.stack([even * cosine - odd * sine, odd * cosine + even * sine], dim=-1)
+        turned.append(pair.flatten(-2).to(x.dtype))
+    return torch.cat(turned, dim=1)

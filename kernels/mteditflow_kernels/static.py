@@ -15,17 +15,21 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from mteditflow_kernels import triton_grpo, triton_nft, triton_sde
+from mteditflow_kernels import triton_grpo, triton_nft, triton_rope, triton_rows, triton_sde
 from mteditflow_kernels.triton_common import BLOCK, OPTIONS
 
 ROWS, BLOCKS = 16, 256
+NUM_HEADS, HEAD = 24, 128  # of FLUX.1 and Qwen-Image
 SCALARS = {
-    "i32": ("step", "num_elements", "num_blocks", "num_rows", "kl_column"),
-    "fp32": ("clip_range", "kl_beta", "beta", "max_advantage"),
+    "i32": ("step", "num_elements", "num_blocks", "num_rows", "kl_column", "num_columns", "num_tokens"),
+    "fp32": ("clip_range", "kl_beta", "beta", "max_advantage", "eps"),
     "*i64": ("steps", "keys"),
     "*i32": ("tickets",),
+    "*fp8e4nv": ("quantised",),
 }
 LATENTS = ("velocity", "latents", "next_latents", "ref_velocity", "old_velocity", "clean", "noise", "grad_velocity")
+IN_BLOCKS = ("x", "grad", "turned", "grad_x", "weight_of_norm")  # bfloat16 too, of the transformer's blocks
+STRIDES = ("x_batch", "x_token", "out_batch", "grad_batch", "grad_token", "grad_head")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +62,7 @@ class Figures:
 
 def _variant(kernel: Any, **constants: int | bool) -> Variant:
     given = {"BLOCK": BLOCK, "BLOCKS": BLOCKS, "ROWS": ROWS, "HAS_STEPS": True, "HAS_WEIGHT": True} | constants
+    given |= {"NUM_HEADS": NUM_HEADS, "HEAD": HEAD, "HEADS": BLOCK // HEAD}
     return Variant(kernel=kernel, constants={name: given[name] for name in kernel.arg_names if name in given})
 
 
@@ -78,11 +83,18 @@ VARIANTS = {
     "NFT, backward": _variant(triton_nft._nft_backward_kernel, HAS_REF=False),
     "NFT, KL, backward": _variant(triton_nft._nft_backward_kernel, HAS_REF=True),
 }
+BLOCK_VARIANTS = {  # what runs inside the transformer's blocks, on heads and rows of its width
+    "rows to 8 bits": _variant(triton_rows._quantise_kernel),
+    "norm and rope": _variant(triton_rope._norm_rope_kernel),
+    "norm and rope, backward": _variant(triton_rope._norm_rope_backward_kernel),
+}
 
 
 def _type(name: str) -> str:
-    if name in LATENTS:
+    if name in (*LATENTS, *IN_BLOCKS):
         return "*bf16"
+    if name in STRIDES:
+        return "i32"
     return next((kind for kind, names in SCALARS.items() if name in names), "*fp32")
 
 
@@ -109,7 +121,9 @@ def figures(variant: Variant, capability: int = 90) -> Figures:
     """Compile for that compute capability, pointers and row length divisible by 16, and count."""
     names = variant.kernel.arg_names
     runtime = [name for name in names if name not in variant.constants]
-    aligned = [name for name in runtime if _type(name).startswith("*") or name == "num_elements"]
+    aligned = [
+        name for name in runtime if _type(name).startswith("*") or name in ("num_elements", "num_columns", *STRIDES)
+    ]
     source = ASTSource(
         variant.kernel,
         signature={name: _type(name) if name in runtime else "constexpr" for name in names},
