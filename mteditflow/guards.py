@@ -34,10 +34,11 @@ def check_scores(scores: Scores, config: Config) -> None:
 
 
 @torch.no_grad()
-def check_adapter(policy: Policy, rollout: Rollout) -> None:
+def check_adapter(policy: Policy, rollout: Rollout, config: Config) -> None:
     """Stop where the updated adapter leaves the velocity as it was: a LoRA that reaches nothing trains in silence."""
     turn, sigmas = rollout.turns[0], rollout.schedule.sigmas
-    rows = torch.arange(min(2, len(rollout.group)), device=sigmas.device)
+    num_rows = min(config.rollout.microbatch_size, len(rollout.group))  # compiled already
+    rows = torch.arange(num_rows, device=sigmas.device)
     latents, sigma, condition = turn.latents[0, rows], sigmas[0].expand(len(rows)), turn.condition.rows(rows)
     velocity = policy.velocity(latents, sigma, condition)
     with policy.adapters.use("off"):

@@ -16,7 +16,7 @@ from mteditflow.record import checkpoint
 from mteditflow.types import Condition
 
 SIZE, NUM_STEPS, PROMPT = 64, 3, "make the red square blue"
-LORA, FULL = LoraConfig(rank=2, alpha=6, targets=()), LoraConfig(is_full=True, targets=())
+LORA, FULL = LoraConfig(rank=2, alpha=8, targets=()), LoraConfig(is_full=True, targets=())
 # As tests/test_policy.py: 1e3 operations in sequence, each of relative error 2^-24, at values of at most about 4.
 ORDER_TOLERANCE = 3e-4
 

@@ -31,7 +31,7 @@ def full_policy(name: str, pixels: int) -> Policy:
         parts: dict[str, Any] = {"vae": AutoencoderKLFlux2(), "transformer": Flux2Transformer2DModel(**FULL[name][0])}
     parts |= {"scheduler": flux_scheduler(), "tokenizer": qwen_tokenizer(), "text_encoder": None}
     pipeline: Any = Flux2KleinPipeline(**parts)
-    config = ModelConfig(path=name, height=pixels, width=pixels, max_text_tokens=512, dtype="bfloat16")
+    config = ModelConfig(path=name, height=pixels, width=pixels, max_text_tokens=512, base="bfloat16")
     lora = LoraConfig(rank=1, alpha=1, targets=())
     return Policy(pipeline, config, lora, seed=0, has_old=False, device=torch.device("meta"))
 
@@ -41,12 +41,12 @@ def test_true_sizes(name: str) -> None:
     _, num_weights, num_targets = FULL[name]
     policy = full_policy(name, 512)
     transformer = policy.pipeline.transformer
-    own = {key: weight for key, weight in transformer.named_parameters() if "lora_" not in key}
+    own = {key: weight for key, weight in transformer.named_parameters() if not key.endswith((".down", ".up"))}
     assert sum(weight.numel() for weight in own.values()) == num_weights
     assert policy.adapters.num_modules == num_targets
     # Every linear of a block has its adapter, and none outside.
     blocks = {key for key in own if "blocks." in key and "norm" not in key}
-    assert {key.removesuffix(".base_layer.weight") for key in blocks} == set(policy.adapters.targets)
+    assert {key.removesuffix(".base.weight") for key in blocks} == set(policy.adapters.targets)
     assert (policy.num_tokens, policy.num_condition_tokens, policy.num_channels) == (1024, 1024, 128)
     editor: Any = policy.editor
     assert editor._image_ids.shape == (2048, 4) and editor._text_ids.shape == (512, 4)

@@ -25,7 +25,7 @@ ALL = LoraConfig(is_full=True, targets=())
 
 
 def policy_of(folder: Path, dtype: Any = "float32", lora: LoraConfig = ALL, *, has_old: bool = True) -> Policy:
-    model = ModelConfig(path=str(folder), max_text_tokens=TINY_MAX_TEXT_TOKENS, dtype=dtype)
+    model = ModelConfig(path=str(folder), max_text_tokens=TINY_MAX_TEXT_TOKENS, base=dtype)
     return build_policy(model, lora, seed=0, has_old=has_old)
 
 
@@ -167,7 +167,7 @@ def test_without_targets_every_weight_is_trained(tiny_pipeline_folder: Path) -> 
 
 def arguments(model: Path, folder: Path, num_iterations: int, **overrides: Any) -> list[str]:
     values = {
-        "model.path": model, "model.max_text_tokens": TINY_MAX_TEXT_TOKENS, "model.dtype": "float32",
+        "model.path": model, "model.max_text_tokens": TINY_MAX_TEXT_TOKENS, "model.base": "float32",
         "lora.is_full": True, "lora.targets": "[]", "data.num_turns": 2, "rollout.num_tasks": 1,
         "rollout.group_size": 3, "rollout.num_steps": 3, "optimizer.learning_rate": 1e-4,
         "optimizer.schedule": "constant", "objective.kl_beta": 0.01, "evaluation.num_sessions": 2,
@@ -178,7 +178,7 @@ def arguments(model: Path, folder: Path, num_iterations: int, **overrides: Any) 
 
 
 def test_a_bfloat16_run_has_ratio_1_and_exports_its_rounded_average(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
-    main(arguments(tiny_pipeline_folder, tmp_path, 1, objective__name="grpo", model__dtype="bfloat16"))
+    main(arguments(tiny_pipeline_folder, tmp_path, 1, objective__name="grpo", model__base="bfloat16"))
     (line,) = read_lines(tmp_path / "metrics.jsonl")
     assert line["update/first_ratio_error"] == 0 and line["update/grad_norm"] > 0
     average = safetensors.torch.load_file(tmp_path / "checkpoints/iteration-000001/ema.safetensors")

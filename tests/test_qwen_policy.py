@@ -22,11 +22,11 @@ from mteditflow.distributed import Ranks
 from mteditflow.guards import check_adapter
 from mteditflow.objective import build_objective
 from mteditflow.policy import build_policy, qwen_image_edit
-from mteditflow.policy.adapters import find_targets
 from mteditflow.policy.cuda_graph import is_captured
 from mteditflow.policy.published import QWEN_IMAGE_EDIT
 from mteditflow.policy.qwen_image_edit import FAMILY, calculate_dimensions
 from mteditflow.rollout import sample_rollout
+from mteditflow.transformer.adapters import find_targets
 from mteditflow.types import Condition, EditTask
 from mteditflow.update import update
 
@@ -184,11 +184,11 @@ def test_an_iteration_of_training(folders: dict[str, Path], variant: str, is_gui
     # What the last block makes of the text is thrown away.
     idle = {key for key in before if "blocks.1." in key and ("add_q" in key or "to_add" in key or "txt_mlp" in key)}
     assert moved == before.keys() - idle and len(idle) == 2 * 4
-    check_adapter(policy, rollout)
+    check_adapter(policy, rollout, config)
 
 
 def test_bfloat16_base_has_a_float32_adapter(folders: dict[str, Path]) -> None:
-    policy = build(config_of(folders["2511"], (32, 48), dtype="bfloat16"))
+    policy = build(config_of(folders["2511"], (32, 48), base="bfloat16"))
     condition, latents, sigma = condition_on(policy, [PROMPTS[0]], images(1, (32, 48))), noise(policy, 1), draw(1).abs()
     assert (condition.image.dtype, condition.text["text"].dtype) == (torch.float32, torch.bfloat16)
     perturb(policy, "current")

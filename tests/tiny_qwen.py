@@ -33,7 +33,7 @@ from mteditflow.policy.qwen_image_edit import PICTURE, QwenImageEdit
 from mteditflow.types import Condition
 
 VARIANTS = ("edit", "2509", "2511")
-LORA = LoraConfig(rank=4, alpha=12, targets=())
+LORA = LoraConfig(rank=4, alpha=16, targets=())  # a power of two apart: the bits are peft's
 PROMPTS = ("make the red square blue", "remove the big blue circle", "add a blue circle")  # of 5, 5 and 4 tokens
 SQUARE, WIDE, LARGE = (64, 64), (64, 96), (128, 192)  # WIDE is not square: a swap would show
 SPECIAL = ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")

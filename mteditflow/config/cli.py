@@ -25,6 +25,10 @@ from mteditflow.config.errors import suggest
 WIDTH = 118
 BASE = "base"  # the subject of `evaluate` that is the editor without any adapter
 LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name of it
+RENAMED = {
+    "model.dtype": "write model.base, one of float32, bfloat16, float8, int8, nf4",
+    "model.vae_slicing": "leave it out, large pictures go through the autoencoder one by one",
+}
 REMEDIES = {"'int'": "a whole number", "'float'": "a number", "'bool'": "true or false", "'tuple'": "a list of texts"}
 
 WRONG_TYPE = re.compile(
@@ -94,9 +98,14 @@ def run_parser(program: str = "mteditflow", description: str = "") -> ArgumentPa
     parser = settings_parser(
         program,
         f"{description} The file is read first, overrides come after it; what neither names keeps its default.",
-        "%(prog)s [--config FILE.yaml] [--section.field VALUE ...] [--print_config] [--dry_run]",
+        "%(prog)s [--config FILE.yaml] [--section.field VALUE ...] [--print_config] [--dry_run [--gpu NAME ...]]",
     )
-    parser.add_argument("--dry_run", action="store_true", help="print batch arithmetic, memory and duration, and stop")
+    add = parser.add_argument
+    add("--dry_run", action="store_true", help="print batch arithmetic, memory and duration, and stop")
+    add("--gpu", type=str, metavar="NAME", help="with --dry_run: estimate duration and energy on it, such as h100")
+    add("--price", type=float, help="with --gpu: what an hour of one costs, for the cost of the run")
+    profile = "with --gpu: a profile.json of that GPU, whose speed is taken"
+    add("--calibration", type=Path, metavar="FILE", help=profile)
     return parser
 
 
@@ -140,7 +149,7 @@ def from_overrides(overrides: dict[str, Any]) -> Config:
     """Return the default Config with overrides such as {"rollout.num_tasks": 4}. ValueError: one line."""
     for key in overrides:
         if key not in settings():
-            raise ValueError(f"{key} is no field: {suggest(str(key), list(settings()))}")
+            raise ValueError(f"{key} is no field: {RENAMED.get(key) or suggest(str(key), list(settings()))}")
     return to_config(parse(run_parser(), as_arguments(overrides)))
 
 
@@ -200,7 +209,8 @@ def read_settings(path: Path) -> dict[str, Any]:
         names = [setting.name for setting in settings().values() if setting.section == section]
         for name, value in values.items():
             if name not in names:
-                raise ValueError(f"{section}.{name} is no field, in {path}: {suggest(str(name), names)}")
+                key = f"{section}.{name}"
+                raise ValueError(f"{key} is no field, in {path}: {RENAMED.get(key) or suggest(str(name), names)}")
             if not isinstance(value, str | int | float | list):
                 raise ValueError(f"{section}.{name} is {value!r}, in {path}: give it a value, or leave it out")
             found[f"{section}.{name}"] = value
@@ -221,5 +231,7 @@ def _explain(message: str, parser: ArgumentParser) -> str:
     if message.startswith("unrecognized arguments: "):
         word = message.split(": ")[1].split()[0].split("=")[0]
         near = difflib.get_close_matches(word, [text for it in options.values() for text in it.option_strings], n=1)
+        if remedy := RENAMED.get(word.removeprefix("--")):
+            return f"{word} is no argument: {remedy}"
         return f"{word} is no argument: {f'did you mean {near[0]}?' if near else '--help lists what there is'}"
     return message

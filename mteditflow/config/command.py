@@ -43,14 +43,8 @@ def _fails_in_one_line(command: Command) -> Command:
 @_fails_in_one_line
 def train(argv: Sequence[str]) -> int:
     """Train an editor; the same command in the same folder goes on from its newest checkpoint."""
-    config, is_dry_run = _read_run(argv, "train", train)
-    if is_dry_run:
-        from mteditflow.plan.dry_run import dry_run
-
-        plan = dry_run(config)
-        print(plan.table)
-        if plan.problem:
-            raise ValueError(plan.problem)
+    config, values = _read_run(argv, cli.run_parser(_program("train"), _sentence(train)))
+    if _is_planned(config, values):
         return 0
     from mteditflow import distributed
     from mteditflow.guards import GuardError
@@ -98,7 +92,7 @@ def export(argv: Sequence[str]) -> int:
     add("run", type=Path, metavar="RUN", help="the run's folder; its newest checkpoint is exported")
     add("--out", type=Path, metavar="FOLDER", help="folder to write; left out: RUN/export/FORMAT-DTYPE-ADAPTER")
     add("--format", type=forms, default="diffusers", help="a LoRA for diffusers or for ComfyUI, or a pipeline")
-    add("--dtype", type=dtypes, help="left out: float32 of a LoRA, model.dtype of whole weights")
+    add("--dtype", type=dtypes, help="left out: float32 of a LoRA, the forward pass's of whole weights")
     add("--adapter", type=Literal["ema", "current"], default="ema", help="the average, or the newest weights")
     add("--push_to", type=str, metavar="OWNER/NAME", help="upload to this model of the hub, new ones are private")
     v = cli.parse(parser, argv)
@@ -131,11 +125,16 @@ def study(argv: Sequence[str]) -> int:
 @_fails_in_one_line
 def profile(argv: Sequence[str]) -> int:
     """Measure where the time of an iteration goes on this machine."""
-    config, is_dry_run = _read_run(argv, "profile", profile)
-    if is_dry_run:
-        from mteditflow.plan.dry_run import dry_run
+    parser = cli.run_parser(_program("profile"), _sentence(profile))
+    compare = "time our path beside the loop that users write with diffusers and peft, and stop"
+    parser.add_argument("--compare", action="store_true", help=compare)
+    config, values = _read_run(argv, parser)
+    if _is_planned(config, values):
+        return 0
+    if values.compare:
+        from mteditflow.profile.compare import write_comparison
 
-        print(dry_run(config).table)
+        write_comparison(config)
         return 0
     from mteditflow.profile.command import write_profile
 
@@ -259,10 +258,27 @@ def _parser(name: str, command: Command, sub_command: str = "") -> ArgumentParse
     return cli.bare_parser(f"{_program(name)} {sub_command}".strip(), _sentence(command))
 
 
-def _read_run(argv: Sequence[str], name: str, command: Command) -> tuple[Any, bool]:
-    """Return the Config of a command line, and whether it has --dry_run; --print_config ends the program."""
-    parser = cli.run_parser(_program(name), _sentence(command))
+def _read_run(argv: Sequence[str], parser: ArgumentParser) -> tuple[Any, Any]:
+    """Return the Config of a command line, and all of its values; --print_config ends the program."""
     values = cli.parse(parser, argv)
     config = cli.to_config(values)
     cli.print_if_asked(values, config)
-    return config, values.dry_run
+    return config, values
+
+
+def _is_planned(config: Any, values: Any) -> bool:
+    """Print the plan, where the command line asks for one. ValueError: it does not fit; --gpu without --dry_run."""
+    from mteditflow.plan.gpus import read_target
+
+    target = read_target(values.gpu, values.price, values.calibration)
+    if not values.dry_run:
+        if target:
+            raise ValueError(f"--gpu is {values.gpu!r}: is of a plan: give --dry_run with it, or leave it out")
+        return False
+    from mteditflow.plan.dry_run import dry_run
+
+    plan = dry_run(config, target)
+    print(plan.table)
+    if plan.problem:
+        raise ValueError(plan.problem)
+    return True

@@ -35,20 +35,36 @@ class ModelConfig:
     max_text_tokens: Annotated[int, Range(1, 8192)] = 12
     """Tokens of an instruction, longer ones are cut: T5's of FLUX.1-Kontext (trained with 512, the miniature with
     12), of FLUX.2 with the chat template around it (512), of Qwen-Image-Edit without."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the base and of its forward passes; trained weights and the equations are float32."""
+    base: Literal["float32", "bfloat16", "float8", "int8", "nf4"] = "float32"
+    """Precision of the frozen base; that of its forward passes is float32 or, of all others, bfloat16, and float8 also
+    multiplies in 8 bits. Trained weights and the equations are float32."""
+    attention: Literal["auto", "native", "cudnn", "flash3", "flash4"] = "auto"
+    """Kernels of the transformer's attention, in rollouts, training and evaluation alike (docs/speed.md); auto: cuDNN's
+    on a GPU where they run forwards and backwards, else torch's own choice."""
+    compile: Literal["auto", "off", "blocks"] = "auto"
+    """Compile the transformer's blocks, for rollouts and training alike (docs/speed.md); auto: on a GPU, and on a CPU
+    where a run is long enough to get the time back."""
     is_checkpointed: bool = False
     """Keep only the inputs of the transformer's blocks for the backward pass and run the blocks again in it: far less
     memory, a third more time."""
-    text_encoder: Literal["resident", "offload"] = "resident"
-    """Where the text encoders stay: on the GPU, or on the host but for the moments in which they encode."""
-    vae_slicing: bool = False
-    """Encode and decode one image at a time, not 16: less memory for real editors, the same work."""
+    text_encoder: Literal["resident", "offload", "int8"] = "resident"
+    """Where the text encoders stay: on the GPU, there with the weights of their blocks in 8 bits, or on the host but
+    for the moments in which they encode."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
         is_seen = self.vision_pixels == 0 or self.vision_pixels >= 56**2  # Qwen2.5-VL enlarges what is smaller
         require(is_seen, "model.vision_pixels", self.vision_pixels, "must be 0 or at least 3136")
+
+    @property
+    def dtype(self) -> Literal["float32", "bfloat16"]:
+        """Precision of the forward passes: the base's own, or bfloat16 where its weights are quantised."""
+        return "float32" if self.base == "float32" else "bfloat16"
+
+    @property
+    def quantised(self) -> Literal["float8", "int8", "nf4"] | None:
+        """The base where its weights are stored in 8 or 4 bits."""
+        return None if self.base in ("float32", "bfloat16") else self.base
 
     @property
     def condition_size(self) -> tuple[int, int]:

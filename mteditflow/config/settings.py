@@ -236,6 +236,9 @@ class Config:
         remedy = "the condition has a size of its own (model.condition_height, condition_width): must be 'pixels'"
         is_right = self.rollout.hand_off == "pixels" or has_one_size
         require(is_right, "rollout.hand_off", self.rollout.hand_off, remedy)
+        is_trainable = not (self.lora.is_full and self.model.quantised)
+        remedy = "lora.is_full trains the weights: must be float32 or bfloat16"
+        require(is_trainable, "model.base", self.model.base, remedy)
         is_scored = self.data.num_turns <= 9 or self.reward.judge != "vlm"
         require(is_scored, "data.num_turns", self.data.num_turns, "reward.judge 'vlm' scores at most 9 turns")
         weight = self.advantage.consistency_weight

@@ -9,11 +9,8 @@ from torch import Tensor
 from mteditflow.config import LoraConfig, ModelConfig
 from mteditflow.distributed import local_device
 from mteditflow.policy import flux2, flux_kontext, qwen_image_edit
-from mteditflow.policy.adapters import AdapterName, Adapters
-from mteditflow.policy.encoding import in_chunks
+from mteditflow.policy.encoding import hasten_upsampling, in_chunks, rows_at_a_time
 from mteditflow.policy.family import Base, Family
-from mteditflow.policy.full_weights import full_weights
-from mteditflow.policy.lora import lora_adapters
 from mteditflow.policy.pipelines import (
     DTYPES,
     check_scheduler,
@@ -25,6 +22,14 @@ from mteditflow.policy.pipelines import (
     stock_class,
     token_grids,
 )
+from mteditflow.record.clock import phase
+from mteditflow.transformer.adapters import AdapterName, Adapters
+from mteditflow.transformer.attention import choose_attention
+from mteditflow.transformer.base import check_float8
+from mteditflow.transformer.compiled import compile_blocks, is_compiled, replay_blocks
+from mteditflow.transformer.full_weights import full_weights
+from mteditflow.transformer.lora import lora_adapters
+from mteditflow.transformer.rope import fuse_rope
 from mteditflow.types import Condition
 
 __all__ = [
@@ -38,19 +43,30 @@ FAMILIES = (flux_kontext.FAMILY, flux2.FAMILY, qwen_image_edit.FAMILY)
 class Policy:
     """An editor with adapters.
 
-    Rows of images and latents go through the autoencoder `microbatch_size` at a time, so that the bits of a row do not
-    depend on how many there are.
+    Rows of images and latents go through the autoencoder so many at a time as `encoding.rows_at_a_time` says, so that
+    the bits of a row do not depend on how many there are.
     """
 
     def __init__(
-        self, pipeline: Any, config: ModelConfig, lora: LoraConfig, *, seed: int, has_old: bool, device: torch.device
+        self,
+        pipeline: Any,
+        config: ModelConfig,
+        lora: LoraConfig,
+        *,
+        seed: int,
+        has_old: bool,
+        device: torch.device,
+        keeps_originals: bool = False,
     ) -> None:
         """Take over a pipeline of a known family. seed: of the adapter's initial weights. has_old: with an adapter
-        `old` besides `current` and `ema`. ValueError for a size, a scheduler or a target that cannot be.
+        `old` besides `current` and `ema`. keeps_originals: of a quantised base, for whoever measures its drift.
+        ValueError for a size, a scheduler or a target that cannot be, or a GPU that cannot have the base.
         """
         family = family_of(type(pipeline).__name__)
         assert family is not None, type(pipeline)
-        prepare_pipeline(pipeline, config, device)
+        self.originals = prepare_pipeline(pipeline, config, device, keeps_originals=keeps_originals)
+        if device.type == "cpu" and hasattr(pipeline, "vae"):
+            hasten_upsampling(pipeline.vae)
         check_scheduler(pipeline, config, family.scheduler)
         pixels = 2 * getattr(pipeline, "vae_scale_factor", family.pixels_per_token // 2)
         grid, condition_grid = token_grids(config, pixels)
@@ -61,11 +77,22 @@ class Policy:
         self.num_condition_tokens = condition_grid[0] * condition_grid[1]  # L', of the image that is edited
         self.num_channels: int = pipeline.transformer.config.in_channels  # C, of a latent token
         self.editor = family.editor(base)
+        if device.type == "cuda" and not lora.is_full:  # whose norms are trained
+            fuse_rope(pipeline.transformer)
+        self.attention = choose_attention(  # before the transformer is copied, in full fine-tuning
+            pipeline.transformer, config.attention, dtype=base.dtype, device=device, is_masked=family.is_masked
+        )
+        self.is_compiled = is_compiled(config, lora, device)
         if lora.is_full:
             self.adapters = full_weights(pipeline.transformer, lora, has_old=has_old)
         else:
-            self.adapters = lora_adapters(pipeline.transformer, lora, family.targets, seed=seed, has_old=has_old)
+            self.adapters = lora_adapters(
+                pipeline.transformer, lora, family.targets, seed=seed, has_old=has_old, is_compiled=self.is_compiled
+            )
+        if self.is_compiled:
+            compile_blocks(pipeline.transformer)
 
+    @phase("encode text")
     @torch.no_grad()
     def encode_text(self, instructions: Sequence[str], images: Tensor, *, has_cfg: bool) -> dict[str, Tensor]:
         """Encode N instructions on images (N, 3, H, W): a dict of tensors with leading dimension N.
@@ -75,20 +102,23 @@ class Policy:
         assert self.editor.has_cfg or not has_cfg, "the model takes no guidance: the config allows none"
         return self.editor.encode_text(instructions, images, has_cfg=has_cfg)
 
+    @phase("encode images")
     @torch.no_grad()
-    def encode_image(self, images: Tensor, microbatch_size: int = 16) -> Tensor:
+    def encode_image(self, images: Tensor, microbatch_size: int = 0) -> Tensor:
         """Encode images (N, 3, H, W) in [-1, 1], resized to the condition's size: clean latents (N, L', C), float32."""
-        return in_chunks(lambda rows: self.editor.encode_image(rows).float(), images, microbatch_size)
+        size = microbatch_size or rows_at_a_time(*self.config.condition_size)
+        return in_chunks(lambda rows: self.editor.encode_image(rows).float(), images, size)
 
+    @phase("decode")
     @torch.no_grad()
-    def decode(self, latents: Tensor, microbatch_size: int = 16) -> Tensor:
+    def decode(self, latents: Tensor, microbatch_size: int = 0) -> Tensor:
         """Decode latents (N, L, C): images (N, 3, H, W) clamped to [-1, 1], float32, not rounded to 8 bits."""
         assert latents.shape[1:] == (self.num_tokens, self.num_channels), latents.shape
 
         def decode(rows: Tensor) -> Tensor:
             return self.editor.decode(rows.to(self.dtype)).float().clamp(-1, 1)
 
-        return in_chunks(decode, latents, microbatch_size)
+        return in_chunks(decode, latents, microbatch_size or rows_at_a_time(self.config.height, self.config.width))
 
     def velocity(self, latents: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
         """Predict the velocity (B, L, C), float32, of latents (B, L, C) at noise level sigma (B,), under the selected
@@ -97,6 +127,10 @@ class Policy:
         num_tokens = (latents.shape[1], condition.image.shape[1])
         assert num_tokens == (self.num_tokens, self.num_condition_tokens), num_tokens
         return self.editor.velocity(self.adapters.transformer, latents, sigma, condition)
+
+    def replay(self) -> None:
+        """From now on, compute a velocity that is trained on by the pass that samples (`compiled.replay_blocks`)."""
+        replay_blocks(self.pipeline.transformer)
 
     def sigmas(self, num_steps: int) -> Tensor:
         """Return the model's own schedule of noise levels (S+1,), float64 on the host."""
@@ -119,15 +153,19 @@ def configured_family(config: ModelConfig) -> Family:
     return family
 
 
-def build_policy(config: ModelConfig, lora: LoraConfig, seed: int, *, has_old: bool) -> Policy:
+def build_policy(
+    config: ModelConfig, lora: LoraConfig, seed: int, *, has_old: bool, keeps_originals: bool = False
+) -> Policy:
     """Build the policy of `config.path` on this process's GPU or else the CPU; the rest as for `Policy`."""
     family, path = configured_family(config), model_path(config)
     if config.vision_pixels and not family.is_text_of_image:
         raise ValueError(
             f"model.vision_pixels is {config.vision_pixels}: the text encoder of {path!r} sees no image; it must be 0"
         )
+    device = local_device()
+    check_float8(config.base, device)  # before 24 GB are read
     pipeline = load_pipeline(config, family.packages)
-    policy = Policy(pipeline, config, lora, seed=seed, has_old=has_old, device=local_device())
+    policy = Policy(pipeline, config, lora, seed=seed, has_old=has_old, device=device, keeps_originals=keeps_originals)
     if config.cfg_scale != 1 and not policy.editor.has_cfg:
         reason = "is distilled and takes no guidance" if policy.editor.is_distilled else "has its guidance embedded"
         remedy = "" if policy.editor.is_distilled else "; set model.guidance_scale"

@@ -72,13 +72,9 @@ def is_launch_bound(transformer: nn.Module, num_tokens: int, dtype: torch.dtype)
     editor's 62 are launched in 2.8 ms, and 32 rows (1,408 tokens) take less than 0.2. A token of FLUX's double blocks
     is counted in both streams, a third too much in all; attention is left out, which is about as much at 512 px.
     """
-    linears = [
-        (name, module)
-        for name, module in transformer.named_modules()
-        if isinstance(module, nn.Linear) and "lora_" not in name
-    ]
+    linears = [(name, module) for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
     # a norm's linear is a modulation, computed once per row
-    num_weights = sum(module.weight.numel() for name, module in linears if "norm" not in name)
+    num_weights = sum(module.in_features * module.out_features for name, module in linears if "norm" not in name)
     seconds = 2 * num_weights * num_tokens / FLOP_PER_SECOND[dtype]
     return seconds < len(linears) * LAUNCHES_PER_LINEAR * LAUNCH_SECONDS
 
@@ -98,4 +94,4 @@ def is_captured(policy: Policy, num_rows: int, condition: Condition, cuda_graph:
         return cuda_graph == "on"
     num_text = max(value.shape[1] for value in condition.text.values() if value.ndim == 3)  # (N, T, E)
     num_tokens = num_rows * (policy.num_tokens + policy.num_condition_tokens + num_text)
-    return is_launch_bound(transformer, num_tokens, transformer.dtype)
+    return is_launch_bound(transformer, num_tokens, policy.dtype)

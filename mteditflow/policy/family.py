@@ -33,16 +33,53 @@ def width_of(transformer: Mapping[str, Any]) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Saved:
-    """Activations that autograd saves per token and block: (a, b) is a d + b r, of width d and LoRA's rank r.
-
-    Counted with saved-tensor hooks (diffusers 0.42) at d 128 and 256, r 8 and 32, where the formula is within 0.1 %.
+class Stream:
+    """What autograd keeps of a block for each token of a stream, in widths of the block, in the precision of the
+    forward pass. torch's own account of blocks of true width agrees (tests/test_activations.py).
     """
 
-    double: tuple[float, float]
-    single: tuple[float, float] = (0.0, 0.0)
-    full_double: float  # in units of d, where the weights themselves are trained
-    full_single: float = 0.0
+    needed: Mapping[str, float]
+    """For the gradient to the block's input, whatever is trained in it."""
+    inputs: Mapping[tuple[str, ...], float]
+    """Inputs of linears, by the names of those that read the one tensor: kept where one of them is trained."""
+    of_weights: Mapping[str, float]
+    """Besides all inputs, where every weight is trained: what scales, gates and the norms of q and k multiply."""
+
+
+NEEDED = {"inputs of two LayerNorms": 2, "q, k before their norms": 2, "q, k, v": 3, "output of attention": 1}
+OF_WEIGHTS = {"outputs of two LayerNorms, for the scales": 2, "outputs of attention and feed-forward, for the gates": 2}
+
+
+def gelu_streams(image: str, text: str) -> tuple[Stream, Stream]:
+    """Return the streams of a block as FLUX.1 and Qwen-Image have it, by the names of their feed-forwards: 4 d wide."""
+    image_names, text_names = ATTENTION[:4], ATTENTION[4:]
+    first, second = (
+        Stream(
+            needed=NEEDED | {"input of GELU": 4},
+            inputs={names[:3]: 1, names[3:]: 1, (f"{feed_forward}.net.0.proj",): 1, (f"{feed_forward}.net.2",): 4},
+            of_weights=OF_WEIGHTS,
+        )
+        for names, feed_forward in ((image_names, image), (text_names, text))
+    )
+    return first, second
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """Memory of a forward and a backward pass through the blocks."""
+
+    double: tuple[Stream, Stream]  # of a block with a stream for the image and one for the text
+    single: Stream | None = None  # of a block with one
+    statistics: int = 3  # float32 numbers per token and head: of RMSNorm for q and for k, of attention
+    compiled: tuple[float, float] = (0.0, 0.0)
+    """Widths per token that a block with two streams, and one with one, keeps more where it is compiled: what torch's
+    partitioner decides (docs/log.md)."""
+    forward: float
+    """Widths per token that live at once in a forward pass that keeps nothing."""
+    beyond: float
+    """Widths per token beyond what is kept, at the peak: in the last block, where most is held."""
+    again: float
+    """The same where blocks are run again: beyond the inputs of all and what the last one keeps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +168,8 @@ class Family:
     scheduler: Mapping[str, object]
     """Constants of the stock scheduler that `Editor.sigmas` assumes: with others it would sample at other levels."""
     saved: Saved
+    picture_numbers: float
+    """Numbers per pixel that live at once while the autoencoder decodes, which takes more than encoding."""
     block_weights: int
     """A block of width d has this many times d^2 weights per token, double (each stream its own) and single alike."""
     row_weights: Callable[[Mapping[str, Any]], int]
@@ -143,6 +182,8 @@ class Family:
     """Patterns of the modules for which ComfyUI has keys, each of a whole name; (): unknown."""
     uncapturable: tuple[str, ...] = ()
     """Flags of the transformer's config under which its forward pass waits for the host: no CUDA graph."""
+    is_masked: bool = False
+    """Whether attention has a mask, over the padding of texts."""
     is_text_of_image: bool = False
     """Whether the text encoder sees the image too, so that each trajectory has a text of its own."""
     packages: tuple[str, ...] = ()

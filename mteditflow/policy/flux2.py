@@ -23,7 +23,7 @@ from einops import rearrange
 from torch import Tensor
 
 from mteditflow.policy.encoding import Prompts, resize
-from mteditflow.policy.family import ATTENTION, FLOW_MATCHING, Base, Family, Saved, width_of
+from mteditflow.policy.family import ATTENTION, FLOW_MATCHING, NEEDED, OF_WEIGHTS, Base, Family, Saved, Stream, width_of
 from mteditflow.types import Condition
 
 
@@ -122,6 +122,14 @@ class Flux2:
             )
 
 
+def _stream(attention: tuple[str, ...], feed_forward: str) -> Stream:
+    """What a block keeps of one of its two streams, by the names of its projections and its feed-forward, 3 d wide."""
+    names = {attention[:3]: 1, attention[3:]: 1, (f"{feed_forward}.linear_in",): 1, (f"{feed_forward}.linear_out",): 3}
+    return Stream(
+        needed=NEEDED | {"both halves of SwiGLU": 6, "SiLU of the gate": 3}, inputs=names, of_weights=OF_WEIGHTS
+    )
+
+
 FAMILY = Family(
     pipelines=("Flux2Pipeline", "Flux2KleinPipeline"),
     editor=Flux2,
@@ -133,7 +141,25 @@ FAMILY = Family(
     ),
     # base_shift and max_shift play no part: the pipeline computes mu itself
     scheduler=FLOW_MATCHING | {"shift_terminal": None, "use_flow_sigmas": False},
-    saved=Saved(double=(22.1, 6.0), single=(21.1, 2.0), full_double=28.1, full_single=25.1),
+    saved=Saved(
+        double=(_stream(ATTENTION[:4], "ff"), _stream(ATTENTION[4:], "ff_context")),
+        single=Stream(
+            needed={
+                "input of LayerNorm": 1,
+                "q, k, v and both halves of SwiGLU, one tensor": 9,
+                "q, k of attention": 2,
+                "output of attention": 1,
+                "SiLU of the gate": 3,
+            },
+            inputs={("attn.to_qkv_mlp_proj",): 1, ("attn.to_out",): 4},
+            of_weights={"output of LayerNorm, for the scale": 1, "output of the block, for the gate": 1},
+        ),
+        compiled=(-3, -3),  # the gate's SiLU runs again
+        forward=21.4,
+        beyond=15.0,
+        again=15.3,
+    ),
+    picture_numbers=769,
     block_weights=13,  # 4 of attention, 9 of a gated feed-forward of 3 d
     # of modulation, once for all blocks: of both streams, of the one, and of the output
     row_weights=lambda transformer: (12 + 3 + 2) * width_of(transformer) ** 2,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mteditflow.flow import sigma_schedule
 from mteditflow.policy.encoding import Prompts, resize
-from mteditflow.policy.family import ATTENTION, FLOW_MATCHING, Base, Family, Saved, width_of
+from mteditflow.policy.family import ATTENTION, FLOW_MATCHING, Base, Family, Saved, Stream, gelu_streams, width_of
 from mteditflow.types import Condition
 
 
@@ -101,7 +101,24 @@ FAMILY = Family(
         "max_image_seq_len": 4096,
         "shift_terminal": None,
     },
-    saved=Saved(double=(18.1, 6.0), single=(12.1, 4.0), full_double=24.1, full_single=21.1),
+    saved=Saved(
+        double=gelu_streams("ff", "ff_context"),
+        single=Stream(
+            needed={
+                "input of LayerNorm": 1,
+                "q, k before their norms": 2,
+                "q, k, v": 3,
+                "output of attention": 1,
+                "input of GELU": 4,
+            },
+            inputs={("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"): 1, ("proj_out",): 5},
+            of_weights={"output of LayerNorm, for the scale": 1, "output of the block, for the gate": 1},
+        ),
+        forward=17.1,
+        beyond=11.0,
+        again=11.1,
+    ),
+    picture_numbers=768,
     block_weights=12,  # 4 of attention, 8 of a feed-forward of 4 d
     row_weights=_row_weights,
     stock_arguments=lambda _, model: {

@@ -12,12 +12,13 @@ import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import logging
 from huggingface_hub.errors import GatedRepoError
-from torch import nn
+from torch import Tensor, nn
 
 from mteditflow.config import EMBEDDED, ModelConfig
 from mteditflow.config.model import EMBEDDED_FOLDER
+from mteditflow.transformer.base import quantise
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # of `ModelConfig.dtype`
 
 
 def model_path(config: ModelConfig) -> str:
@@ -90,18 +91,34 @@ def _check_packages(path: str, packages: tuple[str, ...]) -> None:
                 raise ValueError(f"model.path {path!r} has a {value[1]}, which needs {missing}: install it with pip")
 
 
-def prepare_pipeline(pipeline: Any, config: ModelConfig, device: torch.device) -> None:
-    """Freeze a pipeline and move it to the device; its text encoders stay on the host where they are 'offload'."""
+def prepare_pipeline(
+    pipeline: Any, config: ModelConfig, device: torch.device, *, keeps_originals: bool = False
+) -> dict[str, Tensor]:
+    """Freeze a pipeline and move it to the device; its text encoders stay on the host where they are 'offload'.
+
+    What is quantised is moved linear by linear. Returns the transformer's weights as they were, on the host by name,
+    where they are to be kept and it is quantised.
+    """
     pipeline.set_progress_bar_config(disable=True)
+    originals = {}
     for name, module in pipeline.components.items():
         if isinstance(module, nn.Module):
             module.requires_grad_(False).eval()
-            if config.text_encoder == "resident" or not name.startswith("text_encoder"):
+            is_text = name.startswith("text_encoder")
+            if is_text and config.text_encoder == "int8":
+                quantise(module, "int8", device)
+            if name == "transformer" and config.quantised:
+                originals = quantise(module, config.quantised, device, keeps_originals=keeps_originals)
+            if not (is_text and config.text_encoder == "offload"):
                 module.to(device)
     if config.is_checkpointed:
         pipeline.transformer.enable_gradient_checkpointing()
-    if config.vae_slicing:
-        pipeline.vae.enable_slicing()
+    return originals
+
+
+def is_slow_in_bfloat16(device: torch.device) -> bool:
+    """Whether the device is a processor without bfloat16: its convolutions then take some 50 times as long."""
+    return device.type == "cpu" and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
 
 
 def check_scheduler(pipeline: Any, config: ModelConfig, constants: Mapping[str, object]) -> None:

@@ -8,7 +8,7 @@ are not trained are the same tensors in all. Swapping weights into one module (o
 as small, but what runs after the call would then see the wrong weights: a checkpointed block recomputes its forward
 during backward, when the weights of `current` are swapped out again. A module of its own is right whenever it runs.
 
-Precision: trained weights, their gradients and their averages are float32. The forward pass runs in `model.dtype`: a
+Precision: trained weights, their gradients and their averages are float32. The forward pass runs in `model.base`: a
 float32 weight is rounded to the base's dtype where it is used, so the bits are those of the stock pipeline with the
 exported weights in that dtype, in a rollout as in training. With float32 nothing is cast.
 """
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from mteditflow.config import LoraConfig
-from mteditflow.policy.adapters import AdapterName, Adapters, Weights, copy_names, find_targets
+from mteditflow.transformer.adapters import AdapterName, Adapters, Weights, copy_names, find_targets
 
 
 def full_weights(transformer: nn.Module, lora: LoraConfig, *, has_old: bool) -> Adapters:
