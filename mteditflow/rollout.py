@@ -19,12 +19,14 @@ from mteditflow.objective import Objective
 from mteditflow.pictures import round_to_8_bit
 from mteditflow.policy import Policy
 from mteditflow.policy.cuda_graph import Graphs, is_captured
+from mteditflow.record.clock import phase, traced
 from mteditflow.types import Condition, EditTask, Rollout, Turn
 
 Keys = Sequence[Tensor | None]
 """Per denoising step the noise keys (B, 5) of its rows, None at an ODE step."""
 
 
+@phase("denoise")
 def denoise(
     policy: Policy, condition: Condition, latents: Tensor, schedule: Schedule, keys: Keys
 ) -> tuple[Tensor, Tensor]:
@@ -45,6 +47,7 @@ def denoise(
 _GRAPHS: WeakKeyDictionary[Policy, Graphs] = WeakKeyDictionary()
 
 
+@phase("denoise")
 def denoise_by_graph(
     policy: Policy, condition: Condition, latents: Tensor, schedule: Schedule, keys: Keys
 ) -> tuple[Tensor, Tensor]:
@@ -114,7 +117,7 @@ def roll_out(
     image = torch.stack([task.source for task in tasks])
     image_latents = policy.encode_image(image).repeat_interleave(group_size, dim=0)
     turns = []
-    for turn in range(num_turns):
+    for turn in traced("turn", range(num_turns)):
         instructions = [task.instructions[turn] for task in tasks]
         text = _encode_text(policy, instructions, image, group_size, has_cfg=cfg_scale != 1)
         condition = Condition(text=text, image=image_latents, cfg_scale=cfg_scale)

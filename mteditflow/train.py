@@ -27,7 +27,8 @@ from mteditflow.distributed import Ranks
 from mteditflow.guards import check_adapter, check_scores
 from mteditflow.objective import build_objective
 from mteditflow.record.alarms import rollout_figures
-from mteditflow.record.metrics import Timer, score_figures
+from mteditflow.record.clock import phase, traced
+from mteditflow.record.metrics import score_figures
 from mteditflow.reward import gather_scores
 from mteditflow.rollout import sample_rollout
 from mteditflow.run import Run
@@ -37,32 +38,30 @@ from mteditflow.update import set_learning_rate, update
 def train(config: Config, ranks: Ranks) -> None:
     """Run, or continue, the training that `config` describes in its run folder."""
     use_backend(config.run.backend)
-    objective, timer, is_adapter_checked = build_objective(config), Timer(), False
-    with Run(config, objective, ranks, timer) as run:
+    objective, is_adapter_checked = build_objective(config), False
+    with Run(config, objective, ranks) as run:
         policy, optimizer, reward = run.policy, run.optimizer, run.reward
-        for iteration in range(run.first_iteration, config.run.num_iterations):
+        for iteration in traced("iteration", range(run.first_iteration, config.run.num_iterations)):
             # 1. Roll out K turns on the model's own output.
             tasks = training_tasks(config, iteration, ranks)
-            with timer("time/rollout"):
-                rollout = sample_rollout(policy, objective, tasks, config, iteration)
+            rollout = sample_rollout(policy, objective, tasks, config, iteration)
 
             # 2. Score every trajectory, and give it one advantage relative to its group.
-            with timer("time/score"):
+            with phase("score"):
                 scores, group = gather_scores(reward(rollout), rollout.group, ranks)
             check_scores(scores, config)
             advantage = advantages(scores, group, config.advantage)  # (N, K), of all ranks
 
             # 3. Update the adapter; the old policy follows it.
-            with timer("time/update"):
-                set_learning_rate(optimizer, config, iteration)
-                of_rank = advantage.chunk(ranks.world_size)[ranks.rank]
-                figures = update(policy, optimizer, objective, rollout, of_rank, config, ranks)
+            set_learning_rate(optimizer, config, iteration)
+            of_rank = advantage.chunk(ranks.world_size)[ranks.rank]
+            figures = update(policy, optimizer, objective, rollout, of_rank, config, ranks)
             if objective.has_old:
                 num_updates = (iteration + 1) * config.optimizer.num_updates
                 policy.adapters.copy("current", "old", decay=objective.old_decay(num_updates))
 
             if not is_adapter_checked and advantage.any():
-                check_adapter(policy, rollout)
+                check_adapter(policy, rollout, config)
                 is_adapter_checked = True
             figures |= score_figures(scores, advantage, group, config.advantage) | rollout_figures(rollout, scores)
             run.record(iteration, figures)

@@ -16,6 +16,7 @@ from mteditflow.distributed import Ranks
 from mteditflow.guards import GuardError, check_ratio
 from mteditflow.objective import Objective
 from mteditflow.policy import Policy
+from mteditflow.record.clock import phase
 from mteditflow.types import Microbatch, Rollout
 
 
@@ -80,7 +81,8 @@ def update(
     config: Config,
     ranks: Ranks,
 ) -> dict[str, float]:
-    """Make the optimizer steps of an iteration; returns diagnostics over the microbatches.
+    """Make the optimizer steps of an iteration; returns diagnostics over the microbatches, and how many transitions
+    this rank trained on.
 
     Every rank has all the keys: they are NaN where no microbatch was run. Raises GuardError before any harm is done.
     """
@@ -88,8 +90,9 @@ def update(
     for number, microbatches in enumerate(minibatches(rollout, advantages, objective, config, ranks.world_size)):
         losses = [torch.zeros((), device=policy.device)]
         for microbatch in microbatches:
-            loss, diagnostics = objective.loss(policy, rollout, advantages, microbatch, is_first_update=number == 0)
-            loss.backward()
+            with phase("forward, backward"):
+                loss, diagnostics = objective.loss(policy, rollout, advantages, microbatch, is_first_update=number == 0)
+                loss.backward()
             losses.append(loss.detach())
             for name, value in diagnostics.items():
                 figures.setdefault(name, []).append(value)
@@ -104,9 +107,11 @@ def update(
     for name, parts in figures.items():
         together = torch.stack(parts)
         values[name] = (together.max() if name in objective.worst_figures else together.mean()).item()
+    values["num_transitions"] = float((advantages != 0).sum()) * objective.num_draws
     return {f"update/{name}": value for name, value in values.items()}
 
 
+@phase("optimizer")
 def step(policy: Policy, optimizer: torch.optim.Optimizer, loss: Tensor, config: Config, ranks: Ranks) -> Tensor:
     """Sum the gradients over ranks, clip, step, average; returns the gradient's norm. No gradient at all: no step."""
     parameters = [parameter for _, parameter in policy.adapters.trainable]

@@ -5,7 +5,6 @@ import json
 import math
 import os
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,15 +13,15 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mteditflow.record.metrics import Reporter, Timer, read_lines, reduce_mean, summary, used_memory
+from mteditflow.record.metrics import Reporter, read_lines, reduce_mean, summary, used_memory
 
 VALUES = {
     "reward/mean": 0.1 + 0.2,
     "reward/instruction": 0.5,
     "reward/consistency": math.nan,
     "update/grad_norm": math.inf,
-    "time/rollout_s": 2.0,
-    "time/update_s": 1.5,
+    "time/denoise_s": 2.0,
+    "time/other_s": 1.5,
 }
 
 
@@ -98,18 +97,6 @@ def test_bar_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
 
 def test_summary_leaves_out_what_is_not_there() -> None:
     assert summary({"reward/mean": 1.0}) == "reward 1.000"
-
-
-def test_timer_adds_up() -> None:
-    timer = Timer()
-    for _ in range(2):
-        with timer("rollout"):
-            time.sleep(0.02)
-    with pytest.raises(KeyError), timer("score"):
-        raise KeyError
-    seconds = timer.pop()
-    assert seconds.keys() == {"rollout_s", "score_s"} and timer.pop() == {}
-    assert 0.04 <= seconds["rollout_s"] < 2 and seconds["score_s"] < seconds["rollout_s"]
 
 
 def test_memory_of_this_process() -> None:

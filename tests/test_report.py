@@ -77,7 +77,7 @@ def test_the_code_is_that_of_the_card(lora_run: Path, weights_run: Path, klein_r
 def test_charts_are_of_what_the_objective_gives(lora_run: Path, klein_run: Path) -> None:
     """GRPO has a ratio; nothing else has, and no page misses it."""
     ours, other = (Page(folder / "report.html") for folder in (lora_run, klein_run))
-    assert ours.tags.count("svg") == 12 and other.tags.count("svg") == 10
+    assert ours.tags.count("svg") == 13 and other.tags.count("svg") == 11
     assert "Clip fraction" in ours.text and "Clip fraction" not in other.text
 
 
@@ -209,3 +209,32 @@ def test_alarms_have_a_table(lora_run: Path, tmp_path: Path) -> None:
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     html = write_report(folder).read_text()
     assert html.count("since iteration 27") == 1 and html.count("quiet") == 1
+
+
+TIMES = {"time/denoise_s": 6.0, "time/score_s": 1.0, "time/forward_backward_s": 3.0, "time/evaluate_s": 0.0}
+SPEEDS = {"speed/denoise_tflop_per_second": 500.0, "speed/denoise_ceiling_share": 0.625}
+
+
+def test_the_account_of_a_run(tmp_path: Path) -> None:
+    """Phases of two iterations add up to their mean; what a run lacks, such as a GPU's power, has no row."""
+    lines = [TIMES | SPEEDS, TIMES | {"time/evaluate_s": 10.0, "speed/denoise_tflop_per_second": None}]
+    write = (tmp_path / "metrics.jsonl").write_text
+    write("".join(json.dumps({"iteration": i, **line}) + "\n" for i, line in enumerate(lines)))
+    text = Page(write_report(tmp_path)).text
+    assert "Mean of 2 iterations, first rank: the phases add up to 15 s." in text and "beside" not in text
+    rows = "denoise 6 40.0 % 500 62 % score 1 6.7 % forward backward 3 20.0 % evaluate 5 33.3 %"
+    assert rows in text and "turn-images" not in text and "power" not in text and "Power" not in text
+    judged = {"beside/score_s": 7.5, "gpu/power_w": 650.0, "gpu/energy_kwh": 0.25, "gpu/throttled_by_power_share": 0.5}
+    write("".join(json.dumps({"iteration": i, **line, **judged}) + "\n" for i, line in enumerate(lines)))
+    text = Page(write_report(tmp_path)).text
+    assert "what another thread did meanwhile stands beside them" in text and "score 1 7.5 6.7 %" in text
+    assert "energy of the first GPU, kWh 0.5 power, W 650 clocks held down by the power limit, % of the time 50" in text
+    assert "Power" in text and "drift" not in text
+    write(
+        "".join(
+            json.dumps({"iteration": i, **TIMES, **d}) + "\n" for i, d in enumerate(({"drift/velocity": 0.033}, {}))
+        )
+    )
+    assert "drift of the base from bfloat16: velocity, % 3.3" in Page(write_report(tmp_path)).text
+    write(json.dumps({"iteration": 0, "reward/mean": 0.5}) + "\n")
+    assert "Not there yet: seconds by phase." in Page(write_report(tmp_path)).text

@@ -25,8 +25,10 @@ from torch import Tensor
 from mteditflow.config import Config, cli
 from mteditflow.config.command import train as main
 from mteditflow.objective.grpo import Grpo
+from mteditflow.profile.account import metric
 from mteditflow.record import checkpoint
 from mteditflow.record.alarms import ALARMS
+from mteditflow.record.clock import OTHER, PHASES
 from mteditflow.record.metrics import read_lines
 from mteditflow.reward import build_reward
 from mteditflow.types import Rollout, Scores
@@ -40,6 +42,7 @@ SCORE_KEYS = {
 }
 HELD_OUT_KEYS = {f"heldout/{name}_{turn}" for name in ("MT", "IF", "CC", "O") for turn in (1, 2)}
 HELD_OUT_KEYS |= {"alarm/held_out_gap"}
+RATES = ("tflop_per_second", "ceiling_share")
 
 
 @pytest.fixture(scope="session")
@@ -131,21 +134,24 @@ def test_a_run_is_a_folder(whole: Path) -> None:
 def test_metrics_have_a_line_per_iteration(whole: Path) -> None:
     lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     assert [line["iteration"] for line in lines] == [0, 1, 2, 3]
-    promised = {"iteration", "update/learning_rate", "update/loss", "update/grad_norm"}
+    promised = {"iteration"} | {f"update/{name}" for name in ("learning_rate", "num_transitions", "loss", "grad_norm")}
     promised |= {f"reward/{name}" for name in SCORE_KEYS}
     promised |= {f"update/{name}" for name in (*Grpo.figures, *Grpo.worst_figures)}
     promised |= ALARMS.keys() - {"alarm/held_out_gap"}
-    timed = {f"time/{name}" for name in ("rollout_s", "score_s", "update_s", "turn_images_per_second")}
+    timed = {metric("time", phase) for phase in (*PHASES, OTHER)} | {"memory/rss_gib"}
+    timed |= {f"speed/{name}_images_per_second" for name in ("turn", "rollout")} | {"speed/ceiling_tflop_per_second"}
+    timed |= {f"speed/{name}_{what}" for name in ("denoise", "training") for what in RATES}
     for n, line in enumerate(lines):
         assert {key for key in line if not is_timed(key)} == promised | (HELD_OUT_KEYS if n == 2 else set())
-        assert timed | {"memory/rss_gib"} <= line.keys()
+        assert {key for key in line if is_timed(key)} == timed  # no GPU: nothing of one
         assert all(isinstance(value, int | float) for value in line.values())
         assert line["update/first_ratio_error"] == 0 and line["update/grad_norm"] > 0
+        assert 0 < line["update/num_transitions"] <= 4 * 2 * 3  # denoising steps of the turns whose group has spread
+        assert (line["time/evaluate_s"] > 0) == (n == 2)
         assert line["reward/valid_share"] == 1 and 0 <= line["reward/consistency"] <= 1
     rates = [line["update/learning_rate"] for line in lines]
     assert rates == pytest.approx([1e-3, 0.75e-3, 0.5e-3, 0.25e-3], rel=1e-12)
-    images = 4 * 2 / lines[0]["time/rollout_s"]
-    assert lines[0]["time/turn_images_per_second"] == pytest.approx(images)
+    assert [line["time/save_s"] > 0 for line in lines] == [False, True, True, True]  # after the line is written
 
 
 def test_the_same_command_again_gives_the_same_bits(arguments: Arguments, whole: Path, tmp_path: Path) -> None:

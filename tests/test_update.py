@@ -228,14 +228,14 @@ def test_without_any_advantage_nothing_moves(config: Config, name: str, monkeypa
     with counted(policy, monkeypatch) as calls:
         figures, gradients = step(policy, rollout, torch.zeros(4, 2), config)
     assert not calls and not gradients
-    assert figures["update/loss"] == 0 and figures["update/grad_norm"] == 0
+    assert figures["update/loss"] == figures["update/grad_norm"] == figures["update/num_transitions"] == 0
     assert figures.keys() == names_of_figures(config)  # as on the other ranks
     assert_same_adapter(policy, before)
 
 
 def names_of_figures(config: Config) -> set[str]:
-    objective = build_objective(config)
-    return {f"update/{name}" for name in (*objective.figures, *objective.worst_figures, "loss", "grad_norm")}
+    objective, others = build_objective(config), ("loss", "grad_norm", "num_transitions")
+    return {f"update/{name}" for name in (*objective.figures, *objective.worst_figures, *others)}
 
 
 def test_figures_are_named(config: Config) -> None:
@@ -321,9 +321,9 @@ def test_an_adapter_without_effect_stops_the_run(config: Config) -> None:
     policy = build(config, is_moved=False)
     rollout = roll(policy, config)
     with pytest.raises(GuardError, match="does not change the velocity"):
-        check_adapter(policy, rollout)  # B is 0
+        check_adapter(policy, rollout, config)  # B is 0
     step(policy, rollout, ADVANTAGE, config, learning_rate=1.0)
-    check_adapter(policy, rollout)
+    check_adapter(policy, rollout, config)
 
 
 @pytest.mark.parametrize("chunk_size", [2, 4])

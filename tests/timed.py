@@ -1,6 +1,8 @@
 """Which metrics a resumed run does not repeat."""
 
+from mteditflow.record.metrics import TIMED
+
 
 def is_timed(name: str) -> bool:
-    """Whether a metric depends on the clock or the machine, by the end of its name (mteditflow/record/metrics.py)."""
-    return name.endswith(("_s", "_per_second", "_gib"))
+    """Whether a metric depends on the clock or the machine, by the beginning of its name."""
+    return name.startswith(TIMED)

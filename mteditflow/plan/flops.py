@@ -1,14 +1,18 @@
 """Floating-point operations of the families' transformers, from their configs: two per product-and-sum of their matrix
-products.
+products; and the ceiling that a device has for them.
 
 A block of width d has w d^2 weights per token (`Family.block_weights`) and attends over all n tokens: 2 w d^2 n +
 4 d n^2. FLUX.1's 57 blocks of 3072: 74.4 TFLOP at 1024 px without a condition. What stands outside the blocks or acts
 once per row (embeddings, modulation) is counted apart; norms, activations and rotations are not.
 """
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
+
+import torch
 
 from mteditflow.policy import Family
 from mteditflow.policy.family import width_of
@@ -59,3 +63,21 @@ def forward_flops(family: Family, config: Mapping[str, Any], *, text_tokens: int
         attention=4 * width * tokens**2 * num_blocks,
         other=2 * (embeddings + per_row),
     )
+
+
+def matmul_ceiling(device: torch.device, dtype: torch.dtype, num_products: int = 10) -> float:
+    """TFLOP/s of a square matrix product in this precision on this device, the median of some.
+
+    Large enough to fill a GPU (8192), and on a CPU for a twentieth of a second (512). No random state is touched.
+    """
+    size = 8192 if device.type == "cuda" else 512
+    generator = torch.Generator(device).manual_seed(0)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype, generator=generator) for _ in range(2))
+    seconds = []
+    for _ in range(num_products + 3):  # the first ones warm up
+        start = time.perf_counter()
+        torch.mm(a, b)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / median(seconds[3:]) / 1e12

@@ -1,8 +1,8 @@
 """What a run says of itself: one JSON line per iteration, TensorBoard, a progress bar.
 
 The JSON lines are the truth: synced one by one, cut back on resume to the iterations that the checkpoint holds, so that
-each iteration has exactly one line after any kill. Values that depend on the clock or the machine have keys that end in
-`_s`, `_per_second` or `_gib`; all the others are bit-equal in a resumed run.
+each iteration has exactly one line after any kill. Values that depend on the clock or the machine have keys that begin
+with one of TIMED (profile/account.py); all the others are bit-equal in a resumed run.
 """
 
 import json
@@ -11,7 +11,6 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from mteditflow.record.files import is_disk_full, replace_file
 from mteditflow.types import Scores
 
 FILE = "metrics.jsonl"
+TIMED = ("time/", "beside/", "speed/", "gpu/", "memory/")
 
 
 class Reporter:
@@ -92,28 +92,6 @@ class Reporter:
         seconds = (time.monotonic() - self._start) / max(done - self._first, 1)
         left = _duration(seconds * max(self._num_iterations - done, 0))
         self.say(f"iteration {done}/{self._num_iterations}  {summary(values)}  {left} left")
-
-
-class Timer:
-    """Seconds per phase: `with timer("rollout"): ...` adds up, `pop` reads and starts anew."""
-
-    def __init__(self) -> None:
-        self._seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        _wait()
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            _wait()
-            self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - start
-
-    def pop(self) -> dict[str, float]:
-        """`{"rollout_s": 3.2, ...}`"""
-        seconds, self._seconds = self._seconds, {}
-        return {f"{phase}_s": value for phase, value in seconds.items()}
 
 
 def used_memory() -> tuple[str, float]:
@@ -182,12 +160,6 @@ def _duration(seconds: float) -> str:
     if minutes >= 60:
         return f"{minutes // 60} h {minutes % 60:02d} min"
     return f"{minutes} min" if minutes >= 2 else f"{seconds:.0f} s"
-
-
-def _wait() -> None:
-    """GPU work is queued: without this its time would fall to the phase that happens to wait for it."""
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
 
 
 def score_figures(scores: Scores, advantages: Tensor, group: Tensor, config: AdvantageConfig) -> dict[str, float]:

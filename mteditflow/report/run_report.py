@@ -19,6 +19,7 @@ from mteditflow.record.figures import METRICS, RESULTS, align_turns, finite
 from mteditflow.record.files import read_json
 from mteditflow.record.metrics import FILE, read_lines
 from mteditflow.record.templates import write_page
+from mteditflow.report.account import account
 from mteditflow.report.charts import NUM_COLORS, Curve, chart, data_uri, edit_types
 
 Lines = list[dict[str, Any]]
@@ -84,7 +85,17 @@ CHARTS = (
         is_optional=True,
     ),
     ChartSpec(title="Gradient norm", note="Before it is cut to max_grad_norm.", keys=r"update/(grad_norm)"),
-    ChartSpec(title="Seconds by phase", note="Of each iteration.", keys=r"time/(\w+)_s"),
+    ChartSpec(
+        title="Turn-images per second",
+        note="Per GPU: of the whole step, of the rollout alone.",
+        keys=r"speed/(turn|rollout)_images_per_second",
+    ),
+    ChartSpec(
+        title="Model TFLOP/s",
+        note="What the model needs, by the seconds that it took; the ceiling is a large matrix product.",
+        keys=r"speed/(denoise|training|ceiling)_tflop_per_second",
+    ),
+    ChartSpec(title="Power", note="Of the first GPU, in watts.", keys=r"gpu/(power)_w", is_optional=True),
 )
 
 
@@ -115,6 +126,7 @@ def _contents(folder: Path) -> dict[str, Any]:
         "missing": [words for words, report in zip(RESULTS.values(), reports, strict=True) if not report],
         "charts": [chart for chart in charts.values() if chart],
         "no_charts": [spec.title for spec in CHARTS if not charts[spec] and _is_due(spec, config)],
+        "account": account(lines),
         "alarms": _alarms(lines, config) if config else [],
         "strips": _strips(folder),
         "edit_types": edit_types({"before": before, "after": after}),
