@@ -12,7 +12,8 @@ import pytest
 from mteditflow.config import Config, ModelConfig, ObjectiveConfig, OptimizerConfig, RolloutConfig, RunConfig, command
 from mteditflow.config.cli import from_yaml, parse, run_parser, settings, to_config, to_yaml
 from mteditflow.config.ranges import ranges
-from mteditflow.plan.dry_run import RowSeconds, batch_plan, dry_run, duration_plan
+from mteditflow.plan.dry_run import dry_run
+from mteditflow.plan.duration import RowSeconds, batch_plan, duration_plan
 
 ROOT = Path(__file__).parent.parent
 MODULES = ("train", "evaluate", "export", "study", "profile", "data", "report", "world.pretrain")
@@ -55,6 +56,8 @@ WRONG_COMMANDS = {
     "train --rollout.group_size 2.5": "rollout.group_size is '2.5': must be a whole number",
     "train --rollout.group_size": "--rollout.group_size: expected one argument",
     "train --rollout.group_siz 4": "--rollout.group_siz is no argument: did you mean --rollout.group_size?",
+    "train --model.dtype bfloat16": "--model.dtype is no argument: write model.base, one of float32, bfloat16, float8",
+    "train --lora.is_full true --model.base int8": "model.base is 'int8': lora.is_full trains the weights: must be",
     "train --rollout.group 4": "--rollout.group is no argument",
     "train --objective.name ppo": "objective.name is 'ppo': must be one of grpo, nft",
     "train --optimizer.learning_rate nan": "optimizer.learning_rate is 'nan': must be a number",
@@ -97,6 +100,7 @@ def test_wrong_argument_is_one_line(words: str, message: str, capsys: pytest.Cap
 WRONG_FILES = {
     "rollout:\n  group_size: 1\n": "rollout.group_size is 1: must lie in [2, 4096]",
     "rollout:\n  group_sise: 4\n": "rollout.group_sise is no field, in {path}: did you mean group_size?",
+    "model:\n  dtype: bfloat16\n": "model.dtype is no field, in {path}: write model.base, one of float32, bfloat16",
     "rolout:\n  group_size: 4\n": "rolout is no section, in {path}: did you mean rollout?",
     "rollout: 3\n": "rollout is 3, in {path}: must be a section",
     "rollout:\n": "rollout is None, in {path}: must be a section",
@@ -264,11 +268,17 @@ def test_duration_is_extrapolated() -> None:
         run=replace(Config().run, num_iterations=20),
         evaluation=replace(Config().evaluation, every=10, num_sessions=100, num_sessions_short=10, num_steps=4),
     )
-    plan = duration_plan(config, RowSeconds(forward=1.0, forward_backward=3.0, decode=0.25, encode=0.25))
+    seconds = RowSeconds(forward=1.0, forward_backward=3.0, guided=2.0, decode=0.25, encode=0.25)
+    plan = duration_plan(config, seconds)
     assert plan["rollout of an iteration"] == 3072 + 384 * 0.5
     assert plan["updates of an iteration"] == 768 * 3.0
-    evaluations = (2 * 100 + 2 * 10) * 3 * (4 + 0.5)
+    evaluations = (2 * 100 + 10) * 3 * (4 * 2.0 + 0.5)  # a short one after 10 iterations: that after 20 is the last
     assert plan["run, without scoring and saving"] == 20 * (3072 + 192 + 2304) + evaluations
+    eight = duration_plan(replace(config, run=replace(config.run, num_gpus=8)), replace(seconds, judge=0.5, text=0.1))
+    assert eight["rollout of an iteration"] == (3072 + 192 + 8 * 3 * 0.1) / 8
+    assert eight["scores of an iteration"] == 128 * 0.5 / 8
+    judged = (2 * 100 + 10) * (3 * (4 * 2.0 + 0.5 + 0.1) + 0.5)  # by one rank
+    assert eight["evaluations: before, after, 1 short"] == pytest.approx(judged)
 
 
 def test_dry_run(tiny_pipeline_folder: Path) -> None:

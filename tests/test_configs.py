@@ -1,5 +1,6 @@
 """The files in configs/ say only what differs, every value has its source, and every run fits where it is meant to."""
 
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ import yaml
 
 from mteditflow.config.cli import changed_fields, from_yaml, settings
 from mteditflow.plan.dry_run import dry_run
-from mteditflow.plan.memory import read_sizes
+from mteditflow.plan.memory import MARGIN, read_sizes
 from mteditflow.policy import FAMILIES, family_of
 from mteditflow.policy.published import MODELS
 from mteditflow.study.cells import read_study, runs_of
@@ -18,7 +19,7 @@ from mteditflow.study.cells import read_study, runs_of
 FOLDER = Path(__file__).parent.parent / "configs"
 STUDIES = sorted(FOLDER.glob("study*.yaml"))
 CONFIGS = sorted({*FOLDER.glob("*.yaml")} - {*STUDIES})
-MODEL_CONFIGS = sorted(FOLDER.glob("*gpu.yaml"))
+MODEL_CONFIGS = sorted([*FOLDER.glob("*gpu.yaml"), *FOLDER.glob("*gb.yaml")])
 NAMES = ("folder", "name", "num_gpus")  # say what they are by themselves
 JUDGE = "how a judge that serves others is asked"
 WITHOUT_USER = {
@@ -26,6 +27,8 @@ WITHOUT_USER = {
     "rollout.hand_off": "ours: what a multi-turn editor hands on is a decision, not a constant",
     "rollout.cuda_graph": "the switch of a speed-up, which bench/ turns",
     "lora.is_full": "full fine-tuning, on the command line: docs/export.md",
+    "model.attention": "what a GPU has and is installed on it decides",
+    "model.compile": "the switch of a speed-up, which bench/ turns",
     "reward.num_retries": JUDGE,
     "reward.temperature": JUDGE,
     "reward.max_answer_tokens": JUDGE,
@@ -92,9 +95,13 @@ def test_every_family_has_one() -> None:
 
 @pytest.mark.parametrize("path", MODEL_CONFIGS, ids=lambda path: path.stem)
 def test_its_name_is_what_it_is(path: Path) -> None:
-    """The file's name says model, objective and GPUs; the first ratio is 1."""
+    """The file's name says model, objective, and GPUs or the size of the one; the first ratio is 1."""
     config = from_yaml(path)
-    assert path.stem == f"{path.stem.rsplit('_', 2)[0]}_{config.objective.name}_{config.run.num_gpus}gpu"
+    end = (
+        f"{config.run.num_gpus}gpu" if path.stem.endswith("gpu") else f"{math.ceil(config.run.gpu_gib / 8) * 8}gb"
+    )  # cards come in 8
+    assert path.stem == f"{path.stem.rsplit('_', 2)[0]}_{config.objective.name}_{end}"
+    assert path.stem.endswith("gpu") or config.run.num_gpus == 1
     assert config.run.folder == f"runs/{path.stem}"
     assert config.rollout.microbatch_size == config.optimizer.microbatch_size
     assert config.rollout.num_tasks % config.run.num_gpus == 0 and config.lora.targets == ()
@@ -106,7 +113,7 @@ def test_it_fits(path: Path) -> None:
     plan = dry_run(config)
     assert plan.problem is None and "the model is not on this machine" in plan.table
     total = float(re.findall(r"sum +([\d.]+)", plan.table)[0])
-    assert 0.5 * config.run.gpu_gib < total < 0.95 * config.run.gpu_gib
+    assert MARGIN in plan.table and 0.5 * config.run.gpu_gib < total <= config.run.gpu_gib
     assert read_sizes(config).num_trained > 1e7
 
 

@@ -13,7 +13,8 @@ from conftest import TINY_MAX_TEXT_TOKENS
 from torch import Tensor
 
 from mteditflow.config import Config, LoraConfig, ModelConfig, RewardConfig, RolloutConfig
-from mteditflow.plan.memory import memory_plan, num_image_tokens, read_sizes
+from mteditflow.plan.activations import bytes_kept as planned_bytes
+from mteditflow.plan.memory import MARGIN, memory_plan, num_image_tokens, read_sizes, training_pass
 from mteditflow.policy import Policy, build_policy, family_of
 from mteditflow.policy.published import JUDGES, MODELS
 from mteditflow.types import Condition
@@ -70,7 +71,7 @@ def test_plan_is_what_a_policy_holds(config: Config) -> None:
     trained = [weight for _, weight in policy.adapters.trainable]
     in_transformer = sum(weight.numel() for weight in policy.pipeline.transformer.parameters())
     assert sizes.num_trained == sum(weight.numel() for weight in trained)
-    assert sizes.num_transformer == in_transformer - 3 * sizes.num_trained  # current, old, ema
+    assert sizes.num_transformer == in_transformer - sizes.num_trained  # the adapter that is selected
     parts = {n: m for n, m in policy.pipeline.components.items() if isinstance(m, torch.nn.Module)}
     counts = {name: sum(weight.numel() for weight in module.parameters()) for name, module in parts.items()}
     text = sum(count for name, count in counts.items() if name.startswith("text_encoder"))
@@ -87,7 +88,8 @@ def test_what_a_backward_pass_keeps(config: Config) -> None:
     policy, rows = build_policy(config.model, config.lora, 0, has_old=False), 2
     condition, latents = condition_of(policy, rows), torch.randn(rows, policy.num_tokens, policy.num_channels)
     kept = bytes_kept(policy, lambda: policy.velocity(latents, torch.full((rows,), 0.5), condition))
-    planned = memory_plan(config, read_sizes(config))["activations of a training microbatch"] * GIB
+    pass_kept = planned_bytes(training_pass(config, read_sizes(config)), is_checkpointed=False)
+    planned = rows * pass_kept.per_row + pass_kept.per_pass
     num_text = next(iter(condition.text.values())).shape[1]
     num_image = sum(num_image_tokens(config.model, policy.family))
     tokens, estimated = num_image + num_text, num_image + config.model.max_text_tokens
@@ -97,7 +99,7 @@ def test_what_a_backward_pass_keeps(config: Config) -> None:
 def test_published_models_are_planned_without_a_file() -> None:
     for path, known in MODELS.items():
         config = Config(
-            model=ModelConfig(path=path, height=512, width=512, max_text_tokens=512, dtype="bfloat16"), lora=LORA
+            model=ModelConfig(path=path, height=512, width=512, max_text_tokens=512, base="bfloat16"), lora=LORA
         )
         sizes = read_sizes(config)
         assert family_of(known.pipeline) == sizes.family and sizes.num_trained > 0
@@ -111,18 +113,32 @@ def test_levers_lower_what_they_say() -> None:
         return memory_plan(config, read_sizes(config))
 
     path = "black-forest-labs/FLUX.1-Kontext-dev"
-    model = ModelConfig(path=path, height=512, width=512, max_text_tokens=512, dtype="bfloat16")
+    model = ModelConfig(path=path, height=512, width=512, max_text_tokens=512, base="bfloat16")
     config = Config(model=model, lora=LORA)
-    whole = plan(config)
-    assert whole["activations of a training microbatch"] == pytest.approx(
-        32 * 2560 * (19 * (18.1 * 3072 + 6 * 4) + 38 * (12.1 * 3072 + 4 * 4)) * 2 / GIB
-    )
+    whole, part = plan(config), "activations of a training microbatch"
+    double, single = 19 * 3072 + 6 * 4, 12 * 3072 + 4 * 4
+    blocks = 19 * double + 38 * single + 57 * 2 * 3 * 24  # three float32 numbers a head
+    tokens, rounded = 2560, 2 * read_sizes(config).num_trained
+    assert whole[part] == pytest.approx((32 * 2 * (tokens * (blocks + 11 * 3072) + 2048 * 3072) + rounded) / GIB)
     checkpointed = plan(replace(config, model=replace(model, is_checkpointed=True)))
-    assert checkpointed["activations of a training microbatch"] == pytest.approx(
-        32 * 2560 * (57 * 3072 + 18.1 * 3072 + 6 * 4) * 2 / GIB
-    )
+    again = single + 2 * 3 * 24 + 11.1 * 3072
+    assert checkpointed[part] == pytest.approx((32 * 2 * tokens * (57 * 3072 + again) + rounded / 57) / GIB)
     away = plan(replace(config, model=replace(model, text_encoder="offload")))
     assert whole["base: text encoders"] > 9 and away["base: text encoders"] == 0
+    in_8_bits = plan(replace(config, model=replace(model, text_encoder="int8")))
+    assert in_8_bits["base: text encoders"] == pytest.approx(1.13 / 2 * whole["base: text encoders"])
+    encoding = "text encoders, on the GPU to encode, beyond a training pass"
+    small_model = replace(model, text_encoder="offload", is_checkpointed=True)
+    one_row = {name: replace(getattr(config, name), microbatch_size=1) for name in ("optimizer", "rollout")}
+    few = replace(config, model=small_model, **one_row)
+    assert plan(few)[encoding] + plan(few)[part] == pytest.approx(whole["base: text encoders"])
+    assert encoding not in away
+    for base, share in (("float8", 0.51), ("int8", 0.5), ("nf4", 0.34)):
+        small = plan(replace(config, model=replace(model, base=base)))
+        assert small["base: transformer"] == pytest.approx(share * whole["base: transformer"], rel=0.03)
+        assert small[part] == whole[part] and small["base: a weight dequantised"] > 0.05
+    sized = plan(replace(config, run=replace(config.run, gpu_gib=79)))
+    assert sized[MARGIN] == pytest.approx(0.6 + 0.05 * sum(whole.values()))
     judged = replace(config, reward=RewardConfig(judge="vlm"))
     assert plan(judged)["judge"] == 2e9 * JUDGES["Qwen/Qwen3-VL-8B-Instruct"] / GIB
     assert plan(replace(judged, reward=RewardConfig(judge="vlm", url="http://judge/v1")))["judge"] == 0

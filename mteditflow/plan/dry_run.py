@@ -1,50 +1,30 @@
 """What a run will cost, before it starts: batch arithmetic, memory, duration.
 
-The arithmetic is the most that an iteration does: groups without spread are not trained on. Memory is an estimate from
-shapes (memory.py), held against the GPU that the run is meant for. The duration is measured, where the model is on this
-machine and fits: the policy is built and a few rows are timed.
+Memory is an estimate from
+shapes (memory.py), held against the GPU that the run is meant for. The duration is estimated for a GPU that is named
+(estimate.py), with its energy and cost; without one it is measured, where the model is on this machine and fits: the
+policy is built and a few rows are timed.
 """
 
-import math
+import textwrap
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import psutil
 import torch
 
 from mteditflow.config import Config
 from mteditflow.objective import build_objective
-from mteditflow.plan.memory import GIB, folder_of, memory_plan, read_sizes
+from mteditflow.plan.duration import Batches, RowSeconds, batch_plan, duration_plan
+from mteditflow.plan.estimate import describe, estimate
+from mteditflow.plan.gpus import Target
+from mteditflow.plan.memory import GIB, Sizes, folder_of, memory_plan, read_sizes
 from mteditflow.policy import Policy, build_policy
 from mteditflow.types import Condition
 
 TIMED_ROWS, NUM_TIMINGS = 16, 5
-TABLE_WIDTH = 46
-
-
-@dataclass(frozen=True, kw_only=True)
-class Batches:
-    """The batch arithmetic of an iteration."""
-
-    trajectories: int
-    turn_images: int
-    rollout_rows: int
-    rollout_microbatches: int
-    transitions: int
-    train_forward_rows: int
-    train_microbatches: int
-    optimizer_steps: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class RowSeconds:
-    """Measured seconds per row."""
-
-    forward: float
-    forward_backward: float
-    decode: float
-    encode: float
+TABLE_WIDTH, NOTE_WIDTH = 46, 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,38 +37,76 @@ class Plan:
 
 LEVERS = {  # what makes a part of the memory smaller
     "activations of a training microbatch": "lower optimizer.microbatch_size or set model.is_checkpointed true",
-    "base: text encoders": "set model.text_encoder offload",
+    "base: text encoders": "set model.text_encoder offload or int8",
+    "text encoders, on the GPU to encode, beyond a training pass": "set model.text_encoder int8",
+    "evaluation, beyond a training pass": "lower evaluation.num_steps or evaluation.num_sessions",
     "judge": "serve the judge elsewhere and set reward.url",
     "adapter, averages": "lower lora.rank",
     "gradient, optimizer": "lower lora.rank",
     "latents of a rollout": "lower rollout.num_tasks",
-    "base: transformer": "take model.dtype bfloat16 or a smaller model",
+    "base: transformer": "take model.base bfloat16, float8, int8 or nf4, or a smaller model",
 }
 
 
-def dry_run(config: Config) -> Plan:
-    """Make the plan of a run. ValueError: a model that is not there and whose sizes are not known."""
-    memory = memory_plan(config, read_sizes(config))
+def dry_run(config: Config, target: Target | None = None) -> Plan:
+    """Make the plan of a run, on `target` where a GPU is named and else on this machine.
+
+    ValueError: a model that is not there and whose sizes are not known; a GPU that lacks the precision.
+    """
+    sizes = read_sizes(config)
+    memory = memory_plan(config, sizes)
     total, free = sum(memory.values()), free_gib()
-    limit, name = (config.run.gpu_gib, "run.gpu_gib") if config.run.gpu_gib else (free, "free on this machine now")
-    gib = {part: f"{value:.3f}" for part, value in (memory | {"sum": total, name: limit}).items()}
+    if target:
+        limit, name = target.gpu.gib, f"--gpu {target.gpu.name}"
+    else:
+        limit, name = (config.run.gpu_gib, "run.gpu_gib") if config.run.gpu_gib else (free, "free on this machine now")
     problem = _excess(memory, limit) if total > limit else None
+    notes: list[str] = []
     if problem:
-        durations = {"not measured": "the run does not fit"}
+        title, durations = "Duration", {"not estimated": "the run does not fit"}
+    elif target:
+        title = f"Duration on {config.run.num_gpus} x {target.gpu.name}, estimated"
+        seconds = estimate(config, sizes, memory["judge"], target)
+        if seconds:
+            durations = _costs(config, sizes, target, seconds)
+            notes = [line for note in describe(config, target) for line in textwrap.wrap(note, NOTE_WIDTH)]
+        else:
+            durations = {"not estimated": "so small an editor waits for the host, not for the GPU"}
     elif total > free or folder_of(config.model.path) is None:
-        durations = {"not measured": "the model is not on this machine"}
+        title = "Duration"
+        durations = {"not measured": "the model is not on this machine; --gpu NAME estimates it for a GPU"}
     else:
         policy = build_policy(config.model, config.lora, config.run.seed, has_old=build_objective(config).has_old)
-        durations = {part: _duration(value) for part, value in duration_plan(config, measure(policy, config)).items()}
+        title, measured = "Duration, expected", duration_plan(config, measure(policy, config))
+        durations = {part: _duration(value) for part, value in measured.items()}
     sections = {
         "Batches of an iteration": _batch_rows(config, batch_plan(config)),
-        "Memory of a GPU, estimated, GiB": gib,
-        "Duration, expected": durations,
+        "Memory of a GPU, estimated, GiB": {
+            part: f"{value:.3f}" for part, value in (memory | {"sum": total, name: limit}).items()
+        },
+        title: durations,
     }
     lines = []
-    for title, rows in sections.items():
-        lines += [title, *(f"  {name:<{TABLE_WIDTH}}{value}" for name, value in rows.items()), ""]
-    return Plan(table="\n".join(lines[:-1]), problem=problem)
+    for heading, rows in sections.items():
+        lines += [heading, *(f"  {name:<{TABLE_WIDTH}}{value}" for name, value in rows.items()), ""]
+    return Plan(table="\n".join(lines[:-1] + [f"  {note}" for note in notes]), problem=problem)
+
+
+def _costs(config: Config, sizes: Sizes, target: Target, seconds: tuple[RowSeconds, RowSeconds]) -> dict[str, str]:
+    """Duration, GPU-hours, energy at the board's power and cost, each from the least to the most."""
+    most, least = (duration_plan(config, rows, is_text_of_image=sizes.family.is_text_of_image) for rows in seconds)
+    rows = {part: _duration(least[part], most[part]) for part in least}
+    hours = [config.run.num_gpus * list(plan.values())[-1] / 3600 for plan in (least, most)]  # of GPUs, of the run
+    rows["GPU-hours"] = _span([f"{value:.1f}" for value in hours])
+    watts = target.gpu.watts
+    rows[f"energy at {watts} W a GPU, without the host, kWh"] = _span([f"{value * watts / 1e3:.1f}" for value in hours])
+    if target.price is not None:
+        rows[f"cost at {target.price:g} a GPU-hour"] = _span([f"{value * target.price:.0f}" for value in hours])
+    return rows
+
+
+def _span(values: Sequence[str]) -> str:
+    return " to ".join(dict.fromkeys(values))
 
 
 def _excess(memory: dict[str, float], limit: float) -> str:
@@ -98,30 +116,13 @@ def _excess(memory: dict[str, float], limit: float) -> str:
     return f"the run needs about {sum(memory.values()):.1f} GiB of a GPU's {limit:.1f}: {'; or '.join(levers)}"
 
 
-def batch_plan(config: Config) -> Batches:
-    """Counts over all ranks; rows are trajectories in a forward pass."""
-    rollout, turns, objective = config.rollout, config.data.num_turns, build_objective(config)
-    trajectories = rollout.num_tasks * rollout.group_size
-    transitions = trajectories * turns * objective.num_draws
-    chunks, train_chunks = (math.ceil(trajectories / c.microbatch_size) for c in (rollout, config.optimizer))
-    return Batches(
-        trajectories=trajectories,
-        turn_images=trajectories * turns,
-        rollout_rows=trajectories * turns * rollout.num_steps,
-        rollout_microbatches=turns * rollout.num_steps * chunks,
-        transitions=transitions,
-        train_forward_rows=transitions * objective.num_forwards,
-        train_microbatches=turns * objective.num_draws * train_chunks,
-        optimizer_steps=config.optimizer.num_updates,
-    )
-
-
 def measure(policy: Policy, config: Config) -> RowSeconds:
-    """Times a few rows of each kind of work."""
+    """Time a few rows of each kind of work, with the guidance of training and with that of evaluation."""
     rows = min(TIMED_ROWS, config.rollout.microbatch_size, config.optimizer.microbatch_size)
     images = torch.zeros(rows, 3, config.model.height, config.model.width, device=policy.device)
     text = policy.encode_text(["make it red"] * rows, images, has_cfg=config.model.cfg_scale != 1)
-    condition = Condition(text=text, image=policy.encode_image(images), cfg_scale=config.model.cfg_scale)
+    guided = Condition(text=text, image=policy.encode_image(images), cfg_scale=config.model.cfg_scale)
+    condition = guided if config.rollout.is_guided else replace(guided, cfg_scale=1.0)
     latents = torch.zeros(rows, policy.num_tokens, policy.num_channels, device=policy.device)
     sigma = torch.full((rows,), 0.5, device=policy.device)  # (B,)
 
@@ -130,29 +131,12 @@ def measure(policy: Policy, config: Config) -> RowSeconds:
 
     with torch.no_grad():
         forward = _seconds(lambda: policy.velocity(latents, sigma, condition)) / rows
+        is_same = condition.cfg_scale == guided.cfg_scale
+        at_evaluation = forward if is_same else _seconds(lambda: policy.velocity(latents, sigma, guided)) / rows
         decode = _seconds(lambda: policy.decode(latents)) / rows
         encode = _seconds(lambda: policy.encode_image(images)) / rows
     both = _seconds(forward_backward) / rows
-    return RowSeconds(forward=forward, forward_backward=both, decode=decode, encode=encode)
-
-
-def duration_plan(config: Config, seconds: RowSeconds) -> dict[str, float]:
-    """Seconds of an iteration and of the run, scoring, saving and start-up left out."""
-    batches, evaluation = batch_plan(config), config.evaluation
-    images = seconds.decode + seconds.encode
-    rollout = batches.rollout_rows * seconds.forward + batches.turn_images * images
-    extra_rows = batches.train_forward_rows - batches.transitions
-    training = batches.transitions * seconds.forward_backward + extra_rows * seconds.forward
-    num_short = config.run.num_iterations // evaluation.every if evaluation.every else 0
-    sessions = 2 * evaluation.num_sessions + num_short * evaluation.num_sessions_short
-    evaluations = sessions * config.num_held_out_turns * (evaluation.num_steps * seconds.forward + images)
-    return {
-        "rollout of an iteration": rollout,
-        "updates of an iteration": training,
-        f"{config.run.num_iterations} iterations": config.run.num_iterations * (rollout + training),
-        f"evaluations: before, after, {num_short} short": evaluations,
-        "run, without scoring and saving": config.run.num_iterations * (rollout + training) + evaluations,
-    }
+    return RowSeconds(forward=forward, forward_backward=both, guided=at_evaluation, decode=decode, encode=encode)
 
 
 def _batch_rows(config: Config, batches: Batches) -> dict[str, str]:
@@ -175,8 +159,11 @@ def _batch_rows(config: Config, batches: Batches) -> dict[str, str]:
     }
 
 
-def _duration(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
+def _duration(*seconds: float) -> str:
+    """Seconds, or a span of them, in one unit."""
+    longest = max(seconds)
+    unit, size = ("s", 1) if longest < 120 else ("min", 60) if longest < 7200 else ("h", 3600)
+    return f"{_span([f'{value / size:.1f}' for value in seconds])} {unit}"
 
 
 def free_gib() -> float:

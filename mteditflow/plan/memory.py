@@ -19,13 +19,26 @@ from torch import nn
 
 from mteditflow.config import EMBEDDED, Config, ModelConfig
 from mteditflow.config.model import EMBEDDED_FOLDER
+from mteditflow.evaluate.held_out import NUM_TASKS
 from mteditflow.objective import build_objective
+from mteditflow.plan.activations import Pass, bytes_kept
 from mteditflow.policy import DTYPES, Family, configured_family, family_of
-from mteditflow.policy.adapters import find_targets
+from mteditflow.policy.encoding import rows_at_a_time
 from mteditflow.policy.family import width_of
 from mteditflow.policy.published import JUDGES, MODELS, RANDOM
+from mteditflow.transformer.adapters import find_targets
+from mteditflow.transformer.base import linears_to_quantise, num_bytes
+from mteditflow.transformer.compiled import is_compiled
 
 GIB = 2**30
+
+
+CONTEXT_GIB = 0.6  # CUDA, cuBLAS and cuDNN in a process; ours, not measured yet
+FRAGMENTATION = 0.05  # of what is allocated, by torch's allocator; ours, not measured yet
+MARGIN = f"margin: context {CONTEXT_GIB} GiB, fragmentation {FRAGMENTATION:.0%}"
+OPTIMIZER_STEP = 1  # copies of the trained weights that AdamW makes for all of them at once
+INT8_TEXT_ENCODER = 1.13  # bytes a weight, with its embeddings in 16 bits (Qwen2.5-VL, the most)
+TRAINING = "activations of a training microbatch"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +48,12 @@ class Sizes:
     family: Family
     transformer: dict[str, Any]  # its config
     num_transformer: int
+    num_base_bytes: int  # of the transformer's weights as `model.base` stores them
+    num_largest: int  # weights of the largest linear that is quantised
     num_text_encoders: int
     num_autoencoder: int
     num_trained: int
+    trained: dict[str, int]  # weights that are trained of each linear, by full name
 
 
 def read_sizes(config: Config) -> Sizes:
@@ -64,57 +80,152 @@ def read_sizes(config: Config) -> Sizes:
             ) from None
     with torch.device("meta"):
         model: nn.Module = getattr(diffusers, family.transformer).from_config(transformer)
+    trained = _trained(config, model, family)
+    is_whole = config.lora.is_full and not config.lora.targets
     return Sizes(
         family=family,
         transformer=transformer,
         num_transformer=sum(weight.numel() for weight in model.parameters()),
+        num_base_bytes=num_bytes(model, config.model.base),
+        num_largest=_largest_quantised(config, model),
         num_text_encoders=sum(count for part, count in others.items() if part.startswith("text_encoder")),
         num_autoencoder=others.get("vae", 0),
-        num_trained=_num_trained(config, model, family),
+        num_trained=sum(weight.numel() for weight in model.parameters()) if is_whole else sum(trained.values()),
+        trained=trained,
     )
 
 
-def _num_trained(config: Config, model: nn.Module, family: Family) -> int:
-    """Weights of an adapter, or with lora.is_full of the transformer itself."""
+def _largest_quantised(config: Config, model: nn.Module) -> int:
+    """Weights of the largest linear that `model.base` quantises; 0 where it quantises none."""
+    if config.model.quantised is None:
+        return 0
+    quantised = linears_to_quantise(model, config.model.quantised).values()
+    return max(linear.in_features * linear.out_features for linear, _ in quantised)
+
+
+def _trained(config: Config, model: nn.Module, family: Family) -> dict[str, int]:
+    """Weights that are trained of each linear that is a target: of its adapter, or with lora.is_full its own."""
     lora = config.lora
-    if lora.is_full and not lora.targets:
-        return sum(weight.numel() for weight in model.parameters())
-    names = set(find_targets(model, lora.targets, family.targets))
-    linears = [module for name, module in model.named_modules() if name in names and isinstance(module, nn.Linear)]
+    names = set(find_targets(model, lora.targets, ("*",) if lora.is_full else family.targets))
+    linears = {
+        name: module for name, module in model.named_modules() if name in names and isinstance(module, nn.Linear)
+    }
     if lora.is_full:
-        return sum(weight.numel() for module in linears for weight in module.parameters())
-    return lora.rank * sum(module.in_features + module.out_features for module in linears)
+        return {name: sum(weight.numel() for weight in module.parameters()) for name, module in linears.items()}
+    return {name: lora.rank * (module.in_features + module.out_features) for name, module in linears.items()}
 
 
 def memory_plan(config: Config, sizes: Sizes) -> dict[str, float]:
-    """GiB by part, on each of `run.num_gpus` ranks.
+    """GiB by part, on each of `run.num_gpus` ranks; the sum is what the run needs.
 
-    Trained weights, gradients and two moments of AdamW are four float32 each, `ema` and NFT's `old` one more each. A
-    rollout keeps, per turn, the latents of S+1 noise levels, the condition's latents and text, and the images.
-    Activations: rows x tokens x what the family's blocks save, in the base's dtype, twice with guidance; with all
-    weights trained in another precision than float32, each weight once more.
+    What stays: weights; trained weights, gradients and two moments of AdamW, four float32 each, `ema` and NFT's `old`
+    one more each; a rollout's latents of S+1 noise levels, conditions and images. Phases follow each other: where
+    another takes more than a training pass, what it takes beyond that is a part of its own. Last the margin.
     """
-    model, rollout, num_bytes = config.model, config.rollout, DTYPES[config.model.dtype].itemsize
-    copies = 5 + build_objective(config).has_old
-    tokens, text_tokens = num_image_tokens(model, sizes.family), sizes.family.num_text_tokens(model)
-    rows_of_rank = math.ceil(rollout.num_tasks * rollout.group_size / config.run.num_gpus)
-    numbers = (rollout.num_steps + 1) * tokens[0] + tokens[1]
-    per_turn = 4 * (numbers * sizes.transformer["in_channels"] + 3 * model.height * model.width)
-    per_turn += text_tokens * sizes.transformer["joint_attention_dim"] * num_bytes
-    rows = min(config.optimizer.microbatch_size, rows_of_rank)
-    is_full = config.lora.is_full
-    rounded = sizes.num_trained * num_bytes if is_full and model.dtype != "float32" else 0
-    kept = rows * (sum(tokens) + text_tokens) * _saved_per_token(config, sizes) * num_bytes * num_passes(config)
-    resident = sizes.num_text_encoders if model.text_encoder == "resident" else 0
+    model, copies = config.model, 5 + build_objective(config).has_old
+    parts: dict[str, float] = {
+        "base: transformer": sizes.num_base_bytes,
+        "base: a weight dequantised": sizes.num_largest * (4 if model.base == "nf4" else 2),
+        "base: text encoders": 0 if model.text_encoder == "offload" else _text_encoders(config, sizes),
+        "base: autoencoder": sizes.num_autoencoder * _num_bytes(config),
+        "adapter, averages": sizes.num_trained * 4 * (copies - 3),
+        "gradient, optimizer": sizes.num_trained * 4 * 3,
+        "latents of a rollout": _latents(config, sizes),
+        TRAINING: _training(config, sizes),
+        "judge": _judge(config),
+    }
+    phases = _other_phases(config, sizes)
+    largest = max(phases, key=lambda name: phases[name])
+    if phases[largest] > parts[TRAINING]:
+        parts[f"{largest}, beyond a training pass"] = phases[largest] - parts[TRAINING]
+    if is_of_gpu(config):
+        parts[MARGIN] = CONTEXT_GIB * GIB + FRAGMENTATION * sum(parts.values())
+    return {part: size / GIB for part, size in parts.items()}
+
+
+def is_of_gpu(config: Config) -> bool:
+    """Whether the plan is for a GPU: one that the config names by its memory, or that is here."""
+    return config.run.gpu_gib > 0 or torch.cuda.is_available()
+
+
+def _num_bytes(config: Config) -> int:
+    """Of a number in the forward pass."""
+    return DTYPES[config.model.dtype].itemsize
+
+
+def _text_encoders(config: Config, sizes: Sizes) -> float:
+    """Bytes of the text encoders where they encode."""
+    each = INT8_TEXT_ENCODER if config.model.text_encoder == "int8" else _num_bytes(config)
+    return sizes.num_text_encoders * each
+
+
+def _rows(config: Config, microbatch_size: int) -> int:
+    """Rows of a microbatch on a rank."""
+    return min(microbatch_size, math.ceil(config.rollout.num_tasks * config.rollout.group_size / config.run.num_gpus))
+
+
+def _latents(config: Config, sizes: Sizes) -> float:
+    """Bytes that the trajectories of a rank hold: its turns, and the turn that is being put together once more."""
+    rollout = config.rollout
+    rows = math.ceil(rollout.num_tasks * rollout.group_size / config.run.num_gpus)
+    return rows * (config.data.num_turns + 1) * _turn(config, sizes, rollout.num_steps)
+
+
+def _turn(config: Config, sizes: Sizes, num_steps: int) -> float:
+    """Bytes of a turn of a trajectory: latents of all noise levels, the condition, the picture, the text."""
+    model, text_tokens = config.model, sizes.family.num_text_tokens(config.model)
+    tokens, condition_tokens = num_image_tokens(model, sizes.family)
+    numbers = ((num_steps + 1) * tokens + condition_tokens) * sizes.transformer["in_channels"]
+    numbers += 3 * model.height * model.width
+    return 4 * numbers + text_tokens * sizes.transformer["joint_attention_dim"] * _num_bytes(config)
+
+
+def _one_width(config: Config, sizes: Sizes) -> int:
+    """Bytes of a row's tokens at the width of the blocks."""
+    tokens = sum(num_image_tokens(config.model, sizes.family)) + sizes.family.num_text_tokens(config.model)
+    return tokens * width_of(sizes.transformer) * _num_bytes(config)
+
+
+def training_pass(config: Config, sizes: Sizes) -> Pass:
+    """A training pass of a run through its transformer."""
+    lora = config.lora
+    return Pass(
+        saved=sizes.family.saved,
+        transformer=sizes.transformer,
+        trained=sizes.trained,
+        num_trained=sizes.num_trained,
+        is_whole=lora.is_full and not lora.targets,
+        is_compiled=is_compiled(config.model, lora, torch.device("cuda" if is_of_gpu(config) else "cpu")),
+        rank=0 if lora.is_full else lora.rank,
+        num_bytes=_num_bytes(config),
+        image_tokens=sum(num_image_tokens(config.model, sizes.family)),
+        text_tokens=sizes.family.num_text_tokens(config.model),
+    )
+
+
+def _training(config: Config, sizes: Sizes) -> float:
+    """Bytes of a training microbatch at its peak: what autograd keeps of each pass, and what lives beside it: of a
+    block's backward pass, or of a forward pass of the old policy or the reference.
+    """
+    rows = _rows(config, config.optimizer.microbatch_size)
+    kept = bytes_kept(training_pass(config, sizes), is_checkpointed=config.model.is_checkpointed)
+    others = sizes.family.saved.forward * _one_width(config, sizes) if build_objective(config).num_forwards > 1 else 0
+    per_row = num_passes(config) * kept.per_row + max(kept.at_peak, others)
+    return rows * per_row + num_passes(config) * kept.per_pass
+
+
+def _other_phases(config: Config, sizes: Sizes) -> dict[str, float]:
+    """Bytes that come and go in each phase outside of training, by its name."""
+    model, evaluation, numbers = config.model, config.evaluation, _num_bytes(config)
+    pictures = rows_at_a_time(model.height, model.width)
+    forward = _rows(config, config.rollout.microbatch_size) * sizes.family.saved.forward * _one_width(config, sizes)
+    sessions = min(NUM_TASKS, evaluation.num_sessions) * (config.num_held_out_turns + 1)
     return {
-        "base: transformer": sizes.num_transformer * num_bytes / GIB,
-        "base: text encoders": resident * num_bytes / GIB,
-        "base: autoencoder": sizes.num_autoencoder * num_bytes / GIB,
-        "adapter, averages": sizes.num_trained * 4 * (copies - 3) / GIB,
-        "gradient, optimizer": sizes.num_trained * 4 * 3 / GIB,
-        "latents of a rollout": rows_of_rank * config.data.num_turns * per_turn / GIB,
-        "activations of a training microbatch": (kept + rounded) / GIB,
-        "judge": _judge(config) / GIB,
+        "forward pass of a rollout": forward,
+        "autoencoder": pictures * sizes.family.picture_numbers * model.height * model.width * numbers,
+        "text encoders, on the GPU to encode": _text_encoders(config, sizes) if model.text_encoder == "offload" else 0,
+        "evaluation": forward + sessions * _turn(config, sizes, evaluation.num_steps),
+        "optimizer step": OPTIMIZER_STEP * 4 * sizes.num_trained,
     }
 
 
@@ -128,19 +239,6 @@ def num_image_tokens(model: ModelConfig, family: Family) -> tuple[int, int]:
     height, width = model.condition_size
     area = family.pixels_per_token**2
     return model.height * model.width // area, height * width // area
-
-
-def _saved_per_token(config: Config, sizes: Sizes) -> float:
-    """Activations saved per token of all blocks; checkpointing keeps d of each, and the rest of one at a time."""
-    saved, width, rank = sizes.family.saved, width_of(sizes.transformer), config.lora.rank
-    kinds = (
-        (sizes.transformer["num_layers"], *saved.double, saved.full_double),
-        (sizes.transformer.get("num_single_layers") or 0, *saved.single, saved.full_single),
-    )
-    blocks = [(count, full * width if config.lora.is_full else a * width + b * rank) for count, a, b, full in kinds]
-    if config.model.is_checkpointed:
-        return sum(count for count, _ in blocks) * width + max(size for _, size in blocks)
-    return sum(count * size for count, size in blocks)
 
 
 def _judge(config: Config) -> float:

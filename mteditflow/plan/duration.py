@@ -1,0 +1,95 @@
+"""How much work an iteration and a run are, and how long they take at given seconds per row.
+
+The arithmetic is the most that an iteration does: groups without spread are not trained on.
+"""
+
+import math
+from dataclasses import dataclass
+
+from mteditflow.config import Config
+from mteditflow.objective import build_objective
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batches:
+    """The batch arithmetic of an iteration."""
+
+    trajectories: int
+    turn_images: int
+    rollout_rows: int
+    rollout_microbatches: int
+    transitions: int
+    train_forward_rows: int
+    train_microbatches: int
+    optimizer_steps: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowSeconds:
+    """Seconds per row, of one GPU; of a velocity with the guidance that training has, and `guided` that evaluation has.
+
+    `text` of an instruction, `judge` of a trajectory's scores: None where that is left out.
+    """
+
+    forward: float
+    forward_backward: float
+    guided: float
+    decode: float
+    encode: float
+    text: float = 0.0
+    judge: float | None = None
+
+
+def batch_plan(config: Config) -> Batches:
+    """Counts over all ranks; rows are trajectories in a forward pass."""
+    rollout, turns, objective = config.rollout, config.data.num_turns, build_objective(config)
+    trajectories = rollout.num_tasks * rollout.group_size
+    transitions = trajectories * turns * objective.num_draws
+    chunks, train_chunks = (math.ceil(trajectories / c.microbatch_size) for c in (rollout, config.optimizer))
+    return Batches(
+        trajectories=trajectories,
+        turn_images=trajectories * turns,
+        rollout_rows=trajectories * turns * rollout.num_steps,
+        rollout_microbatches=turns * rollout.num_steps * chunks,
+        transitions=transitions,
+        train_forward_rows=transitions * objective.num_forwards,
+        train_microbatches=turns * objective.num_draws * train_chunks,
+        optimizer_steps=config.optimizer.num_updates,
+    )
+
+
+def num_instructions(config: Config, *, is_text_of_image: bool) -> int:
+    """Count the texts that a rollout encodes: one per task and turn, or per trajectory where it is of the image."""
+    rollout, turns = config.rollout, config.data.num_turns
+    later = rollout.group_size if is_text_of_image else 1
+    return rollout.num_tasks * (1 + (turns - 1) * later)
+
+
+def num_short_evaluations(config: Config) -> int:
+    """Count the short evaluations of a run: none after the last iteration, when a whole one is made."""
+    every = config.evaluation.every
+    return (config.run.num_iterations - 1) // every if every else 0
+
+
+def duration_plan(config: Config, seconds: RowSeconds, *, is_text_of_image: bool = False) -> dict[str, float]:
+    """Seconds of an iteration and of the run, saving and start-up left out; evaluations are made by one rank."""
+    batches, evaluation, num_gpus = batch_plan(config), config.evaluation, config.run.num_gpus
+    images = seconds.decode + seconds.encode
+    rollout = batches.rollout_rows * seconds.forward + batches.turn_images * images
+    rollout += num_instructions(config, is_text_of_image=is_text_of_image) * seconds.text
+    extra_rows = batches.train_forward_rows - batches.transitions
+    training = batches.transitions * seconds.forward_backward + extra_rows * seconds.forward
+    num_short = num_short_evaluations(config)
+    sessions = 2 * evaluation.num_sessions + num_short * evaluation.num_sessions_short
+    per_turn = evaluation.num_steps * seconds.guided + images + seconds.text
+    evaluations = sessions * (config.num_held_out_turns * per_turn + (seconds.judge or 0.0))
+    iteration = {"rollout of an iteration": rollout / num_gpus, "updates of an iteration": training / num_gpus}
+    if seconds.judge is not None:
+        iteration["scores of an iteration"] = batches.trajectories * seconds.judge / num_gpus
+    iterations = config.run.num_iterations * sum(iteration.values())
+    left_out = "scoring and saving" if seconds.judge is None else "saving"
+    return iteration | {
+        f"{config.run.num_iterations} iterations": iterations,
+        f"evaluations: before, after, {num_short} short": evaluations,
+        f"run, without {left_out}": iterations + evaluations,
+    }
