@@ -7,9 +7,7 @@ group had spread. Figures are those of the machine that it runs on.
 """
 
 import json
-import statistics
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,28 +17,28 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import interpolate
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import ProfilerActivity, profile
 
-from mteditflow import rollout, update
 from mteditflow.config import EMBEDDED, Config
 from mteditflow.data import training_tasks
 from mteditflow.distributed import Ranks, local_device
 from mteditflow.objective import Objective, build_objective
-from mteditflow.plan.dry_run import batch_plan
-from mteditflow.plan.flops import forward_flops
-from mteditflow.plan.memory import num_passes
-from mteditflow.policy import DTYPES, Policy, build_policy
+from mteditflow.plan.duration import batch_plan
+from mteditflow.plan.flops import matmul_ceiling
+from mteditflow.policy import Policy, build_policy
 from mteditflow.policy.published import RANDOM
+from mteditflow.profile.account import count_work, row_flops
 from mteditflow.profile.random_kontext import random_kontext
-from mteditflow.record.metrics import Timer, used_memory
+from mteditflow.record.clock import ROLLOUT, STEP, Clock, phase
+from mteditflow.record.metrics import used_memory
 from mteditflow.reward import build_reward
-from mteditflow.types import EditTask
+from mteditflow.rollout import sample_rollout
+from mteditflow.types import EditTask, Rollout
+from mteditflow.update import update
 from mteditflow.world.scenes import IMAGE
 
-PHASES = ("encode text", "encode images", "denoise", "decode", "score", "forward, backward", "optimizer")
 SYNCS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx", "cudaGraphLaunch")
-Context = Callable[[str], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,17 +51,33 @@ class Case:
     tasks: list[EditTask]
     ranks: Ranks
 
-    def run(self, context: Context) -> None:
-        """A rollout, its scores where the pictures are the world's, and an update with an advantage for every row."""
-        policy, objective, config = self.policy, self.objective, self.config
-        optimizer = torch.optim.AdamW([parameter for _, parameter in policy.adapters.trainable], lr=1e-9)
-        made = rollout.sample_rollout(policy, objective, self.tasks, config, 0)
-        if config.data.path == EMBEDDED and (config.model.height, config.model.width) == (IMAGE, IMAGE):
-            with context("score"):
-                build_reward(config)(made)
-        sign = 1.0 - 2.0 * (torch.arange(len(made.group)) % 2)
-        advantages = sign[:, None].repeat(1, len(made.turns))
-        update.update(policy, optimizer, objective, made, advantages, config, self.ranks)
+    def run(self) -> None:
+        """A rollout, its scores, and an update with an advantage for every row."""
+        self.train(self.roll_out())
+
+    def roll_out(self) -> Rollout:
+        """The rollout, scored."""
+        made = sample_rollout(self.policy, self.objective, self.tasks, self.config, 0)
+        self.score(made)
+        return made
+
+    def score(self, made: Rollout) -> None:
+        """Score a rollout, where its pictures are the world's."""
+        if self.config.data.path == EMBEDDED and (self.config.model.height, self.config.model.width) == (IMAGE, IMAGE):
+            with phase("score"):
+                build_reward(self.config)(made)
+
+    def train(self, made: Rollout) -> None:
+        """Train on every row of a rollout, half of them praised; the weights stay where they are."""
+        weights = [weight for _, weight in self.policy.adapters.trainable]
+        optimizer = torch.optim.AdamW(weights, lr=1e-9)
+        update(self.policy, optimizer, self.objective, made, praise(made), self.config, self.ranks)
+
+
+def praise(made: Rollout) -> Tensor:
+    """Advantages (N, K) of 1 and -1 by turns, as if each group had spread."""
+    sign = 1.0 - 2.0 * (torch.arange(len(made.group)) % 2)
+    return sign[:, None].repeat(1, len(made.turns))
 
 
 def build_case(config: Config) -> Case:
@@ -79,62 +93,17 @@ def build_case(config: Config) -> Case:
     return Case(config=config, policy=policy, objective=objective, tasks=tasks, ranks=ranks)
 
 
-@contextmanager
-def phases(case: Case, context: Context) -> Iterator[None]:
-    """Within it, each phase of a rollout and an update runs in its own `context(name)`."""
-    parts: list[tuple[Any, str, str]] = [
-        (case.policy, "encode_text", "encode text"),
-        (case.policy, "encode_image", "encode images"),
-        (rollout, "denoise", "denoise"),
-        (rollout, "denoise_by_graph", "denoise"),
-        (case.policy, "decode", "decode"),
-        (case.objective, "loss", "forward, backward"),
-        (Tensor, "backward", "forward, backward"),
-        (update, "step", "optimizer"),
-    ]
-
-    def within(original: Callable[..., Any], phase: str) -> Callable[..., Any]:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            with context(phase):
-                return original(*args, **kwargs)
-
-        return run
-
-    with ExitStack() as stack:
-        for owner, name, phase in parts:
-            original = getattr(owner, name)
-            if isinstance(owner, type) or owner in (rollout, update):
-                stack.callback(setattr, owner, name, original)
-            else:  # a method: what is set on the instance hides it, and goes again
-                stack.callback(delattr, owner, name)
-            setattr(owner, name, within(original, phase))
-        yield
-
-
-def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
-    """TFLOP/s of a square matrix product in this precision, median of 10."""
-    size = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    seconds = []
-    for _ in range(13):
-        timer = Timer()
-        with timer("product"):
-            torch.mm(a, b)
-        seconds += timer.pop().values()
-    return 2 * size**3 / statistics.median(seconds[3:]) / 1e12
-
-
 def time_phases(case: Case) -> dict[str, Any]:
     """Seconds by phase and in all, of one iteration after two to warm up; peak memory is counted from there."""
-    timer = Timer()
     for _ in range(2):
-        case.run(Timer())
+        case.run()
     if torch.cuda.is_available():
+        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-    with timer("all"), phases(case, timer):
-        case.run(timer)
-    seconds = {name.removesuffix("_s"): value for name, value in timer.pop().items()}
-    return {"seconds": {name: seconds[name] for name in PHASES if name in seconds}, "total_s": seconds["all"]}
+    with Clock(case.policy.device) as clock:
+        case.run()
+        seconds = clock.read()
+    return {"seconds": {name: seconds[name] for name in STEP if seconds[name]}, "total_s": sum(seconds.values())}
 
 
 def trace(case: Case, path: Path) -> dict[str, Any]:
@@ -145,11 +114,11 @@ def trace(case: Case, path: Path) -> dict[str, Any]:
     """
     is_cuda = torch.cuda.is_available()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if is_cuda else [])]
-    with profile(activities=activities) as profiler, phases(case, record_function):
-        case.run(record_function)
+    with profile(activities=activities) as profiler:
+        case.run()
     profiler.export_chrome_trace(str(path))
     events = profiler.events() or []
-    spans = {phase: [e.time_range for e in events if e.name == phase] for phase in PHASES}
+    spans = {phase: [e.time_range for e in events if e.name == phase] for phase in STEP}
 
     def count(names: Sequence[str]) -> dict[str, int]:
         starts = [e.time_range.start for e in events if e.name in names]
@@ -167,34 +136,20 @@ def trace(case: Case, path: Path) -> dict[str, Any]:
     }
 
 
-def count_work(case: Case) -> tuple[float, dict[str, float]]:
-    """TFLOP of a forward pass of one row, and of the phases that are matrix products."""
-    config, policy, batches, passes = case.config, case.policy, batch_plan(case.config), num_passes(case.config)
-    row = forward_flops(
-        policy.family, policy.pipeline.transformer.config, text_tokens=policy.family.num_text_tokens(config.model),
-        image_tokens=policy.num_tokens + policy.num_condition_tokens,
-    )  # fmt: skip
-    backward = batches.transitions * (row.backward_full if config.lora.is_full else row.backward)
-    return row.total / 1e12, {
-        "denoise": passes * batches.rollout_rows * row.total / 1e12,
-        "forward, backward": passes * (batches.train_forward_rows * row.total + backward) / 1e12,
-    }
-
-
 def measure(config: Config, folder: Path) -> dict[str, Any]:
     """All figures of a profile, as `profile.json` has them."""
     case = build_case(config)
     device, num_images = case.policy.device, batch_plan(config).turn_images
     figures: dict[str, Any] = time_phases(case) | {"memory_gib": used_memory()[1]}
-    ceiling, (forward, work) = matmul_ceiling(device, DTYPES[config.model.dtype]), count_work(case)
-    seconds = figures["seconds"]
-    rollout_s = sum(seconds[phase] for phase in ("encode text", "encode images", "denoise", "decode"))
+    ceiling, row = matmul_ceiling(device, case.policy.dtype), row_flops(config, case.policy)
+    work, seconds = count_work(config, row, batch_plan(config).transitions), figures["seconds"]
     return figures | {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, threads: {torch.get_num_threads()}",
         "torch": torch.__version__,
+        "model": {name: getattr(config.model, name) for name in ("base", "compile", "is_checkpointed")},
         "turn_images": num_images,
-        "turn_images_per_second": num_images / rollout_s,
-        "forward_tflop": forward,
+        "turn_images_per_second": num_images / sum(seconds[name] for name in ROLLOUT),
+        "forward_tflop": row.total / 1e12,
         "tflop": work,
         "tflop_per_second": {phase: value / seconds[phase] for phase, value in work.items()},
         "ceiling_tflop_per_second": ceiling,
@@ -210,15 +165,15 @@ def tables(figures: dict[str, Any]) -> list[Table | str]:
     for column in ("phase", "seconds", "TFLOP", "TFLOP/s", "% of ceiling", "floor s", "launches", reads):
         phase_table.add_column(column, justify="left" if column == "phase" else "right")
     syncs = figures["host_reads"] or figures["host_syncs"]
-    for phase, seconds in figures["seconds"].items():
-        rate = figures["tflop_per_second"].get(phase)
+    for name, seconds in figures["seconds"].items():
+        rate = figures["tflop_per_second"].get(name)
         work = (
-            [f"{figures['tflop'][phase]:.3g}", f"{rate:.3g}", f"{100 * rate / figures['ceiling_tflop_per_second']:.0f}",
-             f"{figures['floor_s'][phase]:.3g}"]
+            [f"{figures['tflop'][name]:.3g}", f"{rate:.3g}", f"{100 * rate / figures['ceiling_tflop_per_second']:.0f}",
+             f"{figures['floor_s'][name]:.3g}"]
             if rate else [""] * 4
         )  # fmt: skip
-        launches = figures["launches"][phase] if figures["launches"] else "no GPU"
-        phase_table.add_row(phase, f"{seconds:.3g}", *work, str(launches), str(syncs[phase]))
+        launches = figures["launches"][name] if figures["launches"] else "no GPU"
+        phase_table.add_row(name, f"{seconds:.3g}", *work, str(launches), str(syncs[name]))
     return [
         phase_table,
         f"{figures['turn_images_per_second']:.3g} turn-images per second per GPU, {figures['turn_images']} a rollout;"
