@@ -4,6 +4,7 @@ config.yaml  metrics.jsonl  tensorboard/  strips/  checkpoints/  evaluation_befo
 lora/ (or weights/, of full fine-tuning)  report.html
 """
 
+import os
 import signal
 import sys
 from contextlib import ExitStack
@@ -17,20 +18,27 @@ from torch import Tensor
 
 from mteditflow.config import Config
 from mteditflow.config.cli import to_yaml
-from mteditflow.data import check_data, held_out_tasks
+from mteditflow.data import check_data, held_out_tasks, training_tasks
 from mteditflow.distributed import Ranks
 from mteditflow.evaluate.comparison_page import final_table
+from mteditflow.evaluate.drift import measure_drift
 from mteditflow.evaluate.edival import Evaluation, point_metrics
 from mteditflow.evaluate.held_out import evaluate, is_comparable, load_evaluation, save_comparison, save_evaluation
+from mteditflow.evaluate.kept import kept_evaluation
 from mteditflow.export.weights import save_result
 from mteditflow.objective import Objective
+from mteditflow.plan.compiling import choose_compile, first_microbatch, settle_bits
 from mteditflow.policy import build_policy
+from mteditflow.policy.pipelines import is_slow_in_bfloat16
+from mteditflow.profile.account import Account
 from mteditflow.record import alarms, checkpoint
+from mteditflow.record.clock import phase
 from mteditflow.record.figures import METRICS
-from mteditflow.record.metrics import Reporter, Timer, reduce_mean, used_memory
+from mteditflow.record.metrics import Reporter, reduce_mean
 from mteditflow.report.run_report import write_report
 from mteditflow.report.strips import save_strips
 from mteditflow.reward import build_reward, check_judge
+from mteditflow.transformer.compiled import count_graphs
 from mteditflow.update import build_optimizer
 
 
@@ -41,11 +49,12 @@ class Run:
     set.
     """
 
-    def __init__(self, config: Config, objective: Objective, ranks: Ranks, timer: Timer) -> None:
-        self.config, self.objective, self.ranks, self.timer = config, objective, ranks, timer
+    def __init__(self, config: Config, objective: Objective, ranks: Ranks) -> None:
+        self.config, self.objective, self.ranks = config, objective, ranks
         self.folder = Path(config.run.folder)
         self.is_stopping, self._is_asked_to_stop = False, False
         self._warned: set[str] = set()
+        self.drift: dict[str, float] = {}  # of a quantised base, in the metrics of the first iteration
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
@@ -62,16 +71,34 @@ class Run:
         if self.ranks.is_main:
             stack.enter_context(checkpoint.lock(self.folder))
         stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, self._on_sigterm))
-        self.policy = build_policy(config.model, config.lora, config.run.seed, has_old=self.objective.has_old)
-        self.optimizer, self.first_iteration = build_optimizer(self.policy, config), 0
+        with_choice, compile_line = choose_compile(config, self.ranks.device.type)
         saved = checkpoint.load_latest(self.folder, config, lambda line: print(line, file=sys.stderr))
+        is_probed = self.ranks.is_main and saved is None and config.model.quantised is not None
+        self.policy = build_policy(
+            with_choice.model, config.lora, config.run.seed, has_old=self.objective.has_old, keeps_originals=is_probed
+        )
+        self.optimizer, self.first_iteration = build_optimizer(self.policy, config), 0
         if saved:
             self._restore(saved)
+        self._graphs = count_graphs()
+        lines = [f"attention {self.policy.attention}, {compile_line}", *self._settle()]
         self.ranks.barrier()
         if self.ranks.is_main:
-            self._open(stack, is_resumed=saved is not None)
+            self._open(stack, lines, is_resumed=saved is not None)
 
-    def _open(self, stack: ExitStack, is_resumed: bool) -> None:
+    def _settle(self) -> list[str]:
+        """Make training compute the velocities of the rollout, to the bit; what there is to say of it. In eager mode on
+        a CPU it does.
+        """
+        policy, config = self.policy, self.config
+        if config.lora.is_full or not (policy.is_compiled or policy.device.type == "cuda"):
+            return []
+        microbatch = first_microbatch(policy, training_tasks(config, 0, self.ranks), config)
+        if settle_bits(policy, *microbatch, has_ratio="ratio_error" in self.objective.worst_figures):
+            return ["training and rollout differ in bits: training replays the rollout's pass, at a third more time"]
+        return []
+
+    def _open(self, stack: ExitStack, lines: list[str], *, is_resumed: bool) -> None:
         config = self.config
         self.reporter = Reporter(self.folder, iteration=self.first_iteration, num_iterations=config.run.num_iterations)
         stack.callback(self.reporter.close)
@@ -83,15 +110,35 @@ class Run:
                 f"model.path {config.model.path!r} is distilled, and objective.name {config.objective.name} blurs such "
                 f"a model: take its base model, or another objective"
             )
+        if is_slow_in_bfloat16(self.policy.device) and self.policy.dtype == torch.bfloat16:
+            self.reporter.say(f"model.base {config.model.base!r} computes in bfloat16, slowly here: float32 is faster")
+        for line in lines:
+            self.reporter.say(line)
+        self._say_graphs("at the start")
         self.tasks = held_out_tasks(config)
+        if self.policy.originals:
+            drift = measure_drift(self.policy, self.objective, self.tasks[0], config)
+            self.drift = drift.figures
+            self.reporter.say(str(drift))
         before = load_evaluation(self.folder, "before")
         if before is None or not is_comparable(before, config):
-            self.reporter.say(f"evaluating the base on {len(self.tasks)} held-out sessions")
-            before = evaluate(self.policy, self.tasks, config, "off", self.reward)
+            before = kept_evaluation(
+                self.policy, self.tasks, config,
+                lambda: evaluate(self.policy, self.tasks, config, "off", self.reward), self.reporter.say,
+            )  # fmt: skip
             save_evaluation(self.folder, "before", before)
         self.before: Evaluation = before
         if not is_resumed:
             save_strips(self.folder, 0, self.tasks, before.images, before.images)
+        self.account = stack.enter_context(Account(config, self.policy, self.ranks.world_size))
+
+    def _say_graphs(self, when: str) -> None:
+        """Say how many graphs were compiled since the last time, if any were."""
+        before, self._graphs = self._graphs, count_graphs()
+        num, seconds = (now - then for now, then in zip(self._graphs, before, strict=True))
+        if num:
+            folder = os.environ["TORCHINDUCTOR_CACHE_DIR"]
+            self.reporter.say(f"{when}: {num} graphs compiled in {seconds:.0f} s (kept in {folder})")
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
@@ -107,7 +154,7 @@ class Run:
 
     def record(self, iteration: int, values: dict[str, float]) -> None:
         """The end of an iteration: metrics, evaluation, checkpoint. The metrics' line comes before the checkpoint."""
-        config, done = self.config, iteration + 1
+        config, done, num_transitions = self.config, iteration + 1, values["update/num_transitions"]
         values = reduce_mean(values) | {"update/learning_rate": self.optimizer.param_groups[0]["lr"]}
         self._agree_to_stop()
         if not self.ranks.is_main:
@@ -118,13 +165,11 @@ class Run:
             values |= self._short_evaluation(done)
         values |= alarms.held_out_figures(values)
         self._warn(alarms.find_alarms(values), values, done)
-        times = self.timer.pop()
-        num_images = config.rollout.num_tasks * config.rollout.group_size * config.data.num_turns
-        times["time/turn_images_per_second"] = num_images / times["time/rollout_s"]
-        self.reporter.write(iteration, values | times | dict([used_memory()]))
+        self._say_graphs(f"iteration {done}")
+        drift = self.drift if iteration == 0 else {}
+        self.reporter.write(iteration, values | drift | self.account.read(num_transitions))
         if done % config.run.save_every == 0 or done == config.run.num_iterations or self.is_stopping:
-            with self.timer("time/save"):
-                self._save(done)
+            self._save(done)
         if self.is_stopping:
             self.reporter.say(f"stopped after iteration {done}; the same command goes on from there")
 
@@ -139,18 +184,18 @@ class Run:
                 )
         self._warned |= set(names)
 
+    @phase("evaluate")
     def _short_evaluation(self, done: int) -> dict[str, float]:
-        with self.timer("time/evaluate"):
-            tasks = self.tasks[: self.config.evaluation.num_sessions_short]
-            now = evaluate(self.policy, tasks, self.config, "ema", self.reward)
-            picture = save_strips(self.folder, done, self.tasks, self.before.images, now.images)
-            self.reporter.image("strips", done, picture)
-            point = point_metrics(now)
-            return {
-                f"heldout/{m}_{turn + 1}": float(point[i, turn])
-                for i, m in enumerate(METRICS)
-                for turn in range(point.shape[1])
-            }
+        tasks = self.tasks[: self.config.evaluation.num_sessions_short]
+        now = evaluate(self.policy, tasks, self.config, "ema", self.reward)
+        picture = save_strips(self.folder, done, self.tasks, self.before.images, now.images)
+        self.reporter.image("strips", done, picture)
+        point = point_metrics(now)
+        return {
+            f"heldout/{m}_{turn + 1}": float(point[i, turn])
+            for i, m in enumerate(METRICS)
+            for turn in range(point.shape[1])
+        }
 
     def finish(self) -> None:
         """Evaluation of the averaged adapter, export, report, and the table that the user came for."""
@@ -168,6 +213,7 @@ class Run:
             console.print(f"use it: {use}", soft_wrap=True, highlight=False, markup=False)
         self.ranks.barrier()
 
+    @phase("save")
     def _save(self, done: int) -> None:
         names = ("current", "ema", "old") if self.objective.has_old else ("current", "ema")
         state = {name: self.policy.adapters.state(name) for name in names}

@@ -3,6 +3,7 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before a library reads it: a hub asked in vain is asked again for a minute
+os.environ["MTEDITFLOW_CACHE"] = ""  # a test neither reads nor leaves an evaluation; those that do say where
 
 from pathlib import Path
 

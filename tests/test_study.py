@@ -122,14 +122,17 @@ def rest_of(folder: Path) -> dict[str, Any]:
     return {key: value for key, value in json.loads((folder / "study.json").read_text()).items() if key != "command"}
 
 
-def test_study_is_run_once(write: Write, forked: list[str], tmp_path: Path) -> None:
+def test_study_is_run_once(write: Write, forked: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MTEDITFLOW_CACHE", str(tmp_path / "cache"))
     path, folder = write(), tmp_path / "study"
     assert command.study([str(path), "--folder", str(folder), "--jobs", "2"]) == 0
     runs = runs_of(read_study(path), folder)
     assert len(runs) == 4 and sorted(forked) == sorted(f"--run.folder={run.folder}" for run in runs)
     assert all(study.is_finished(run) and len(metrics(run.folder)) == 2 for run in runs)
-    assert len({(run.folder / "evaluation_before.safetensors").read_bytes() for run in runs}) == 1
-    assert sum("evaluating the base" in (run.folder / "log.txt").read_text() for run in runs) <= 2  # the first two
+    assert len({(run.folder / "evaluation_before.json").read_bytes() for run in runs}) == 1
+    logs = [(run.folder / "log.txt").read_text() for run in runs]
+    assert sum("evaluating the base" in log for log in logs) <= 2  # the first two
+    assert sum("evaluated the base on 4 held-out sessions before" in log for log in logs) >= 2
     assert metrics(runs[0].folder) != metrics(runs[2].folder)  # another seed
 
     found = rest_of(folder)
@@ -214,7 +217,7 @@ def test_run_that_another_process_took_meanwhile_is_no_failure(
     write: Write, forked: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = runs_of(read_study(write()), tmp_path / "study")[0]
-    runner = study.Runner([run], [run], study.make_slots(2))
+    runner = study.Runner([run], study.make_slots(2))
     with lock(run.folder):
         with monkeypatch.context() as patch:
             patch.setattr(study, "_is_held", lambda _: False)  # looked at just before it was taken
@@ -247,7 +250,7 @@ def test_failed_run_costs_itself(
 def test_run_in_a_process_of_its_own(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "kernels")]))
     run = runs_of(read_study(write()), tmp_path / "study")[1]
-    runner = study.Runner([run], [run], study.make_slots(2))
+    runner = study.Runner([run], study.make_slots(2))
     study.work(runner, lambda: None, Console())
     assert runner.num_done == 1 and runner.failed == {} and study.is_finished(run)
     assert len((run.folder / "commit").read_text().strip()) > 0

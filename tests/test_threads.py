@@ -5,6 +5,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+from mteditflow.policy.pipelines import is_slow_in_bfloat16
 
 CODE = """
 import mteditflow, os, torch
@@ -31,3 +34,10 @@ def test_threads_wait_passively_unless_a_user_says_otherwise(policy: str) -> Non
 def test_one_thread_that_a_user_asks_for_is_one() -> None:
     """Also where torchrun started the process alone."""
     assert run(OMP_NUM_THREADS="1", LOCAL_WORLD_SIZE="1")[1] == "1"
+
+
+def test_a_processor_that_is_slow_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    for capability, is_slow in (("AVX2", True), ("AVX512", False)):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        assert is_slow_in_bfloat16(torch.device("cpu")) == is_slow
+        assert not is_slow_in_bfloat16(torch.device("cuda", 0))

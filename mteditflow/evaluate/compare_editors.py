@@ -33,6 +33,7 @@ from mteditflow.evaluate.held_out import (
     load_verdicts,
     save_verdicts,
 )
+from mteditflow.evaluate.kept import kept_evaluation
 from mteditflow.evaluate.lora_files import (
     Subject,
     check_fit,
@@ -103,12 +104,19 @@ def _evaluate_pending(
     policy = build_policy(config.model, wide, config.run.seed, has_old=False)
     reward = None if is_by_truth else build_reward(replace(config, reward=replace(config.reward, also=())))
     how = {"settings": settings, "judge": "the exact verifier" if is_by_truth else f"the judge {config.reward.judge!r}"}
-    for subject in pending:
-        line = f"evaluating {subject.word}: {subject.what}"
+
+    def say(line: str) -> None:
         console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+    for subject in pending:
         if subject.lora:
+            say(f"evaluating {subject.word}: {subject.what}")
             policy.adapters.load("ema", padded_state(subject.lora, wide, policy.adapters.state("ema")))
-        evaluation = evaluate(policy, tasks, config, "ema" if subject.lora else "off", reward)
+            evaluation = evaluate(policy, tasks, config, "ema", reward)
+        else:
+            evaluation = kept_evaluation(
+                policy, tasks, config, lambda: evaluate(policy, tasks, config, "off", reward), say
+            )
         save_subject(out / subject.slug, subject, evaluation, tasks, how)
 
 

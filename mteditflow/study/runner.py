@@ -27,13 +27,12 @@ from mteditflow.config.cli import from_yaml
 from mteditflow.config.version import git_commit
 from mteditflow.record.checkpoint import lock
 from mteditflow.record.figures import figure
-from mteditflow.record.files import read_json, replace_file
+from mteditflow.record.files import read_json
 from mteditflow.record.metrics import FILE, read_lines
 from mteditflow.study.cells import CellRun, Comparison, read_study, runs_of, select
 from mteditflow.study.study_page import write_study
 
 POLL_S = 0.5
-BASE_FILES = ("evaluation_before.safetensors", "evaluation_before.json")  # as held_out.py writes them, json last
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,26 +47,14 @@ class Job:
 
 def is_finished(run: CellRun) -> bool:
     """Whether the run was trained to its end with this very config."""
-    files = ("config.yaml", "comparison.json", "evaluation_after.json", *BASE_FILES)
+    names = ("config.yaml", "comparison.json", "evaluation_before.safetensors", "evaluation_before.json")
+    files = (*names, "evaluation_after.json")
     if not all((run.folder / name).is_file() for name in files):
         return False
     try:
         return from_yaml(run.folder / "config.yaml") == run.config
     except ValueError:  # of another version of the program: train says what is wrong with it
         return False
-
-
-def share_base(run: CellRun, runs: Sequence[CellRun]) -> None:
-    """Give a run the base's evaluation that another of the study has made: cells.py makes sure that all would be equal.
-
-    Both files appear whole or not at all, and the run takes them for its own only where sessions, turns and steps fit.
-    """
-    sources = [other.folder for other in runs if all((other.folder / name).is_file() for name in BASE_FILES)]
-    if not sources or run.folder in sources:
-        return
-    run.folder.mkdir(parents=True, exist_ok=True)
-    for name in BASE_FILES:
-        replace_file(run.folder / name, (sources[0] / name).read_bytes())
 
 
 def expected_seconds(run: CellRun, runs: Sequence[CellRun]) -> float | None:
@@ -116,8 +103,8 @@ def make_slots(num_jobs: int | None) -> list[dict[str, Any]]:
 class Runner:
     """Runs at work, those to come, and those that failed."""
 
-    def __init__(self, pending: list[CellRun], all_runs: list[CellRun], slots: list[dict[str, Any]]) -> None:
-        self.pending, self.all_runs, self.slots = pending, all_runs, slots
+    def __init__(self, pending: list[CellRun], slots: list[dict[str, Any]]) -> None:
+        self.pending, self.slots = pending, slots
         self.jobs: list[Job] = []
         self.failed: dict[str, str] = {}
         self.num_done, self.is_stopping, self.is_waiting = 0, False, False
@@ -142,7 +129,6 @@ class Runner:
             if is_finished(run):  # by the process that was waited for
                 self.num_done += 1
                 continue
-            share_base(run, self.all_runs)
             self.jobs.append(self._launch(run, slot))
             lines.append(f"started {run.label}: {run.folder}")
         return lines
@@ -281,7 +267,7 @@ def run_study(
         console.print(plan(chosen))
         return 0
     pending = [run for run in chosen if not is_finished(run)]
-    runner = Runner(pending, runs_of(reported, folder), make_slots(num_jobs))
+    runner = Runner(pending, make_slots(num_jobs))
     runner.num_done = len(chosen) - len(pending)
     console.print(f"{len(chosen)} runs, {runner.num_done} finished already", highlight=False)
     work(runner, lambda: write_finished(folder, reported, command), console)

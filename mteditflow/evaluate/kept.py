@@ -1,0 +1,181 @@
+"""The evaluation of an editor before training, kept between runs: other training settings do not change it.
+
+An entry is kept under the hash of all that it depends on (`dependencies`), the editor's files and this program's code
+among them, so that a change of anything is another entry. An evaluation is not kept where it is no function of what
+this machine can see: judged by a server, or of an editor whose files cannot be told.
+
+Entries are a JSON and the verdicts, in `evaluations` of $MTEDITFLOW_CACHE, else of $XDG_CACHE_HOME/mteditflow, else of
+~/.cache/mteditflow; the newest NUM_KEPT stay. MTEDITFLOW_CACHE= (empty) keeps nothing, and the folder may be deleted.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mteditflow_kernels
+import torch
+from huggingface_hub import try_to_load_from_cache
+from torch import Tensor
+
+from mteditflow.config import Config
+from mteditflow.evaluate.edival import Evaluation
+from mteditflow.evaluate.held_out import has_truth, held_out_fields, load_verdicts, save_verdicts
+from mteditflow.policy import Policy, model_path
+from mteditflow.record.files import read_json, write_json
+from mteditflow.types import EditTask
+
+NUM_KEPT = 32  # a few MiB each at 64 px, up to about 100 at 512
+PACKAGES = ("torch", "diffusers", "transformers")
+
+
+def kept_evaluation(
+    policy: Policy, tasks: list[EditTask], config: Config, make: Callable[[], Evaluation], say: Callable[[str], None]
+) -> Evaluation:
+    """Find the evaluation of the editor without its adapter, or `make` it and keep it; `say` is told which."""
+    what, folder = f"the base on {len(tasks)} held-out sessions", cache_folder()
+    wanted = dependencies(policy, tasks, config) if folder else None
+    if folder is None or wanted is None:
+        say(f"evaluating {what}")
+        return make()
+    entry = folder / f"{_hash(json.dumps(wanted, sort_keys=True).encode())}.json"
+    found = _load(entry, wanted, say)
+    if found:
+        say(f"evaluated {what} before, by the same settings: taken from {entry}")
+        return found
+    say(f"evaluating {what}")
+    evaluation = make()
+    try:
+        _save(entry, wanted, evaluation)
+    except OSError as error:  # a home without room, or without the right to write there, must not cost a run
+        say(f"the evaluation of the base could not be kept in {folder} ({error.strerror}); see MTEDITFLOW_CACHE")
+    return evaluation
+
+
+def cache_folder() -> Path | None:
+    """Return the folder of what is kept; None where nothing is to be."""
+    chosen = os.environ.get("MTEDITFLOW_CACHE")
+    if chosen is None:
+        chosen = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mteditflow"
+    return Path(chosen).expanduser() / "evaluations" if chosen else None
+
+
+def dependencies(policy: Policy, tasks: list[EditTask], config: Config) -> dict[str, Any] | None:
+    """List all that the bits of a base's evaluation depend on, as JSON; None where they depend on more."""
+    config = dataclasses.replace(config, model=policy.config)  # what a run made of 'auto', by the length of it too
+    contents = {"editor": content_of(model_path(config.model))}
+    fields = {key: value for key, value in held_out_fields(config).items() if key not in ("model.path", "data.path")}
+    if not has_truth(tasks):
+        reward, measure = config.reward, config.reward.consistency_measure
+        if reward.url:
+            return None
+        contents["judge"] = content_of(reward.vlm)
+        if measure != "none":
+            contents["consistency"] = content_of(measure)
+        fields |= {f"reward.{key}": value for key, value in asdict(reward).items() if key not in ("also", "vlm")}
+    if None in contents.values():
+        return None
+    program = {
+        "code": _hash_files(Path(__file__).parent.parent, "*.py")
+        + _hash_files(Path(mteditflow_kernels.__file__).parent, "*.py"),
+        "packages": {name: version(name) for name in PACKAGES},
+        "device": _device(policy.device),
+        "attention": str(policy.attention),
+        "threads": torch.get_num_threads(),
+        "float32_products": torch.get_float32_matmul_precision(),
+    }
+    tasks_hash = hashlib.sha256()
+    for task in tasks:
+        _add(tasks_hash, task)
+    return json.loads(json.dumps(program | {"contents": contents, "tasks": tasks_hash.hexdigest(), "fields": fields}))
+
+
+def content_of(path: str) -> str | None:
+    """Hash the files of a model's folder, or return the commit of a hub name's; None where it cannot be told."""
+    if Path(path).is_dir():
+        return _hash_files(Path(path), "*")
+    for name in ("model_index.json", "config.json"):
+        found = try_to_load_from_cache(path, name)  # snapshots/COMMIT/NAME
+        if isinstance(found, str):
+            return Path(found).parent.name
+    return None
+
+
+def _device(device: torch.device) -> str:
+    """Name the GPU; of a CPU the processor and the instructions that torch takes, by which sums differ."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.is_file() else []
+    name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+    return f"{name or platform.processor()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _hash_files(folder: Path, pattern: str) -> str:
+    """Hash names and contents of a folder's files, hidden ones aside."""
+    total = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob(pattern) if path.is_file()):
+        name = path.relative_to(folder)
+        if not any(part.startswith(".") for part in name.parts):
+            with path.open("rb") as file:
+                total.update(f"{name.as_posix()} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return total.hexdigest()
+
+
+def _add(total: Any, value: Any) -> None:
+    """Feed a hash with a value and, where it is a dataclass, with all of its fields."""
+    if isinstance(value, Tensor):
+        total.update(f"{value.dtype} {tuple(value.shape)}".encode())
+        total.update(value.detach().cpu().contiguous().numpy().tobytes())
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            total.update(field.name.encode())
+            _add(total, getattr(value, field.name))
+    else:
+        total.update(f"{value!r};".encode())
+
+
+def _load(entry: Path, wanted: dict[str, Any], say: Callable[[str], None]) -> Evaluation | None:
+    """Read an entry; None where there is none. A damaged one is passed over, and `say` is told."""
+    if not entry.is_file():
+        return None
+    try:
+        about = read_json(entry)
+        verdicts = _verdicts(entry, str(about.get("sha256")))
+        if about.get("depends_on") == wanted and about.get("sha256") == _hash(verdicts.read_bytes()):
+            return load_verdicts(verdicts)
+    except (OSError, ValueError):
+        pass
+    say(f"the kept evaluation {entry} is damaged: made again")
+    return None
+
+
+def _save(entry: Path, wanted: dict[str, Any], evaluation: Evaluation) -> None:
+    """Write the verdicts, then the JSON that makes them an entry; both whole or not at all, also where processes write
+    the same entry at once: verdicts are named after their content, and the last JSON names whole ones.
+    """
+    entry.parent.mkdir(parents=True, exist_ok=True)
+    mine = entry.with_name(f".{entry.stem}-{os.getpid()}")
+    save_verdicts(mine, evaluation)
+    sha256 = _hash(mine.read_bytes())
+    mine.replace(_verdicts(entry, sha256))
+    write_json(mine, {"sha256": sha256, "depends_on": wanted})
+    mine.replace(entry)
+    newest = sorted(entry.parent.glob("*.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for old in newest[NUM_KEPT:]:
+        for path in (old, *old.parent.glob(f"{old.stem}-*")):
+            path.unlink(missing_ok=True)
+
+
+def _verdicts(entry: Path, sha256: str) -> Path:
+    return entry.with_name(f"{entry.stem}-{sha256[:16]}.safetensors")
