@@ -6,7 +6,6 @@ found in the cache. What is compared is replayed in turn, and the median counts.
 graph, which tests it; its times say nothing.
 """
 
-import json
 import platform
 import statistics
 import subprocess
@@ -18,17 +17,24 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.table import Table
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from mteditflow.record.files import write_json
+
 WORKING_SET_BYTES = 256 * 2**20  # H200: 60 MB of L2
-COPY_BYTES = 2**30
+COPY_BYTES, PRODUCT_SIZE = 2**30, 8192
+SMI = {"driver": "driver_version", "sm_mhz": "clocks.sm", "max_sm_mhz": "clocks.max.sm", "memory_mhz": "clocks.mem",
+       "power_limit_w": "power.limit", "temperature_c": "temperature.gpu"}  # fmt: skip
 MIN_REPLAYS, MAX_REPLAYS, REPLAY_SECONDS = 5, 50, 0.3
 
 Call = Callable[[], object]
+Key = TypeVar("Key")
+Size = TypeVar("Size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +65,39 @@ class Row:
             "times_eager": self.eager_us / self.us,
             "times_compiled": None if self.compiled_us is None else self.compiled_us / self.us,
         }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Goal:
+    """A figure to reach on one H200, at most or at least."""
+
+    value: float
+    is_least: bool = False
+
+    def is_met(self, figure: float) -> bool:
+        return figure >= self.value if self.is_least else figure <= self.value
+
+
+class Record:
+    """The file of a session, `DATE-DEVICE.json`: facts of `session`, and rows by part. It is written whole with every
+    row, so that a failure later on loses none.
+    """
+
+    def __init__(self, folder: Path, facts: Mapping[str, Any]) -> None:
+        device = facts["device"].lower().replace(" ", "-")
+        self.path = folder / f"{facts['date'][:19].replace(':', '')}-{device}.json"
+        self.found: dict[str, Any] = dict(facts)
+        folder.mkdir(exist_ok=True, parents=True)
+
+    def add(self, part: str, row: Mapping[str, Any], goals: Mapping[str, Goal] | None = None) -> None:
+        """Append a row to a part, with the goals of its figures and whether they are met."""
+        judged = {
+            name: {"goal": goal.value, "is_met": goal.is_met(row[name])}
+            for name, goal in (goals or {}).items()
+            if row.get(name) is not None
+        }
+        self.found.setdefault(part, []).append(dict(row) | ({"goals": judged} if judged else {}))
+        write_json(self.path, self.found)
 
 
 def num_sets(bytes_per_call: int) -> int:
@@ -98,6 +137,12 @@ def replay_of(prepare: Callable[[], Sequence[Call]], device: torch.device) -> Ca
     return replay
 
 
+def device_and(true: Size, small: Size) -> tuple[torch.device, Size]:
+    """This machine's device, and the size for it: the true one on a GPU."""
+    is_cuda = torch.cuda.is_available()
+    return torch.device("cuda", 0) if is_cuda else torch.device("cpu"), true if is_cuda else small
+
+
 def seconds_of(replay: Call, device: torch.device) -> float:
     """On the device's clock."""
     if device.type == "cpu":
@@ -112,7 +157,7 @@ def seconds_of(replay: Call, device: torch.device) -> float:
     return 1e-3 * start.elapsed_time(end)
 
 
-def medians(replays: Mapping[str, Call], device: torch.device) -> dict[str, float]:
+def medians(replays: Mapping[Key, Call], device: torch.device) -> dict[Key, float]:
     """Median seconds of each, replayed in turn so that a change of clock meets all of them."""
     rounds = num_replays(max(seconds_of(replay, device) for replay in replays.values()))
     times = [{name: seconds_of(replay, device) for name, replay in replays.items()} for _ in range(rounds)]
@@ -124,6 +169,27 @@ def copy_gb_per_s(device: torch.device) -> float:
     source = torch.randint(256, (COPY_BYTES,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2e-9 * COPY_BYTES / medians({"copy": lambda: target.copy_(source)}, device)["copy"]
+
+
+def product_tflop_per_s(device: torch.device, *, is_float8: bool) -> float | None:
+    """Of a square matrix product in bfloat16, or of e4m3 with a scale per row; None: the device has no such product."""
+    size = PRODUCT_SIZE
+    a, b = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
+    if is_float8:
+        if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+            return None
+        a, b = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn).t()  # the second by columns, as the kernel wants it
+        scales = torch.ones(size, 1, device=device), torch.ones(1, size, device=device)
+
+        def product() -> Tensor:
+            return torch._scaled_mm(a, b, scale_a=scales[0], scale_b=scales[1], out_dtype=torch.bfloat16)  # pyright: ignore[reportPrivateImportUsage]
+    else:
+
+        def product() -> Tensor:
+            return a @ b
+
+    product()
+    return 2e-12 * size**3 / medians({"product": product}, device)["product"]
 
 
 def count_launches(call: Call, device: torch.device) -> int:
@@ -166,8 +232,17 @@ def _sync_mode(mode: str, device: torch.device) -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
+def clocks(device: torch.device) -> dict[str, str]:
+    """Driver, clocks, power limit and temperature now, as nvidia-smi prints them; {} without a GPU."""
+    if device.type == "cpu":
+        return {}
+    query = ["nvidia-smi", f"--query-gpu={','.join(SMI.values())}", "--format=csv,noheader,nounits", "--id=0"]
+    done = subprocess.run(query, capture_output=True, text=True, check=False)
+    return dict(zip(SMI, (value.strip() for value in done.stdout.split(",")), strict=False))
+
+
 def session(device: torch.device) -> dict[str, Any]:
-    """What the figures of a session depend on, its ceiling included."""
+    """What the figures of a session depend on, its ceilings included."""
     folder = Path(__file__).parent
 
     def git(*arguments: str) -> str:
@@ -175,25 +250,21 @@ def session(device: torch.device) -> dict[str, Any]:
         return done.stdout.strip()
 
     versions = {"python": platform.python_version(), "cuda": torch.version.cuda}
+    names = ("torch", "triton", "diffusers", "transformers", "peft")
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": git("rev-parse", "HEAD"),
         "is_changed": bool(git("status", "--porcelain", "--untracked-files=no")),
-        "versions": versions | {name: version(name) for name in ("torch", "triton", "diffusers")},
+        "versions": versions | {name: version(name) for name in names},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "ceilings": {"copy_gb_per_s": copy_gb_per_s(device)},
+        "memory_gib": torch.cuda.mem_get_info(device)[1] / 2**30 if device.type == "cuda" else None,
+        "ceilings": {
+            "copy_gb_per_s": copy_gb_per_s(device),
+            "bfloat16_tflop_per_s": product_tflop_per_s(device, is_float8=False),
+            "float8_tflop_per_s": product_tflop_per_s(device, is_float8=True),
+        },
+        "clocks": clocks(device),  # after the products: those that the card runs at under load
     }
-
-
-def write(folder: Path, session: Mapping[str, Any], rows: Sequence[Row], rollouts: Mapping[str, float]) -> Path:
-    """`DATE-DEVICE.json`: the session, its rows, and seconds of a rollout by the choice of rollout.cuda_graph."""
-    copy = session["ceilings"]["copy_gb_per_s"]
-    result = dict(session) | {"kernels": [row.figures(copy) for row in rows], "rollout_s": dict(rollouts)}
-    device = session["device"].lower().replace(" ", "-")
-    path = folder / f"{session['date'][:19].replace(':', '')}-{device}.json"
-    folder.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    return path
 
 
 def table(session: Mapping[str, Any], rows: Sequence[Row]) -> Table:

@@ -1,12 +1,11 @@
 """`pytest bench/` on a GPU: every op against the reference in float64, then its time against the reference and against
-torch.compile of it. The figures become one file of bench/results/, which is committed.
+torch.compile of it.
 """
 
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,41 +20,21 @@ from near import ROUNDING, ROW_ROUNDING, assert_near
 from rich.console import Console
 from torch import Tensor
 
-from mteditflow.config import Config, ObjectiveConfig
-from mteditflow.data import training_tasks
-from mteditflow.distributed import Ranks
-from mteditflow.noise import Place
-from mteditflow.objective import build_objective
-from mteditflow.policy import Policy, build_policy
-from mteditflow.rollout import denoise, denoise_by_graph, sample_rollout
-from mteditflow.types import Rollout
-
 FOLDER = Path(__file__).parent
-COMPILE_SECONDS = 240  # of a session, after which torch.compile is left out; the large shapes come first
+_compiling = [0.0]  # seconds so far
+COMPILE_SECONDS = 40  # of a session, after which torch.compile is left out; the large shapes come first
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="no CUDA GPU: only static figures and eager CPU times"
 )
 
 
-@dataclass(kw_only=True)
-class Session:
-    """What the tests of a session have found."""
-
-    facts: dict[str, Any]
-    rows: list[measure.Row] = field(default_factory=list)
-    rollout_s: dict[str, float] = field(default_factory=dict)
-    compile_seconds: float = 0.0
-
-
 @pytest.fixture(scope="module")
-def session() -> Iterator[Session]:
-    found = Session(facts=measure.session(torch.device("cuda")))
+def rows(record: measure.Record) -> Iterator[list[measure.Row]]:
+    """The rows that the tests of this file have found, shown at the end."""
+    found: list[measure.Row] = []
     yield found
-    path = measure.write(FOLDER / "results", found.facts, found.rows, found.rollout_s)
-    table = measure.table(found.facts, found.rows)
-    rollouts = f"seconds of a rollout by rollout.cuda_graph: {found.rollout_s}"
-    Console(width=160, stderr=True).print("\n", table, rollouts, f"written to {path}", sep="\n")
+    Console(width=160, stderr=True).print("\n", measure.table(record.found, found))
 
 
 def test_parity_of_every_case() -> None:
@@ -105,52 +84,18 @@ def time_case(case: Case, shape: tuple[int, ...], device: torch.device, compiled
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_time(case: Case, shape: tuple[int, ...], session: Session, benchmark: Any) -> None:
+def test_time(
+    case: Case, shape: tuple[int, ...], record: measure.Record, rows: list[measure.Row], benchmark: Any
+) -> None:
     torch.compiler.reset()  # else a function compiled for eight shapes runs eagerly at the ninth
     start = time.perf_counter()
     with torch._functorch.config.patch(donated_buffer=False):  # backward passes are repeated
-        ops = compiled() if session.compile_seconds < COMPILE_SECONDS else None
-        row = time_case(case, shape, torch.device("cuda"), ops)
-    session.compile_seconds += time.perf_counter() - start
-    session.rows.append(row)
+        row = time_case(case, shape, torch.device("cuda"), compiled() if _compiling[0] < COMPILE_SECONDS else None)
+    _compiling[0] += time.perf_counter() - start
+    rows.append(row)
+    goals = {} if row.goal_us is None else {"us": measure.Goal(value=row.goal_us)}
+    record.add("kernels", row.figures(record.found["ceilings"]["copy_gb_per_s"]), goals)
     latents = torch.randn(case.num_latents, *shape, device="cuda", dtype=torch.bfloat16)
     call = case.prepare(OWN, latents.unbind(), rows_for(latents))
     benchmark.pedantic(call, rounds=20, iterations=10, warmup_rounds=1)  # what a call costs the host
     assert row.launches <= 1 + len(case.kernels) and row.syncs == 0
-
-
-def time_rollout(policy: Policy, config: Config, choices: tuple[str, str]) -> dict[str, float]:
-    """Median seconds of a rollout for each of two choices of rollout.cuda_graph, after a look at their bits."""
-    tasks = training_tasks(config, 0, Ranks(rank=0, world_size=1, device=policy.device))
-
-    def roll(choice: Any) -> Rollout:
-        chosen = replace(config, rollout=replace(config.rollout, cuda_graph=choice))
-        return sample_rollout(policy, build_objective(chosen), tasks, chosen, 0)
-
-    for own, other in zip(*(roll(choice).turns for choice in choices), strict=True):
-        assert torch.equal(own.latents, other.latents) and torch.equal(own.image, other.image)
-        assert torch.equal(own.old_log_prob.nan_to_num(), other.old_log_prob.nan_to_num())
-    return measure.medians({choice: lambda choice=choice: roll(choice) for choice in choices}, policy.device)
-
-
-def denoise_without_sync(policy: Policy, rollout: Rollout, run: Callable[..., tuple[Tensor, Tensor]]) -> None:
-    """The denoising steps of the first turn, noisy ones and others, once to warm up and once with syncs forbidden."""
-    turn, schedule = rollout.turns[0], rollout.schedule
-    keys = rollout.keys(turn=0, place=Place.DENOISING_STEP).to(policy.device)
-    step_keys = [keys if step in schedule.trained_steps else None for step in range(len(schedule.table))]
-    arguments = (policy, turn.condition, turn.latents[0], schedule, step_keys)
-    with torch.no_grad():
-        run(*arguments)
-        with measure.no_syncs(policy.device):
-            run(*arguments)
-
-
-def test_rollout_by_graph(session: Session) -> None:
-    """The default config, GRPO: the same bits, no sync between the denoising steps, and both times."""
-    config = replace(Config(), objective=ObjectiveConfig(name="grpo"))
-    policy = build_policy(config.model, config.lora, seed=0, has_old=False)
-    session.rollout_s |= time_rollout(policy, config, ("on", "off"))
-    tasks = training_tasks(config, 0, Ranks(rank=0, world_size=1, device=policy.device))
-    rollout = sample_rollout(policy, build_objective(config), tasks, config, 0)
-    for run in (denoise, denoise_by_graph):
-        denoise_without_sync(policy, rollout, run)
