@@ -31,8 +31,6 @@ from mteditflow.rollout import sample_rollout
 from mteditflow.transformer.compiled import count_graphs
 from mteditflow.update import update
 
-MARGIN_GIB = 4.0  # of the card's memory: CUDA's context, and what torch's allocator cannot fill
-
 
 @dataclass(frozen=True, kw_only=True)
 class Iteration:
@@ -87,8 +85,8 @@ def planned_gib(config: Config) -> float:
 
 
 def fitting(config: Config, gib: float) -> Config:
-    """The config with the largest microbatch that fits by the dry run, a row where none does."""
-    sizes = (rows for rows in (8, 4, 2) if planned_gib(with_rows(config, rows)) <= gib - MARGIN_GIB)
+    """The config with the largest microbatch that fits by the dry run, its margin included; a row where none does."""
+    sizes = (rows for rows in (8, 4, 2) if planned_gib(with_rows(config, rows)) <= gib)
     return with_rows(config, next(sizes, 1))
 
 

@@ -70,9 +70,7 @@ def replay_blocks(transformer: Any) -> None:
 
 def count_graphs() -> tuple[int, float]:
     """Graphs that this process has compiled so far, and the seconds that took."""
-    times = (
-        dynamo.compilation_time_metrics.get(name, ()) for name in ("_compile.compile_inner", "backward._backward_impl")
-    )
+    times = (dynamo.compilation_time_metrics.get(name, ()) for name in TIMED)
     return dynamo.counters["stats"]["unique_graphs"], sum(sum(values) for values in times)
 
 
