@@ -33,6 +33,16 @@ NEEDED = ("triton", "pytest", "pytest-benchmark")  # of what tests need
 _spent: dict[str, float] = {}
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    help = f"seconds on a GPU for all parts together, shared out as {sum(SECONDS.values())} would be"
+    parser.addoption("--seconds", type=float, default=float(sum(SECONDS.values())), help=help)
+
+
+def seconds_of(part: str, config: pytest.Config) -> float:
+    """What a part may take on a GPU."""
+    return SECONDS[part] * config.getoption("--seconds") / sum(SECONDS.values())
+
+
 def missing_packages() -> list[str]:
     """What of pyproject.toml's requirements is not there, or in another version."""
     project = tomllib.loads((FOLDER.parent / "pyproject.toml").read_text())["project"]
@@ -83,12 +93,13 @@ def budget(request: pytest.FixtureRequest) -> Iterator[None]:
     if not torch.cuda.is_available() or part not in SECONDS:
         yield
         return
-    left = SECONDS[part] - _spent.get(part, 0.0)
+    seconds = seconds_of(part, request.config)
+    left = seconds - _spent.get(part, 0.0)
     if left <= 0:
-        pytest.skip(f"the {SECONDS[part]} s of {part} are spent")
+        pytest.skip(f"the {seconds:.0f} s of {part} are spent")
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise TimeoutError(f"the {SECONDS[part]} s of {part} are spent")
+        raise TimeoutError(f"the {seconds:.0f} s of {part} are spent")
 
     before, start = signal.signal(signal.SIGALRM, stop), time.perf_counter()
     signal.setitimer(signal.ITIMER_REAL, left)

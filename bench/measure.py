@@ -188,7 +188,10 @@ def product_tflop_per_s(device: torch.device, *, is_float8: bool) -> float | Non
         def product() -> Tensor:
             return a @ b
 
-    product()
+    try:
+        product()
+    except RuntimeError:  # torch 2.11 has no product of rows with scales on a CPU
+        return None
     return 2e-12 * size**3 / medians({"product": product}, device)["product"]
 
 

@@ -21,6 +21,7 @@ from mteditflow.config import (
     OptimizerConfig,
     RolloutConfig,
 )
+from mteditflow.objective import build_objective
 from mteditflow.plan.compiling import first_microbatch, settle_bits
 from mteditflow.plan.duration import batch_plan
 from mteditflow.plan.memory import memory_plan, read_sizes
@@ -119,7 +120,8 @@ def time_iteration(iteration: Iteration, config: Config) -> dict[str, Any]:
     case, start = build_case(config), time.perf_counter()
     has_ratio = "ratio_error" in case.objective.worst_figures
     is_replayed = settle_bits(case.policy, *first_microbatch(case.policy, case.tasks, config), has_ratio=has_ratio)
-    run_once(replace(case, config=shortened(config)))
+    short = shortened(config)
+    run_once(replace(case, config=short, objective=build_objective(short)))
     warm_up_s = time.perf_counter() - start
     with Account(config, case.policy, 1) as account:
         figures = run_once(case)

@@ -73,11 +73,11 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.mark.parametrize("family", ["flux", "flux2", "qwen"])
 def test_every_processor_has_it_and_no_other_model(family: str, gpu: Any) -> None:
-    model, other, before = transformer(family), transformer(), _AttentionBackendRegistry.get_active_backend()
+    model, other, before = transformer(family), transformer(), _AttentionBackendRegistry.get_active_backend()[0]
     assert choose(model, "cudnn") == "cudnn"
     assert backends(model) == [AttentionBackendName._NATIVE_CUDNN] * (1 if family == "qwen" else 2)
     assert backends(other) == [None, None]
-    assert _AttentionBackendRegistry.get_active_backend() == before
+    assert _AttentionBackendRegistry.get_active_backend()[0] == before
 
 
 def test_flash_is_activated_in_torch(gpu: Any) -> None:
@@ -171,3 +171,38 @@ def test_the_choice_reaches_every_copy(tiny_pipeline_folder: Path, monkeypatch: 
         # a softmax over tiles is rounded in another order: 2 blocks, sums of 40 terms, values below 4
         torch.testing.assert_close(velocity(policy, name), velocity(native, name), rtol=0, atol=2 * 40 * 4 * 2**-24)
         assert len(calls) == 2  # a double and a single block, of this policy alone
+
+
+@pytest.mark.parametrize("family", ["flux", "flux2"])
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_the_kernels_get_contiguous_gradients(family: str, is_compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block of one stream has a part of a wider tensor to give; what comes out stays as it is, to the bit."""
+    native, found = AttentionBackendName.NATIVE, []
+    known, model = _AttentionBackendRegistry._backends[native], transformer(family)
+    width = model.config.joint_attention_dim
+    own = {"guidance": torch.ones(2)} if family == "flux2" else {"pooled_projections": torch.randn(2, 8)}
+    ids = torch.randn(13, 4 if family == "flux2" else 3)
+    latents = torch.randn(2, 8, model.config.in_channels, requires_grad=True)
+
+    def noted(**arguments: Any) -> Tensor:
+        attended = known(**arguments)
+        attended.register_hook(lambda grad: found.append(grad.is_contiguous()))
+        return attended
+
+    def gradient() -> Tensor:
+        found.clear()
+        called = torch.compile(model, backend="aot_eager", fullgraph=True) if is_compiled else model
+        velocity = called(
+            latents, encoder_hidden_states=torch.ones(2, 5, width), timestep=torch.full((2,), 0.5), img_ids=ids[5:],
+            txt_ids=ids[:5], return_dict=False, **own,
+        )[0]  # fmt: skip
+        return torch.autograd.grad(velocity.square().sum(), latents)[0]
+
+    monkeypatch.setitem(_AttentionBackendRegistry._backends, native, known if is_compiled else noted)
+    choose(model, "native", CPU, torch.float32)
+    before, was_contiguous = gradient(), list(found)
+    torch.compiler.reset()
+    attention.hand_contiguous_gradients(native)
+    assert torch.equal(gradient(), before)
+    if not is_compiled:
+        assert not all(was_contiguous) and all(found) and len(found) == len(was_contiguous)

@@ -248,7 +248,9 @@ def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     the inverse takes one division a row, where a quotient takes one an element.
     """
     largest = x.abs().amax(-1, keepdim=True).float().clamp(min=SMALLEST_AMAX)
-    return (x.float() * (largest.reciprocal() * E4M3_MAX)).to(torch.float8_e4m3fn), largest / E4M3_MAX
+    # On a GPU torch multiplies by the inverse of a number, and divides by a tensor.
+    scale = largest / torch.full_like(largest, E4M3_MAX)
+    return (x.float() * (largest.reciprocal() * E4M3_MAX)).to(torch.float8_e4m3fn), scale
 
 
 def norm_rope(parts: Sequence[RopePart], eps: float) -> Tensor:

@@ -52,8 +52,9 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    n = len(ctx.saved_tensors) // 3
-    fields = [list(ctx.saved_tensors[start : start + n]) for start in range(0, 3 * n, n)]
+    saved = ctx.saved_tensors  # asked for once: a checkpoint gives them once
+    n = len(saved) // 3
+    fields = [list(saved[start : start + n]) for start in range(0, 3 * n, n)]
     return norm_rope_backward(grad, *fields, ctx.eps), [None] * n, [None] * n, None
 
 

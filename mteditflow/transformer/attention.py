@@ -3,6 +3,10 @@
 It is set on the processors of this transformer. diffusers' `set_attention_backend` also sets a default of the process,
 which every other model would inherit. FlashAttention 3 and 4 come through torch's own operator, which they take over:
 diffusers' `_flash_3` has no backward. Quantised attention (sage) is no choice: a log-prob needs more than eight bits.
+
+On a GPU the gradient reaches these kernels contiguous. torch keeps a cuDNN backward pass by the layout of queries, keys
+and values, not by that of the gradient (so in 2.11, whose `native` is cuDNN's on an H200): a block of one stream hands
+it a part of a wider tensor, and the next block's is read by those strides, beyond its end or wrongly.
 """
 
 from collections.abc import Callable
@@ -11,8 +15,12 @@ from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
-from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
-from torch import nn
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    _AttentionBackendRegistry,
+    dispatch_attention_fn,
+)
+from torch import Tensor, nn
 
 Attention = Literal["native", "cudnn", "flash3", "flash4"]
 Wanted = Attention | Literal["auto"]
@@ -63,12 +71,39 @@ def choose_attention(
     def problem_of(name: Attention) -> str | None:
         return _find_problem(name, head_size, dtype, device, is_masked)
 
+    if device.type == "cuda":
+        for backend in set(BACKENDS.values()):
+            hand_contiguous_gradients(backend)
     chosen = _resolve(wanted, device, problem_of)
     processors = [module.processor for module in transformer.modules() if _has_backend(module)]
     assert processors, f"{type(transformer).__name__} has no attention whose kernels can be chosen"
     for processor in processors:
         processor._attention_backend = BACKENDS[chosen]
     return chosen
+
+
+class _ContiguousGradient(torch.autograd.Function):
+    """The identity, whose gradient is contiguous."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return grad.contiguous()
+
+
+def hand_contiguous_gradients(backend: AttentionBackendName) -> None:
+    """See to it that diffusers' attention by this backend gets a contiguous gradient of its output (B, S, H, D)."""
+    attend = _AttentionBackendRegistry._backends[backend]
+    if not hasattr(attend, "plain"):
+
+        def wrapped(**arguments: Any) -> Tensor:
+            return _ContiguousGradient.apply(attend(**arguments))  # pyright: ignore[reportReturnType]
+
+        wrapped.plain = attend  # pyright: ignore[reportFunctionMemberAccess]
+        _AttentionBackendRegistry._backends[backend] = wrapped
 
 
 def _has_backend(module: nn.Module) -> bool:
