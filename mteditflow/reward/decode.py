@@ -87,10 +87,10 @@ class Decoder:
         """temperature 0: always the likeliest token."""
         self._model, self._temperature = model, temperature
         self._buffers: Buffers | None = None
-        self._is_cuda = model.device.type == "cuda"
+        self._is_cuda = self.is_graphed = model.device.type == "cuda"
         if self._is_cuda:
             self._stream, self._pool = torch.cuda.Stream(model.device), torch.cuda.graph_pool_handle()
-            self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
 
     def __call__(
         self, prompts: Sequence[Prompt], keys: Tensor, num_tokens: int, is_finished: IsFinished
@@ -169,7 +169,7 @@ class Decoder:
 
     def _replay(self, num_rows: int, length: int) -> None:
         """A step of the first rows, over the first places of the cache."""
-        if not self._is_cuda:
+        if not self.is_graphed:
             return self._step(num_rows, length)
         if graph := self._graphs.get((num_rows, length)):
             return graph.replay()

@@ -138,7 +138,7 @@ class LocalVlm:
         """Answers in the judge's own words."""
         keys = torch.stack([question.key for question in questions])
         if self._decode is None:
-            written = self._generate(questions, keys)
+            written = self._generate(self.prepare(questions), keys)
         else:
             prompts = self._prompts(questions)
             order = _neighbours(prompts)
@@ -166,9 +166,9 @@ class LocalVlm:
             return Answer(text=text, grades=None, fault="cut")
         return answer_of(text[:closed], num_turns)
 
-    def _generate(self, questions: Sequence[Question], keys: Tensor) -> list[list[int]]:
+    def _generate(self, inputs: Any, keys: Tensor) -> list[list[int]]:
         """Answers of any architecture by transformers."""
-        inputs = self.prepare(questions).to(self.device, self.dtype)
+        inputs = inputs.to(self.device, self.dtype)
         length, processors = inputs["input_ids"].shape[1], LogitsProcessorList()
         if self.config.temperature > 0:
             sampling = CountedSampling(keys.to(self.device), self.config.temperature, length)
