@@ -16,16 +16,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from mteditflow_kernels import counter_uniform
+from mteditflow_kernels import attend_cache, counter_uniform
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from mteditflow.noise import TURN_SHIFT
-from mteditflow.reward.qwen3_vl import Cache, Prompt, prefill, states
+from mteditflow.reward.qwen3_vl import Angles, Cache, Prompt, prefill, states
 
 TOP_K = 20  # likeliest tokens among which one is drawn, as in Qwen3-VL's own generation config
 CHECK_EVERY = 8  # tokens
-LENGTH_STEP = 512  # lengths of the cache that a graph is for: attention reads all of it
+LENGTH_STEP = 512  # the cache's length is a multiple of it, so that it and its graphs serve the waves that follow
 
 IsFinished = Callable[[int, list[int]], bool]
 """Row, its tokens so far -> whether it needs no more."""
@@ -55,10 +54,9 @@ class Buffers:
     """What a step reads and writes, of R rows and L places in the cache."""
 
     cache: Cache
-    mask: Tensor  # (R, 1, 1, L): 0 where a row has a token, else -inf
-    slot: Tensor  # (1,) int64: the place of the token that is read next, the same for all rows
+    token: Tensor  # (R,) int64: which is read next
+    place: Tensor  # (R,) int64: its place in the cache
     position: Tensor  # (R,) int64: its position
-    token: Tensor  # (R,) int64
     chance: Tensor  # (CHECK_EVERY, R, TOP_K): for the tokens until the next look
     written: Tensor  # (CHECK_EVERY, R) int64: those tokens
     number: Tensor  # (1,) int64: how many of them there are
@@ -70,11 +68,10 @@ def _make_buffers(model: Any, num_rows: int, length: int) -> Buffers:
     keys, values = (
         [torch.zeros(shape, device=device, dtype=dtype) for _ in range(text.num_hidden_layers)] for _ in range(2)
     )
-    mask = torch.zeros(num_rows, 1, 1, length, device=device, dtype=dtype)
     whole = {"device": device, "dtype": torch.int64}
     return Buffers(
-        cache=Cache(keys=keys, values=values), mask=mask,
-        slot=torch.zeros(1, **whole), position=torch.zeros(num_rows, **whole), token=torch.zeros(num_rows, **whole),
+        cache=Cache(keys=keys, values=values), token=torch.zeros(num_rows, **whole),
+        place=torch.zeros(num_rows, **whole), position=torch.zeros(num_rows, **whole),
         chance=torch.zeros(CHECK_EVERY, num_rows, TOP_K, device=device),
         written=torch.zeros(CHECK_EVERY, num_rows, **whole), number=torch.zeros(1, **whole),
     )  # fmt: skip
@@ -88,9 +85,8 @@ class Decoder:
         self._model, self._temperature = model, temperature
         self._buffers: Buffers | None = None
         self._is_cuda = self.is_graphed = model.device.type == "cuda"
-        if self._is_cuda:
-            self._stream, self._pool = torch.cuda.Stream(model.device), torch.cuda.graph_pool_handle()
         self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
+        self._capturing: tuple[torch.cuda.Stream, Any] | None = None  # where graphs are made, and their memory
 
     def __call__(
         self, prompts: Sequence[Prompt], keys: Tensor, num_tokens: int, is_finished: IsFinished
@@ -123,7 +119,7 @@ class Decoder:
             buffers.number.zero_()
             if self._temperature:
                 buffers.chance[:some, :num_rows] = gumbel(keys, count, some)
-            length = min(_round_up(longest + count + some, LENGTH_STEP), buffers.mask.shape[3])
+            length = buffers.cache.keys[0].shape[2] if self._is_cuda else longest + count + some
             for _ in range(some):
                 self._replay(_power_of_two(num_rows), length)
             looks.append(self._look(some))
@@ -134,20 +130,15 @@ class Decoder:
         lengths = [len(prompt.ids) for prompt in prompts]
         num_rows, longest = len(prompts), max(lengths)
         rows, length = _power_of_two(num_rows), _round_up(longest + num_tokens, LENGTH_STEP)
-        held = (0, 0) if self._buffers is None else self._buffers.mask.shape[::3]
+        held = self._buffers.cache.keys[0].shape[::2] if self._buffers else (0, 0)
         if held[0] < rows or held[1] < length:
             self._buffers, self._graphs = None, {}  # their memory, before more is taken
             self._buffers = _make_buffers(self._model, max(rows, held[0]), max(length, held[1]))
-        buffers = self._buffers
+        buffers, device = self._buffers, self._model.device
         assert buffers
-        for part in (*buffers.cache.keys, *buffers.cache.values):
-            part[:rows, :, :length] = 0.0  # what stood there counts nothing, unless it is NaN
-        is_read = torch.zeros(len(buffers.mask), buffers.mask.shape[3], dtype=torch.bool)
-        for row, n in enumerate(lengths):
-            is_read[row, :n] = True
-        buffers.mask.fill_(-torch.inf).masked_fill_(is_read.to(self._model.device)[:, None, None], 0.0)
-        buffers.position[:num_rows] = torch.tensor([prompt.next_position for prompt in prompts]).to(self._model.device)
-        buffers.slot.fill_(longest)
+        buffers.place.zero_()  # of rows that only fill the batch, too
+        buffers.place[:num_rows] = torch.tensor(lengths).to(device)
+        buffers.position[:num_rows] = torch.stack([prompt.next_position for prompt in prompts]).to(device)
         return prefill(self._model, prompts, [[n - 1] for n in lengths], buffers.cache.rows(slice(num_rows)))
 
     def _look(self, num: int) -> Callable[[], Tensor]:
@@ -173,35 +164,38 @@ class Decoder:
             return self._step(num_rows, length)
         if graph := self._graphs.get((num_rows, length)):
             return graph.replay()
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
+        self._capturing = self._capturing or (torch.cuda.Stream(self._model.device), torch.cuda.graph_pool_handle())
+        stream, pool = self._capturing
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
             self._step(num_rows, length)  # this one eagerly, which is the capture's warm-up too
-        torch.cuda.current_stream().wait_stream(self._stream)
-        graph = self._graphs[num_rows, length] = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             self._step(num_rows, length)
+        self._graphs[num_rows, length] = graph
 
     def _step(self, num_rows: int, length: int) -> None:
         """Read the last token of each row, and write the next."""
         buffers, model = self._buffers, self._model
         assert buffers
         cache, token = buffers.cache.rows(slice(num_rows), length), buffers.token[:num_rows]
-        mask, position = buffers.mask[:num_rows, :, :, :length], buffers.position[:num_rows]
-        mask.index_fill_(3, buffers.slot, 0.0)
+        place, position = buffers.place[:num_rows], buffers.position[:num_rows]
 
-        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            keys, values = cache.keys[layer], cache.values[layer]
-            keys.index_copy_(2, buffers.slot, key.transpose(1, 2))
-            values.index_copy_(2, buffers.slot, value.transpose(1, 2))
-            query = query.view(num_rows, keys.shape[1], -1, query.shape[-1])  # those that share keys, as if in time
-            return scaled_dot_product_attention(query, keys, values, attn_mask=mask).reshape(num_rows, 1, -1)
+        def attend(number: int, attention: Any, query: Tensor, key: Tensor, value: Tensor, angles: Angles) -> Tensor:
+            weights, eps = (attention.q_norm.weight, attention.k_norm.weight), attention.q_norm.variance_epsilon
+            found = attend_cache(
+                query[:, 0], key[:, 0], value[:, 0], cache.keys[number], cache.values[number], place, weights,
+                (angles[0][:, 0], angles[1][:, 0]), eps,
+            )  # fmt: skip
+            return found.reshape(num_rows, 1, -1)
 
         x = model.model.language_model.embed_tokens(token[:, None])  # (R, 1, E)
         x = states(model, x, position.expand(3, -1)[:, :, None], attend)
         chance = buffers.chance.index_select(0, buffers.number)[0, :num_rows] if self._temperature else None
         token.copy_(draw(model.lm_head(x[:, 0]).float(), chance, self._temperature))
         buffers.written[:, :num_rows].index_copy_(0, buffers.number, token[None])
-        for counter in (buffers.slot, buffers.number, position):
+        for counter in (place, position, buffers.number):
             counter += 1
 
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import rms_norm, scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mteditflow.pictures import to_pil
 
@@ -25,8 +25,12 @@ PREFILL_TOKENS = 2**15  # read at once: the widest layer of 8 B parameters makes
 PICTURES_AT_ONCE = 64  # encoded at once: half a GiB likewise, at 512 px
 KEPT_SOURCES = 32  # source images that stay encoded for the next wave: 8 MiB each at 512 px and 8 B parameters
 
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""Layer, queries (B, T, H, d), keys and values (B, T, h, d) -> (B, T, H d)."""
+ATTENTION = "mteditflow_judge"  # by which name transformers finds that of the vision encoder
+
+Angles = tuple[Tensor, Tensor]
+"""Cosines and sines (B, T, d); the second half of each repeats the first."""
+Attend = Callable[[int, nn.Module, Tensor, Tensor, Tensor, Angles], Tensor]
+"""Number of a layer, its attention, queries (B, T, H, d), keys and values (B, T, h, d) as projected -> (B, T, H d)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,13 +49,14 @@ class Prompt:
     ids: Tensor  # (T,) int64 on the host; a picture's n tokens stand for it
     positions: Tensor  # (3, T) int64 on the host: in time, down, across
     pictures: tuple[Picture, ...]
+    places: Tensor  # (m,) int64 on the host: the pictures' tokens among them
     head: bytes  # the same for prompts that begin alike, up to the end of the first picture
     head_length: int
 
     @property
-    def next_position(self) -> int:
-        """Where the answer goes on, in all three."""
-        return int(self.positions.max()) + 1
+    def next_position(self) -> Tensor:
+        """Where the answer goes on, in all three: () int64 on the host."""
+        return self.positions.max() + 1
 
     def followed(self, ids: Tensor) -> "Prompt":
         """The prompt with some text (t,) behind it."""
@@ -60,10 +65,13 @@ class Prompt:
 
     def parts(self) -> "tuple[Prompt, Prompt]":
         """The head, and the rest."""
-        n = self.head_length
+        n, m = self.head_length, len(self.pictures[0].features)
         head, rest = (
-            replace(self, ids=self.ids[part], positions=self.positions[:, part], pictures=pictures)
-            for part, pictures in ((slice(n), self.pictures[:1]), (slice(n, None), self.pictures[1:]))
+            replace(self, ids=self.ids[part], positions=self.positions[:, part], pictures=pictures, places=places)
+            for part, pictures, places in (
+                (slice(n), self.pictures[:1], self.places[:m]),
+                (slice(n, None), self.pictures[1:], self.places[m:] - n),
+            )
         )
         return head, rest
 
@@ -86,6 +94,8 @@ class Encoder:
 
     def __init__(self, processor: Any, model: Any) -> None:
         self._process, self._model = processor.image_processor, model
+        ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attend_picture)
+        model.model.visual.config._attn_implementation = ATTENTION
         self._sources: OrderedDict[bytes, Picture] = OrderedDict()
 
     def __call__(self, images: Sequence[Sequence[Tensor]]) -> list[tuple[Picture, ...]]:
@@ -141,9 +151,10 @@ def make_prompt(text_ids: Sequence[int], pictures: tuple[Picture, ...], model: A
     ids, is_image = short.repeat_interleave(repeats), is_image.repeat_interleave(repeats)
     grids = torch.stack([picture.grid for picture in pictures])
     positions, _ = model.model.get_rope_index(ids[None], is_image[None].int(), image_grid_thw=grids)
-    head_length = int(is_image.nonzero()[0]) + len(pictures[0].features)
-    head = hashlib.sha256(ids[:head_length].numpy()).digest() + str(id(pictures[0])).encode()
-    return Prompt(ids=ids, positions=positions[:, 0], pictures=pictures, head=head, head_length=head_length)
+    places = is_image.nonzero()[:, 0]
+    n = int(places[0]) + len(pictures[0].features)
+    head = hashlib.sha256(ids[:n].numpy()).digest() + str(id(pictures[0])).encode()
+    return Prompt(ids=ids, positions=positions[:, 0], pictures=pictures, places=places, head=head, head_length=n)
 
 
 def states(
@@ -154,18 +165,12 @@ def states(
     deep: after each of the first layers, what is added to which of the B T states: index (m,), (m, E).
     """
     text = model.model.language_model
-    cos, sin = (angle[:, :, None] for angle in text.rotary_emb(x, positions))  # (B, T, 1, d)
-    half = sin.shape[-1] // 2
-    sin = torch.cat([-sin[..., :half], sin[..., half:]], -1)  # of the halves exchanged, the first has the minus
+    angles = text.rotary_emb(x, positions)
     for number, layer in enumerate(text.layers):
         attention, y = layer.self_attn, _norm(x, layer.input_layernorm)
         shape = (*y.shape[:2], -1, attention.head_dim)
-        query, key = (
-            _norm(projection(y).view(shape), norm)
-            for projection, norm in ((attention.q_proj, attention.q_norm), (attention.k_proj, attention.k_norm))
-        )
-        query, key = (torch.addcmul(part * cos, part.roll(half, -1), sin) for part in (query, key))
-        x = x + attention.o_proj(attend(number, query, key, attention.v_proj(y).view(shape)))
+        projected = [part(y).view(shape) for part in (attention.q_proj, attention.k_proj, attention.v_proj)]
+        x = x + attention.o_proj(attend(number, attention, projected[0], projected[1], projected[2], angles))
         x = x + layer.mlp(_norm(x, layer.post_attention_layernorm))
         if number < len(deep):
             index, added = deep[number]
@@ -173,11 +178,18 @@ def states(
     return _norm(x, text.norm)
 
 
-def _norm(x: Tensor, norm: nn.Module) -> Tensor:
+def _norm(x: Tensor, norm: Any) -> Tensor:
     """Qwen3VLTextRMSNorm as one kernel, in float32 within."""
-    weight = norm.weight
-    assert isinstance(weight, Tensor)
-    return rms_norm(x, (x.shape[-1],), weight, norm.variance_epsilon)  # pyright: ignore[reportArgumentType]
+    return rms_norm(x, (x.shape[-1],), norm.weight, norm.variance_epsilon)
+
+
+def _turned(x: Tensor, norm: Any, angles: Angles) -> Tensor:
+    """Queries or keys (B, T, H, d) normalised and turned: (B, H, T, d)."""
+    cosine, sine = (angle.unsqueeze(2) for angle in angles)
+    first, second = sine.chunk(2, -1)
+    x = _norm(x, norm)
+    turned = torch.addcmul(x * cosine, x.roll(x.shape[-1] // 2, -1), torch.cat([-first, second], -1))
+    return turned.transpose(1, 2)
 
 
 def prefill(model: Any, prompts: Sequence[Prompt], places: Sequence[Sequence[int]], cache: Cache | None) -> Tensor:
@@ -206,11 +218,11 @@ def _read_head(model: Any, prompt: Prompt) -> Cache:
     """Keys and values (1, h, n, d) of the part of a prompt that others share."""
     found = Cache(keys=[], values=[])
 
-    def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        query, key, value = (part.transpose(1, 2) for part in (query, key, value))
+    def attend(number: int, attention: Any, query: Tensor, key: Tensor, value: Tensor, angles: Angles) -> Tensor:
+        key, value = _turned(key, attention.k_norm, angles), value.transpose(1, 2)
         found.keys.append(key)
         found.values.append(value)
-        return _causal(query, key, value)
+        return _causal(_turned(query, attention.q_norm, angles), key, value)
 
     _forward(model, [prompt.parts()[0]], attend)
     return found
@@ -221,17 +233,17 @@ def _read(
 ) -> Tensor:
     start = head.keys[0].shape[2] if head else 0
 
-    def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        query, key, value = (part.transpose(1, 2) for part in (query, key, value))  # (B, h, T, d)
+    def attend(number: int, attention: Any, query: Tensor, key: Tensor, value: Tensor, angles: Angles) -> Tensor:
+        key, value = _turned(key, attention.k_norm, angles), value.transpose(1, 2)  # (B, h, T, d)
         if head:
             key, value = (
-                torch.cat([before[layer].expand(len(part), -1, -1, -1), part], 2)
+                torch.cat([before[number].expand(len(part), -1, -1, -1), part], 2)
                 for before, part in ((head.keys, key), (head.values, value))
             )
         if cache:
-            cache.keys[layer][:, :, : key.shape[2]].copy_(key)
-            cache.values[layer][:, :, : value.shape[2]].copy_(value)
-        return _causal(query, key, value)
+            cache.keys[number][:, :, : key.shape[2]].copy_(key)
+            cache.values[number][:, :, : value.shape[2]].copy_(value)
+        return _causal(_turned(query, attention.q_norm, angles), key, value)
 
     x = _forward(model, [prompt.parts()[1] if head else prompt for prompt in prompts], attend)
     index = [row * x.shape[1] + place - start for row, some in enumerate(places) for place in some]
@@ -240,14 +252,26 @@ def _read(
 
 def _causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Attention of queries (B, H, T, d) that stand at the end of their keys (B, h, L, d): (B, T, H d)."""
-    if query.shape[2] == key.shape[2]:
-        found = scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-    else:  # the mask that is none: flash attention for the GPU, where it wants as many heads of all three
-        num = query.shape[1] // key.shape[1]
-        key, value = (part.repeat_interleave(num, 1) for part in (key, value))
-        mask: Any = causal_lower_right(query.shape[2], key.shape[2])
-        found = scaled_dot_product_attention(query, key, value, attn_mask=mask)
-    return found.transpose(1, 2).flatten(2)
+    num = query.shape[1] // key.shape[1]
+    key, value = (part.repeat_interleave(num, 1) for part in (key, value))
+    return _attention(query, key, value, is_causal=True).transpose(1, 2).flatten(2)
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool) -> Tensor:
+    """Attention (B, H, T, d), on a GPU by torch's flash kernel: called by its name, because what
+    `scaled_dot_product_attention` chooses is a setting of the process, and the editor changes it while it denoises.
+    """
+    if query.is_cuda:  # causal there: the last query sees the last key
+        return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, is_causal)[0]
+    mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril(key.shape[2] - query.shape[2])
+    return scaled_dot_product_attention(query, key, value, attn_mask=mask if is_causal else None)
+
+
+def _attend_picture(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **options: Any
+) -> tuple[Tensor, None]:
+    """Attention among a picture's patches, as transformers asks for it: (1, n, H, d)."""
+    return _attention(query, key, value, is_causal=False).transpose(1, 2), None
 
 
 def _forward(model: Any, prompts: Sequence[Prompt], attend: Attend) -> Tensor:
@@ -256,11 +280,9 @@ def _forward(model: Any, prompts: Sequence[Prompt], attend: Attend) -> Tensor:
     ids = pad_sequence([prompt.ids for prompt in prompts], batch_first=True)
     positions = pad_sequence([prompt.positions.T for prompt in prompts], batch_first=True).permute(2, 0, 1)
     x = model.model.language_model.embed_tokens(ids.to(device))
-    token, deep = model.config.image_token_id, list[tuple[Tensor, Tensor]]()
-    places = [row * ids.shape[1] + (prompt.ids == token).nonzero()[:, 0] for row, prompt in enumerate(prompts)]
-    pictures = [picture for prompt in prompts for picture in prompt.pictures]
+    pictures, deep = [picture for prompt in prompts for picture in prompt.pictures], list[tuple[Tensor, Tensor]]()
     if pictures:
-        index = torch.cat(places).to(device)
+        index = torch.cat([row * ids.shape[1] + prompt.places for row, prompt in enumerate(prompts)]).to(device)
         x.flatten(0, 1).index_copy_(0, index, torch.cat([picture.features for picture in pictures]))
         levels = zip(*(picture.deep for picture in pictures), strict=True)
         deep = [(index, torch.cat(level)) for level in levels]
