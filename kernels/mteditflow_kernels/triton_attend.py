@@ -28,18 +28,15 @@ def _turned(x, at, inside, weight, cosine, sine, angle_at, eps, HEADS: tl.conste
     here = here * scale * tl.load(weight + dims).to(tl.float32)[None, :]
     there = there * scale * tl.load(weight + other).to(tl.float32)[None, :]
     there = tl.where(dims[None, :] < HEAD // 2, -there, there)
-    turn = (
-        tl.load(cosine + angle_at + dims).to(tl.float32)[None, :],
-        tl.load(sine + angle_at + dims).to(tl.float32)[None, :],
-    )
-    return here * turn[0] + there * turn[1]
+    cosines = tl.load(cosine + angle_at + dims).to(tl.float32)[None, :]
+    return here * cosines + there * tl.load(sine + angle_at + dims).to(tl.float32)[None, :]
 
 
 @triton.jit
 def _attend_kernel(
-    query, key, value, keys, values, places, query_weight, key_weight, cosine, sine, sums, log_sums, cache_row,
-    cache_head, eps, scale, NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, HEAD: tl.constexpr,
-    SPLIT: tl.constexpr, PLACES: tl.constexpr,
+    query, key, value, cached_keys, cached_values, places, query_weight, key_weight, cosine, sine, sums, log_sums,
+    cache_row, cache_head, eps, softmax_scale, NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr,
+    HEAD: tl.constexpr, SPLIT: tl.constexpr, PLACES: tl.constexpr,
 ):  # fmt: skip
     """Sums over a part of the places, of the GROUP queries that share a key; HEADS is GROUP filled up."""
     row, head = tl.program_id(0) // NUM_HEADS, tl.program_id(0) % NUM_HEADS
@@ -50,8 +47,8 @@ def _attend_kernel(
     cache_at = row.to(tl.int64) * cache_row + head.to(tl.int64) * cache_head
     inside = (group < GROUP)[:, None]
     query_at = (tl.program_id(0) * GROUP + group)[:, None] * HEAD
-    q = _turned(query, query_at, inside, query_weight, cosine, sine, row * HEAD, eps, HEADS, HEAD) * scale
-    q = q.to(keys.dtype.element_ty)
+    q = _turned(query, query_at, inside, query_weight, cosine, sine, row * HEAD, eps, HEADS, HEAD) * softmax_scale
+    q = q.to(cached_keys.dtype.element_ty)
     best = tl.full([HEADS], float("-inf"), tl.float32)
     total = tl.zeros([HEADS], tl.float32)
     result = tl.zeros([HEADS, HEAD], tl.float32)
@@ -59,11 +56,11 @@ def _attend_kernel(
         at = start + tl.arange(0, PLACES)
         is_there = at < last
         offset = cache_at + at[:, None].to(tl.int64) * HEAD + dims[None, :]
-        k = tl.load(keys + offset, is_there[:, None], other=0.0)
+        k = tl.load(cached_keys + offset, is_there[:, None], other=0.0)
         scores = tl.where(is_there[None, :], tl.dot(q, tl.trans(k), input_precision="ieee"), float("-inf"))
         better = tl.maximum(best, tl.max(scores, 1))
         factor, p = tl.exp(best - better), tl.exp(scores - better[:, None])
-        v = tl.load(values + offset, is_there[:, None], other=0.0)
+        v = tl.load(cached_values + offset, is_there[:, None], other=0.0)
         total = total * factor + tl.sum(p, 1)
         result = result * factor[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
         best = better
@@ -71,11 +68,11 @@ def _attend_kernel(
         one = tl.arange(0, 1)
         new_at = (tl.program_id(0) + one)[:, None] * HEAD
         k = _turned(key, new_at, new_at >= 0, key_weight, cosine, sine, row * HEAD, eps, 1, HEAD)
-        k = k.to(keys.dtype.element_ty)
+        k = k.to(cached_keys.dtype.element_ty)
         v = tl.load(value + new_at + dims[None, :])
         store_at = cache_at + place.to(tl.int64) * HEAD + dims[None, :] + one[:, None]
-        tl.store(keys + store_at, k)
-        tl.store(values + store_at, v)
+        tl.store(cached_keys + store_at, k)
+        tl.store(cached_values + store_at, v)
         scores = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)
         better = tl.maximum(best, scores)
         factor, p = tl.exp(best - better), tl.exp(scores - better)
@@ -83,17 +80,14 @@ def _attend_kernel(
         result = result * factor[:, None] + p[:, None] * v.to(tl.float32)
         best = better
     is_empty = total == 0.0
+    total = tl.where(is_empty, 1.0, total)
     at = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)) * GROUP + group
-    tl.store(
-        sums + at[:, None].to(tl.int64) * HEAD + dims[None, :], result / tl.where(is_empty, 1.0, total)[:, None], inside
-    )
-    tl.store(
-        log_sums + at, tl.where(is_empty, float("-inf"), best + tl.log(tl.where(is_empty, 1.0, total))), group < GROUP
-    )
+    tl.store(sums + at[:, None].to(tl.int64) * HEAD + dims[None, :], result / total[:, None], inside)
+    tl.store(log_sums + at, tl.where(is_empty, float("-inf"), best + tl.log(total)), group < GROUP)
 
 
 @triton.jit
-def _merge_kernel(sums, log_sums, out, num_splits, GROUP: tl.constexpr, SPLITS: tl.constexpr, HEAD: tl.constexpr):
+def _merge_kernel(sums, log_sums, attended, num_splits, GROUP: tl.constexpr, SPLITS: tl.constexpr, HEAD: tl.constexpr):
     """The whole of the parts, for one query; SPLITS is their number filled up."""
     pair, member = tl.program_id(0) // GROUP, tl.program_id(0) % GROUP
     split, dims = tl.arange(0, SPLITS), tl.arange(0, HEAD)
@@ -102,7 +96,7 @@ def _merge_kernel(sums, log_sums, out, num_splits, GROUP: tl.constexpr, SPLITS: 
     weights = tl.exp(logs - tl.max(logs, 0))
     parts = tl.load(sums + at[:, None].to(tl.int64) * HEAD + dims[None, :], (split < num_splits)[:, None], other=0.0)
     whole = tl.sum(parts * weights[:, None], 0) / tl.sum(weights, 0)
-    tl.store(out + tl.program_id(0) * HEAD + dims, whole.to(out.dtype.element_ty))
+    tl.store(attended + tl.program_id(0) * HEAD + dims, whole.to(attended.dtype.element_ty))
 
 
 def attend_cache(

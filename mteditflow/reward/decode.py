@@ -84,9 +84,10 @@ class Decoder:
         """temperature 0: always the likeliest token."""
         self._model, self._temperature = model, temperature
         self._buffers: Buffers | None = None
-        self._is_cuda = self.is_graphed = model.device.type == "cuda"
+        self.is_graphed = model.device.type == "cuda"
+        self.num_late = int(self.is_graphed)  # looks that are still on their way while the next tokens are written
         self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
-        self._capturing: tuple[torch.cuda.Stream, Any] | None = None  # where graphs are made, and their memory
+        self._pool: Any = None  # of the graphs' memory
 
     def __call__(
         self, prompts: Sequence[Prompt], keys: Tensor, num_tokens: int, is_finished: IsFinished
@@ -102,10 +103,10 @@ class Decoder:
         buffers.token[:num_rows] = first
         buffers.written[0, :num_rows] = first
         longest, count = max(len(prompt.ids) for prompt in prompts), 1
-        looks, lag = deque([self._look(1)]), int(self._is_cuda)
+        looks = deque([self._look(1)])
         answers, open_rows = [list[int]() for _ in prompts], set(range(num_rows))
         while True:
-            while len(looks) > lag or (looks and count == num_tokens):
+            while len(looks) > self.num_late or (looks and count == num_tokens):
                 tokens = looks.popleft()()
                 for row in [*open_rows]:
                     answers[row] += tokens[:, row].tolist()
@@ -119,7 +120,7 @@ class Decoder:
             buffers.number.zero_()
             if self._temperature:
                 buffers.chance[:some, :num_rows] = gumbel(keys, count, some)
-            length = buffers.cache.keys[0].shape[2] if self._is_cuda else longest + count + some
+            length = longest + count + some if keys.device.type == "cpu" else buffers.cache.keys[0].shape[2]
             for _ in range(some):
                 self._replay(_power_of_two(num_rows), length)
             looks.append(self._look(some))
@@ -136,6 +137,8 @@ class Decoder:
             self._buffers = _make_buffers(self._model, max(rows, held[0]), max(length, held[1]))
         buffers, device = self._buffers, self._model.device
         assert buffers
+        for part in (*buffers.cache.keys, *buffers.cache.values):
+            part.zero_()  # what is not read counts nothing, unless it is NaN
         buffers.place.zero_()  # of rows that only fill the batch, too
         buffers.place[:num_rows] = torch.tensor(lengths).to(device)
         buffers.position[:num_rows] = torch.stack([prompt.next_position for prompt in prompts]).to(device)
@@ -145,7 +148,7 @@ class Decoder:
         """What will have been written last, `num` tokens of all rows (num, R): a function that waits for it."""
         assert self._buffers
         written = self._buffers.written[:num]
-        if not self._is_cuda:
+        if written.device.type == "cpu":
             tokens = written.clone()
             return lambda: tokens
         host = torch.empty(written.shape, dtype=written.dtype, pin_memory=True).copy_(written, non_blocking=True)
@@ -164,14 +167,16 @@ class Decoder:
             return self._step(num_rows, length)
         if graph := self._graphs.get((num_rows, length)):
             return graph.replay()
-        self._capturing = self._capturing or (torch.cuda.Stream(self._model.device), torch.cuda.graph_pool_handle())
-        stream, pool = self._capturing
-        stream.wait_stream(torch.cuda.current_stream())
+        # A graph's kernels run in the context where they were captured, so on the SMs of the stream that is current, if
+        # it has some of its own; the default stream cannot be captured.
+        current = torch.cuda.current_stream()
+        stream = torch.cuda.Stream() if current == torch.cuda.default_stream() else current
+        stream.wait_stream(current)
         with torch.cuda.stream(stream):
             self._step(num_rows, length)  # this one eagerly, which is the capture's warm-up too
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+        current.wait_stream(stream)
+        self._pool, graph = self._pool or torch.cuda.graph_pool_handle(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
             self._step(num_rows, length)
         self._graphs[num_rows, length] = graph
 
