@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen3VLForConditionalGeneration
 
 from mteditflow.config import RewardConfig
+from mteditflow.pictures import to_pil
 from mteditflow.reward import qwen3_vl, vlm_local
 from mteditflow.reward.decode import CHECK_EVERY
 from mteditflow.reward.vlm import Question, closed_at
@@ -125,20 +126,19 @@ def test_a_picture_is_encoded_once_and_a_source_once_for_its_group(
 
 
 @pytest.mark.parametrize(
-    ("text", "num_turns", "kept"),
+    ("kept", "more", "num_turns"),
     [
-        ("<Turn1Score>4</Turn1Score> and more", 1, "<Turn1Score>4</Turn1Score>"),
-        ("<Turn1Score>4</Turn1Score>", 2, None),
-        ("<Turn2Score>4</Turn2Score><Turn1Score>x</Turn1Score>\n", 2, "<Turn2Score>4</Turn2Score><Turn1Score>x</Turn1Score>"),
-        ("<Thought>a <Turn1Score>4</Turn1Score>", 1, None),
-        ("<Thought><Turn1Score>4</Turn1Score></Thought>", 1, None),
-        ("<Thought>a</Thought><Turn1Score>4</Turn1Score><Turn1Score>", 1, "<Thought>a</Thought><Turn1Score>4</Turn1Score>"),
-        ("", 1, None),
+        ("<Turn1Score>4</Turn1Score>", " and more", 1),
+        (None, "<Turn1Score>4</Turn1Score>", 2),
+        ("<Turn2Score>4</Turn2Score><Turn1Score>x</Turn1Score>", "\n", 2),
+        (None, "<Thought>a <Turn1Score>4</Turn1Score>", 1),
+        (None, "<Thought><Turn1Score>4</Turn1Score></Thought>", 1),
+        ("<Thought>a</Thought><Turn1Score>4</Turn1Score>", "<Turn1Score>", 1),
+        (None, "", 1),
     ],
-)  # fmt: skip
-def test_where_an_answer_is_complete(text: str, num_turns: int, kept: str | None) -> None:
-    found = closed_at(text, num_turns)
-    assert (None if found is None else text[:found]) == kept
+)
+def test_where_an_answer_is_complete(kept: str | None, more: str, num_turns: int) -> None:
+    assert closed_at(f"{kept or ''}{more}", num_turns) == (None if kept is None else len(kept))
 
 
 class Dictated:
@@ -219,19 +219,14 @@ def brute_force(model: Any, vlm: LocalVlm, asked: Question) -> tuple[list[float]
     grades, others, found = [], [], []
     for turn in range(1, len(asked.instructions) + 1):
         before = "".join(f"<Turn{i}Score>3</Turn{i}Score>\n" for i in range(1, turn))
-        inputs = vlm.processor(
-            text=[f"{text}{before}<Turn{turn}Score>"], images=[[*vlm_images(asked)]], return_tensors="pt"
-        )
+        images = [to_pil(image) for image in asked.images]
+        inputs = vlm.processor(text=f"{text}{before}<Turn{turn}Score>", images=images, return_tensors="pt")
         logits = model(**inputs.to(CPU, model.dtype)).logits[0, -1]
         p = logits.softmax(0)[digits]
         grades.append(float((p * torch.arange(1, 6)).sum() / p.sum()))
         others.append(float(1 - p.sum()))
         found.append(logits[digits])
     return grades, others, torch.stack(found)
-
-
-def vlm_images(asked: Question) -> list[Any]:
-    return [vlm_local.to_pil(image) for image in asked.images]
 
 
 @torch.inference_mode()
@@ -252,11 +247,7 @@ def test_expectations_are_those_of_brute_force(folder: Path, monkeypatch: pytest
             assert found.grades == pytest.approx(grades, abs=2 * d)
             assert found.off_mass == pytest.approx(max(others), abs=d)
         assert answer.grades == pytest.approx(alone.grades, abs=4 * d)
-        assert (
-            max(abs(grade - other) for grade, other in zip(grades, grades[1:], strict=False)) > 40 * d
-            if grades[1:]
-            else 1
-        )
+        assert len(grades) == 1 or max(grades) - min(grades) > 40 * d  # turns are told apart
 
 
 def test_mass_on_no_score_makes_an_answer_invalid(folder: Path) -> None:
@@ -276,7 +267,9 @@ def test_the_form_of_an_answer(folder: Path) -> None:
     assert tokenizer.decode(form.ids[: form.places[1]]) == "<Turn1Score>3</Turn1Score>\n<Turn2Score>"
     assert tokenizer.convert_ids_to_tokens(form.digits) == ["1", "2", "3", "4", "5"] and len(form.places) == 9
     tokenizer.backend_tokenizer.normalizer = normalizers.Replace("4", "four")
-    with pytest.raises(ValueError, match="reward.readout is 'expected': it does not write each score as one") as caught:
+    with pytest.raises(
+        ValueError, match=r"reward.readout is 'expected': it does not write each score as one"
+    ) as caught:
         make_form(tokenizer, "it")
     assert "\n" not in str(caught.value)
 
