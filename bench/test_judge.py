@@ -97,7 +97,7 @@ def seconds_of(call: Callable[[], object]) -> float:
 
 
 def time_expected(config: RewardConfig, device: torch.device, loaded: Any, questions: list[Question]) -> dict[str, Any]:
-    """Seconds of all judgements, and of encoding the pictures of one batch, after a batch to warm up."""
+    """Seconds of all judgements, and of the pictures of one batch but for one row's, after a batch to warm up."""
     warm, vlm, encoding = (LocalVlm(config, device, loaded) for _ in range(3))
     batch = questions[: config.num_parallel]
     warm(batch)
