@@ -26,7 +26,7 @@ SECONDS = {  # of each part on a GPU, in the order of its value; 9 3/4 minutes i
     "test_iteration": 180,
     "test_compare": 50,
     "test_pairs": 40,
-    "test_judge": 45,
+    "test_answers": 45,
     "test_bits": 30,
     "test_update": 5,
 }

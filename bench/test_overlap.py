@@ -7,8 +7,8 @@ from typing import Any
 
 import measure
 import pytest
+import test_answers
 import test_iteration
-import test_judge
 import torch
 from tiny_judge import small_processor, without_video
 
@@ -27,7 +27,7 @@ class Size:
     """Of the editor's iteration and of its judge."""
 
     iteration: Config
-    judge: test_judge.Size
+    judge: test_answers.Size
     group_size: int
     num_steps: int
     rows: int
@@ -36,10 +36,10 @@ class Size:
 
 
 TRUE = Size(
-    iteration=test_iteration.TRUE, judge=test_judge.TRUE, group_size=4, num_steps=4, rows=4, tokens=96, rounds=2
+    iteration=test_iteration.TRUE, judge=test_answers.TRUE, group_size=4, num_steps=4, rows=4, tokens=96, rounds=2
 )
 SMALL = Size(
-    iteration=test_iteration.SMALL, judge=test_judge.SMALL, group_size=2, num_steps=3, rows=2, tokens=8, rounds=1
+    iteration=test_iteration.SMALL, judge=test_answers.SMALL, group_size=2, num_steps=3, rows=2, tokens=8, rounds=1
 )
 
 
@@ -49,7 +49,7 @@ def build_rewards(size: Size, config: RewardConfig, device: torch.device) -> Rew
     with pytest.MonkeyPatch.context() as patch:
         without_video(patch)
         processor = small_processor(16, (size.judge.picture**2 // 4, size.judge.picture**2))
-    model = test_judge.build_model(size.judge, processor.tokenizer, device, dtype)
+    model = test_answers.build_model(size.judge, processor.tokenizer, device, dtype)
     judge = VlmJudge(config, LocalVlm(config, device, (processor, model)))
     return Rewards(rewards={INSTRUCTION: judge}, weights={INSTRUCTION: 1.0})
 

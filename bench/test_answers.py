@@ -159,7 +159,7 @@ def time_judge(size: Size) -> dict[str, Any]:
     return row | {"peak_gib": torch.cuda.max_memory_allocated() / 2**30 if is_cuda else None}
 
 
-def test_judge(record: measure.Record) -> None:
+def test_answers(record: measure.Record) -> None:
     row = time_judge(TRUE if torch.cuda.is_available() else SMALL)
     record.add("judge", row, GOALS)
     print(row)
