@@ -69,7 +69,7 @@ def small_processor(patch_size: int, num_pixels: tuple[int, int]) -> Any:
     return Qwen3VLProcessor(images, small_tokenizer(), videos, chat_template=CHAT_TEMPLATE)
 
 
-def token_ids(tokenizer: Any) -> dict[str, int]:
+def token_ids(tokenizer: Any) -> dict[str, Any]:
     """The special tokens, as Qwen3VLConfig wants them."""
     names = {"image": "<|image_pad|>", "video": "<|video_pad|>", "vision_start": SPECIAL[2], "vision_end": SPECIAL[3]}
     return {f"{name}_token_id": tokenizer.convert_tokens_to_ids(token) for name, token in names.items()}

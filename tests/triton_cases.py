@@ -436,11 +436,13 @@ def test_attention_to_a_cache(dtype: torch.dtype, sizes: tuple[int, ...], monkey
     wider = [draw(6 + i, 6, num, length + 64, size, dtype=dtype) for i in range(2)]
     caches = [part[:5, :, :length] for part in wider]
     is_read = (torch.arange(length) < places[:, None])[:, None, :, None]
-    exact, eager = (
-        attend(query.to(kind), key.to(kind), value.to(kind), *(c.to(kind) * is_read for c in caches), places,
-               tuple(w.to(kind) for w in weights), tuple(a.to(kind) for a in angles), 1e-6)
-        for attend, kind in ((reference.attend_cache, torch.float64), (reference.attend_cache, dtype))
-    )  # fmt: skip
+
+    def refer(kind: torch.dtype) -> Tensor:
+        q, k, v, w0, w1, cosine, sine = (x.to(kind) for x in (query, key, value, *weights, *angles))
+        keys, values = (part.to(kind) * is_read for part in caches)
+        return reference.attend_cache(q, k, v, keys, values, places, (w0, w1), (cosine, sine), 1e-6)
+
+    exact, eager = refer(torch.float64), refer(dtype)
     kept = [torch.where(is_read, part, torch.nan) for part in caches]
     for cache, known in zip(caches, kept, strict=True):
         cache.copy_(known)
