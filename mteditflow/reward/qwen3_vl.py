@@ -138,7 +138,7 @@ class Encoder:
 
 
 def _key(image: Tensor) -> bytes:
-    return hashlib.sha256(image.contiguous().numpy()).digest() + str(tuple(image.shape)).encode()
+    return hashlib.sha256(image.contiguous().numpy().data).digest() + str(tuple(image.shape)).encode()
 
 
 def make_prompt(text_ids: Sequence[int], pictures: tuple[Picture, ...], model: Any) -> Prompt:
@@ -153,7 +153,7 @@ def make_prompt(text_ids: Sequence[int], pictures: tuple[Picture, ...], model: A
     positions, _ = model.model.get_rope_index(ids[None], is_image[None].int(), image_grid_thw=grids)
     places = is_image.nonzero()[:, 0]
     n = int(places[0]) + len(pictures[0].features)
-    head = hashlib.sha256(ids[:n].numpy()).digest() + str(id(pictures[0])).encode()
+    head = hashlib.sha256(ids[:n].numpy().data).digest() + str(id(pictures[0])).encode()
     return Prompt(ids=ids, positions=positions[:, 0], pictures=pictures, places=places, head=head, head_length=n)
 
 
