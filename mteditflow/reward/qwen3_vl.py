@@ -1,7 +1,7 @@
 """Qwen3-VL as a judge runs it: pictures encoded once, prompts read once, and a token for all rows at a step.
 
-transformers has the weights and the vision encoder. Its language model launches about 62 kernels a layer and token,
-half of them for four norms in float32; here a layer takes 23. Rows are padded on the right, where causal attention
+transformers has the weights and the vision encoder. Its language model launches about 60 kernels a layer and token,
+half of them for four norms in float32; here a layer takes 15. Rows are padded on the right, where causal attention
 needs no mask: it never looks there. Rows of one group begin alike, with the rubric and the source image; that part is
 read once for all of them, a third of what three turns at 512 px cost.
 """
