@@ -39,14 +39,15 @@ class TwoTowers:
         )
         self.model = _resident(AutoModel, path, device)
         self.length = self.model.config.text_config.max_position_embeddings
+        self.is_masked = self.model.config.model_type == "clip"  # SigLIP was trained to see its padding
 
     def __call__(self, sources: Tensor, instructions: Sequence[str], pictures: Tensor) -> Tensor:
         """Logits (M,); an instruction longer than the model reads is cut."""
-        # SigLIP was trained on texts filled up to the full length; a CLIP does not see what follows the text's end.
         texts = self.texts(
             list(instructions), padding="max_length", truncation=True, max_length=self.length, return_tensors="pt"
-        )
-        text = self.model.get_text_features(**texts.to(pictures.device)).pooler_output
+        ).to(pictures.device)
+        mask = {"attention_mask": texts["attention_mask"]} if self.is_masked else {}
+        text = self.model.get_text_features(input_ids=texts["input_ids"], **mask).pooler_output
         image = self.model.get_image_features(pixel_values=prepared(self.images, pictures)).pooler_output
         cosine = (normalize(text, dim=1) * normalize(image, dim=1)).sum(1)
         return cosine * self.model.logit_scale.exp() + getattr(self.model, "logit_bias", 0.0)

@@ -110,7 +110,7 @@ class UserReward:
 
         ValueError, one line: it raises, or does not give a number or NaN per trajectory and turn.
         """
-        here = f"called with {len(rows)} trajectories, first {rows[0]}"
+        here = f"called with {rows[0]}" + (f" and {len(rows) - 1} more" if len(rows) > 1 else "")
         copies = sources.to(self.device, copy=True), list(instructions), pictures.to(self.device).float().nan_to_num()
         try:
             with torch.no_grad():  # of this thread
