@@ -280,6 +280,8 @@ class Homeless:
     def __init__(self, path, device): raise FileNotFoundError(f"no {path!r} here")
 class Bare:
     def __call__(self, sources, instructions, pictures): return torch.zeros(len(pictures))
+class Many(Tall):
+    batch_size = 0
 class Greedy:
     def __init__(self, path, device): pass
     def __call__(self, sources, instructions, pictures):
@@ -299,6 +301,10 @@ class Greedy:
         ),
         ("my_classes:Homeless:a/b", r"Homeless\(path, device\) raises FileNotFoundError: no 'a/b' here \(line 8 of"),
         ("my_classes:Bare", r"Bare\(path, device\) raises TypeError: "),
+        (
+            "my_classes:Many",
+            r"Many\(path, device\) raises ValueError: batch_size is 0, must be a whole number from 1 on",
+        ),
     ],
 )
 def test_a_class_that_cannot_score(also: str, message: str, my_files: Path, rollout: Rollout) -> None:

@@ -1,8 +1,8 @@
 """Rewards beside the judge's (`reward.also`, docs/judge.md): a function or a class of the user's, or a model.
 
 A function looks at whole trajectories. A class, and a model by transformers (reward/models.py), scores edits one by
-one: a turn is an edit of the turn before. Edits go through it MICROBATCH_SIZE at a time, the last ones filled up, so
-that their bits do not depend on the wave they come in.
+one: a turn is an edit of the turn before. Edits go through it `batch_size` at a time, the last ones filled up, so that
+their bits do not depend on the wave they come in.
 
 All are tried before anything is trained. Whatever they raise later, or give that is no number, is one line that names
 the entry, the iteration and the trajectory, and stops the run: training must not go on by a reward that is broken.
@@ -28,7 +28,7 @@ from mteditflow.distributed import Ranks
 from mteditflow.noise import EVALUATION
 from mteditflow.types import EditTask, Rollout, Score
 
-MICROBATCH_SIZE = 8  # edits per call
+BATCH_SIZE = 8  # edits per call of a class that does not say
 NUM_TRIED = 8  # tasks, the first of training, on which a reward is tried
 BATCH_SHARE = 0.05  # of the largest number: what the batch may change. bfloat16 rounds to 0.4 %
 
@@ -37,7 +37,7 @@ Function = Callable[[Tensor, Sequence[tuple[str, ...]], Tensor], Any]
 
 
 class EditModel(Protocol):
-    """What scores M edits, each by itself."""
+    """What scores M edits, each by itself. M is its attribute `batch_size`, or else BATCH_SIZE."""
 
     def __call__(self, sources: Tensor, instructions: Sequence[str], pictures: Tensor) -> Any:
         """Give (M) numbers, or NaN, of edits (M, 3, H, W) in [-1, 1] of sources (M, 3, H, W)."""
@@ -170,15 +170,18 @@ def build_also(config: Config, device: torch.device) -> dict[str, UserReward]:
 
 
 def by_edit(model: EditModel) -> Function:
-    """Have a model of edits score whole trajectories, always called with MICROBATCH_SIZE rows: (N, K)."""
+    """Have a model of edits score whole trajectories, (N, K). ValueError: its batch_size is none."""
+    size = getattr(model, "batch_size", BATCH_SIZE)
+    if not isinstance(size, int) or size < 1:
+        raise ValueError(f"batch_size is {size!r}, must be a whole number from 1 on")
 
     def score(sources: Tensor, instructions: Sequence[tuple[str, ...]], pictures: Tensor) -> Tensor:
         num_turns, num_rows = pictures.shape[:2]
         before = torch.cat([sources[None], pictures[:-1]]).flatten(0, 1)  # (K N, 3, H, W), turn by turn
         after, texts = pictures.flatten(0, 1), [row[turn] for turn in range(num_turns) for row in instructions]
         values = []
-        for start in range(0, len(after), MICROBATCH_SIZE):
-            rows = [min(row, len(after) - 1) for row in range(start, start + MICROBATCH_SIZE)]
+        for start in range(0, len(after), size):
+            rows = [min(row, len(after) - 1) for row in range(start, start + size)]
             given = model(before[rows], [texts[row] for row in rows], after[rows])
             values.append(numbers(given, (len(rows),), "per edit: (M,)"))
         return torch.cat(values)[: len(after)].reshape(num_turns, num_rows).T
