@@ -36,10 +36,11 @@ from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImagePr
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from mteditflow.config import RewardConfig
+from mteditflow.config import Config, RewardConfig
 from mteditflow.config.reward import parse_also
 from mteditflow.noise import NoiseSource
 from mteditflow.pictures import round_to_8_bit, to_pil
+from mteditflow.plan.memory import memory_plan, read_sizes
 from mteditflow.reward.dino import DinoConsistency
 from mteditflow.reward.exact import ExactConsistency, ExactInstruction
 from mteditflow.reward.models import load_model
@@ -224,6 +225,13 @@ def test_the_numbers_are_the_models_own(folders: dict[str, tuple[Path, Any]], ro
         assert found.std() > 100 * TOLERANCE
 
 
+def test_the_plan_counts_their_weights(folders: dict[str, tuple[Path, Any]]) -> None:
+    entries = [f"model:{folders[name][0]}" for name in ("clip", "head")]
+    config = Config(reward=RewardConfig(also=(*entries, "my_models:EditHead:x", "my_rewards:sharpness")))
+    num = sum(weight.numel() for name in ("clip", "head") for weight in folders[name][1].state_dict().values())
+    assert memory_plan(config, read_sizes(config))["reward models"] * 2**30 == 4 * num
+
+
 def test_the_guides_class(my_files: Path, folders: dict[str, tuple[Path, Any]], rollout: Rollout) -> None:
     """Each number is of its source, its text and its edit: another of any of them gives another number."""
     reward = UserReward(parse_also(f"my_models:EditHead:{folders['edit_head'][0]}=0.5"), CPU)
@@ -303,7 +311,7 @@ class Greedy:
         ("my_classes:Bare", r"Bare\(path, device\) raises TypeError: "),
         (
             "my_classes:Many",
-            r"Many\(path, device\) raises ValueError: batch_size is 0, must be a whole number from 1 on",
+            r"Many\(path, device\) raises ValueError: batch_size is 0, must be a whole",
         ),
     ],
 )
@@ -324,7 +332,7 @@ def test_a_class_may_change_what_it_gets(my_files: Path, rollout: Rollout) -> No
 
 
 def test_what_cannot_be_supported_is_refused_in_one_line(folders: dict[str, tuple[Path, Any]], tmp_path: Path) -> None:
-    small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    small: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     (tmp_path / "empty").mkdir()
     save_head(tmp_path / "three", num_labels=3)
     LlamaForCausalLM(LlamaConfig(vocab_size=9, **small)).save_pretrained(tmp_path / "llama")

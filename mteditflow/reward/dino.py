@@ -73,7 +73,9 @@ class DinoConsistency:
         places = group.tolist() * num_turns  # of the edits' tasks; edits go turn by turn
         sources = {g: tasks[g].source.to(self.device) for g in dict.fromkeys(places)}
         edits = pictures.to(self.device).flatten(0, 1)  # (K N, 3, H, W)
-        weights = {g: background_weights(boxes(tasks[g]), self.size, self.grid).to(self.device) for g in sources}
+        weights = {g: background_weights(boxes(tasks[g]), self.size, self.grid) for g in sources}
+        is_seen = {g: bool(weight.any()) for g, weight in weights.items()}
+        weights = {g: weight.to(self.device) for g, weight in weights.items()}
         objects = [(e, g, box) for e, g in enumerate(places) for box in _untouched_boxes(tasks[g], e // num_rows)]
         of_source = {pair: i for i, pair in enumerate(dict.fromkeys((g, box) for _, g, box in objects))}
         looks: list[Look] = [(source, None, weights[g]) for g, source in sources.items()]
@@ -83,16 +85,14 @@ class DinoConsistency:
         numbers = [len(sources), len(edits), len(of_source), len(objects)]
         cls, texture, background = (found.split(numbers) for found in self._features(looks))
 
-        is_seen = {g: bool(weight.any()) for g, weight in weights.items()}
         is_lost = [_is_background_changed(tasks[g], e // num_rows) or not is_seen[g] for e, g in enumerate(places)]
         first = {g: i for i, g in enumerate(sources)}
-        behind = cosine_similarity(background[0][[first[g] for g in places]], background[1], dim=1).cpu()  # (K N,)
+        behind = cosine_similarity(background[0][[first[g] for g in places]], background[1], dim=1)  # (K N,)
         behind = behind.masked_fill(torch.tensor(is_lost), torch.nan)
 
         match = [of_source[g, box] for _, g, box in objects]
         alike = [cosine_similarity(tokens[2][match], tokens[3], dim=1) for tokens in (cls, texture)]
-        alike, row = torch.stack(alike).mean(0).cpu(), torch.tensor([e for e, *_ in objects], dtype=torch.int64)
-        # On the host, where the terms of a sum keep their order.
+        alike, row = torch.stack(alike).mean(0), torch.tensor([e for e, *_ in objects], dtype=torch.int64)
         total, count = (torch.zeros(len(edits)).index_add(0, row, v) for v in (alike, torch.ones_like(alike)))
         return torch.stack([behind, total / count]).nanmean(0).clamp(0, 1).reshape(num_turns, num_rows).T
 
@@ -107,7 +107,9 @@ class DinoConsistency:
         return (interpolate(share[None], self.size, mode=self.mode, antialias=True)[0] - self.mean) / self.std
 
     def _features(self, looks: Sequence[Look]) -> tuple[Tensor, Tensor, Tensor]:
-        """[CLS], mean patch, and background, (M, D) each: always computed for MICROBATCH_SIZE looks at a time."""
+        """[CLS], mean patch, and background, (M, D) each on the host: always computed for MICROBATCH_SIZE looks at a
+        time, since a GPU orders the terms of its sums by the number of rows.
+        """
         parts = []
         for start in range(0, len(looks), MICROBATCH_SIZE):
             chunk = [looks[min(i, len(looks) - 1)] for i in range(start, start + MICROBATCH_SIZE)]
@@ -116,7 +118,7 @@ class DinoConsistency:
             patches = tokens[:, self.num_skipped :]
             background = _mean_patch(patches, torch.stack([weights for *_, weights in chunk]))
             parts.append(torch.stack([tokens[:, 0], patches.mean(1), background]))
-        cls, texture, background = torch.cat(parts, dim=1)[:, : len(looks)]
+        cls, texture, background = torch.cat(parts, dim=1)[:, : len(looks)].cpu()
         return cls, texture, background
 
 
