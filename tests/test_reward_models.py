@@ -55,6 +55,7 @@ GUIDE = (Path(__file__).parent.parent / "docs" / "judge.md").read_text()
 SIZE: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
 }  # fmt: skip
+ONE_LABEL: dict[str, Any] = {"num_labels": 1}
 VISION: dict[str, Any] = SIZE | {"image_size": 24, "patch_size": 8}
 # A model of two layers of width 32 in float32, whose sums are in another order: some 30 roundings of the logit, whose
 # cosine is multiplied by a scale of at most 15.
@@ -107,7 +108,8 @@ def save_siglip(folder: Path) -> Any:
 
 def save_head(folder: Path, num_labels: int = 1) -> Any:
     ViTImageProcessorPil(size={"height": 24, "width": 24}).save_pretrained(folder)
-    model = spread(ViTForImageClassification(ViTConfig(**VISION, num_labels=num_labels)))
+    values: dict[str, Any] = VISION | {"num_labels": num_labels}
+    model = spread(ViTForImageClassification(ViTConfig(**values)))
     model.save_pretrained(folder)
     return model
 
@@ -126,9 +128,8 @@ def save_edit_head(folder: Path) -> Any:
     }  # fmt: skip
     vision = SIZE | {"image_size": 16, "patch_size": 4, "num_hidden_layers": 1}
     config: Any = Gemma3Config(
-        text_config=text, vision_config=vision, mm_tokens_per_image=4, num_labels=1,
-        boi_token_index=tokenizer.boi_token_id, eoi_token_index=tokenizer.eoi_token_id,
-        image_token_id=tokenizer.image_token_id, image_token_index=tokenizer.image_token_id,
+        text_config=text, vision_config=vision, mm_tokens_per_image=4, boi_token_index=tokenizer.boi_token_id,
+        eoi_token_index=tokenizer.eoi_token_id, image_token_index=tokenizer.image_token_id, **ONE_LABEL,
     )  # fmt: skip
     model = spread(Gemma3ForSequenceClassification(config))
     torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight)  # 0 as it comes
@@ -238,7 +239,7 @@ def test_the_guides_class(my_files: Path, folders: dict[str, tuple[Path, Any]], 
     reward.check(rollout.tasks, 3)
     found = reward(rollout).values
     folder, model = folders["edit_head"]
-    processor = Gemma3Processor.from_pretrained(folder)
+    processor: Any = Gemma3Processor.from_pretrained(folder)
     for row, turn in ((0, 0), (5, 2)):
         task = rollout.tasks[int(rollout.group[row])]
         before = task.source if turn == 0 else rollout.turns[turn - 1].image[row]

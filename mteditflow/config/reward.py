@@ -9,17 +9,12 @@ from typing import Annotated, Literal
 from mteditflow.config.ranges import Count, Range, Share, Weight, check_ranges, require
 
 EDIVAL_DINO = "facebook/dinov3-vitb16-pretrain-lvd1689m"
-<<<<<<< HEAD
 _MODEL = re.compile(r"model:(?P<path>.+?)(=(?P<weight>[^=]+))?")
 _ALSO = re.compile(r"(?P<module>[\w.]+):(?P<function>[A-Za-z_]\w*)(:(?P<path>.+?))?(=(?P<weight>[^=]+))?")
-TAKEN = re.compile(r"instruction|consistency|mean|std|valid_share|zero_spread_share|(?:turn|success)_\d+")
-=======
-_ALSO = re.compile(r"(?P<module>[\w.]+):(?P<function>[A-Za-z_]\w*)(=(?P<weight>.+))?")
 TAKEN = re.compile(
     r"instruction|consistency|mean|std|valid_share|zero_spread_share|exposed_s|judge_s|overlap_efficiency|"
     r"(?:turn|success)_\d+"
 )
->>>>>>> main
 """Names that metrics have already."""
 
 
