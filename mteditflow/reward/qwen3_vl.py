@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import rms_norm, scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
 from mteditflow.pictures import to_pil
 
@@ -117,24 +118,38 @@ class Encoder:
             self._sources.popitem(last=False)
 
     def _encode(self, images: Sequence[Tensor]) -> list[Picture]:
-        pictures: list[Picture] = []
-        visual, device = self._model.model.visual, self._model.device
-        for first in range(0, len(images), PICTURES_AT_ONCE):
-            some = images[first : first + PICTURES_AT_ONCE]
-            if getattr(self._process, "backend", "") == "torchvision":
-                made = self._process(list(some), input_data_format="channels_first", device=device, return_tensors="pt")
-            else:
-                made = self._process([to_pil(image) for image in some], return_tensors="pt")
-            grids, pixels = made["image_grid_thw"].cpu(), made["pixel_values"].to(device, self._model.dtype)
-            found = visual(pixels, grid_thw=grids.to(device), return_dict=True)
-            sizes = (grids.prod(1) // visual.spatial_merge_size**2).tolist()
-            features = found.pooler_output.split(sizes)
-            deep = [level.split(sizes) for level in found.deepstack_features]
-            pictures += [
-                Picture(grid=grid, features=features[i], deep=tuple(level[i] for level in deep))
-                for i, grid in enumerate(grids)
-            ]
-        return pictures
+        pictures: dict[int, Picture] = {}
+        by_size = sorted(range(len(images)), key=lambda i: images[i].shape)
+        for _, group in groupby(by_size, key=lambda i: images[i].shape):
+            places = list(group)
+            for first in range(0, len(places), PICTURES_AT_ONCE):
+                some = places[first : first + PICTURES_AT_ONCE]
+                pictures |= zip(some, self._encode_alike([images[i] for i in some]), strict=True)
+        return [pictures[i] for i in range(len(images))]
+
+    def _encode_alike(self, images: list[Tensor]) -> list[Picture]:
+        """Encode images of one size: what depends on it is made once on the host, and attention is one batch."""
+        visual, device, num = self._model.model.visual, self._model.device, len(images)
+        if getattr(self._process, "backend", "") == "torchvision":
+            made = self._process(images, input_data_format="channels_first", device=device, return_tensors="pt")
+        else:
+            made = self._process([to_pil(image) for image in images], return_tensors="pt")
+        grid, merge = made["image_grid_thw"][0].cpu(), visual.spatial_merge_size
+        num_patches = int(grid.prod())
+        indices, weights = get_vision_interpolation_indices_and_weights(
+            grid[None], num_grid_per_side=visual.num_grid_per_side, mode=visual.interpolation_mode,
+            align_corners=visual.interpolation_align_corners, spatial_merge_size=merge,
+        )  # fmt: skip
+        found = visual(
+            made["pixel_values"].to(device, self._model.dtype), grid_thw=grid.expand(num, -1), return_dict=True,
+            interp_indices=indices.to(device).repeat(num, 1), interp_weights=weights.to(device).repeat(num, 1),
+            position_ids=get_vision_position_ids(grid[None], merge).to(device).repeat(num, 1),
+            cu_seqlens=torch.tensor([0, num * num_patches], dtype=torch.int32), num_patches=num_patches,
+        )  # fmt: skip
+        features, *deep = (
+            level.split(num_patches // merge**2) for level in (found.pooler_output, *found.deepstack_features)
+        )
+        return [Picture(grid=grid, features=features[i], deep=tuple(level[i] for level in deep)) for i in range(num)]
 
 
 def _key(image: Tensor) -> bytes:
@@ -268,10 +283,15 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool) ->
 
 
 def _attend_picture(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **options: Any
-) -> tuple[Tensor, None]:
-    """Attention among a picture's patches, as transformers asks for it: (1, n, H, d)."""
-    return _attention(query, key, value, is_causal=False).transpose(1, 2), None
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, num_patches: int = 0,
+    **options: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """Attention within each picture of (1, H, n, d), `num_patches` each or all of one, as transformers asks for it: (1,
+    n, H, d).
+    """
+    num = num_patches or query.shape[2]
+    apart = (part[0].unflatten(1, (-1, num)).transpose(0, 1) for part in (query, key, value))  # (P, H, num, d)
+    return _attention(*apart, is_causal=False).transpose(1, 2).flatten(0, 1)[None], None
 
 
 def _forward(model: Any, prompts: Sequence[Prompt], attend: Attend) -> Tensor:
