@@ -157,8 +157,9 @@ def _tasks() -> dict[str, Callable[[], str]]:
     from mteditflow.distributed import Ranks
     from mteditflow.objective import build_objective
     from mteditflow.policy import build_policy
+    from mteditflow.policy.optimizer import build_optimizer
     from mteditflow.rollout import sample_rollout
-    from mteditflow.update import build_optimizer, update
+    from mteditflow.update import update
 
     use_backend("reference")
     warnings.filterwarnings("ignore", category=FutureWarning)

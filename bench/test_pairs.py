@@ -14,10 +14,12 @@ from torch import Tensor
 from mteditflow.config import Config, ObjectiveConfig
 from mteditflow.noise import Place
 from mteditflow.policy import Policy
+from mteditflow.policy.cuda_graph import by_graph
+from mteditflow.policy.optimizer import build_optimizer
 from mteditflow.profile.command import Case, build_case
-from mteditflow.rollout import denoise, denoise_by_graph, sample_rollout
+from mteditflow.rollout import denoise, sample_rollout
 from mteditflow.types import Rollout
-from mteditflow.update import build_optimizer, update
+from mteditflow.update import update
 
 Settings = Mapping[str, Mapping[str, Any]]  # by section of the config
 
@@ -118,5 +120,5 @@ def test_denoising_has_no_sync() -> None:
     is_cuda = torch.cuda.is_available()
     case = build_case(TRUE if is_cuda else SMALL)
     rollout = sample_rollout(case.policy, case.objective, case.tasks, case.config, 0)
-    for run in (denoise, *([denoise_by_graph] if is_cuda else [])):
+    for run in (denoise, *([by_graph(denoise)] if is_cuda else [])):
         denoise_without_sync(case.policy, rollout, run)

@@ -1,12 +1,10 @@
-"""What stops a run: a ratio that is not 1, scores that are not there, an adapter that reaches nothing."""
-
-from collections import Counter
+"""What stops a run: a ratio that is not 1, an adapter that reaches nothing; and scores that are not there (reward)."""
 
 import torch
 
 from mteditflow.config import Config
 from mteditflow.policy import Policy
-from mteditflow.types import FAULTS, Rollout, Scores
+from mteditflow.types import Rollout
 
 MAX_INVALID_SHARE = 0.5  # of trajectories, or of held-out sessions, that may be without a score
 
@@ -23,26 +21,6 @@ def check_ratio(error: float, config: Config) -> None:
             f"{config.run.max_ratio_error:g}: rollout.microbatch_size ({config.rollout.microbatch_size}) and "
             f"optimizer.microbatch_size ({config.optimizer.microbatch_size}) must be equal, or the limit higher"
         )
-
-
-def check_scores(scores: Scores, config: Config) -> None:
-    """Stop where too many trajectories could not be scored: a run on the few that are left learns little."""
-    share = 1 - scores.valid.float().mean().item()
-    if share > MAX_INVALID_SHARE:
-        raise GuardError(
-            f"{share:.0%} of the trajectories could not be scored, more than {MAX_INVALID_SHARE:.0%}: look at the "
-            f"reward, judge {config.reward.judge!r}{_reasons(scores)}"
-        )
-
-
-def _reasons(scores: Scores) -> str:
-    """What a judge's faults were, and the last of its words that gave no score, in brackets."""
-    if scores.faults is None:
-        return ""
-    counts = Counter(FAULTS[fault] for fault in scores.faults.tolist() if fault)
-    said = [word for word, valid in zip(scores.words, scores.valid.tolist(), strict=False) if word and not valid]
-    quoted = f"; the last answer without a score ends {' '.join(said[-1].split())[-120:]!r}" if said else ""
-    return f" ({', '.join(f'{name} {count}' for name, count in counts.most_common())}{quoted})"
 
 
 @torch.no_grad()

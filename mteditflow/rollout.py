@@ -8,8 +8,8 @@ update has to be exactly 1.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from weakref import WeakKeyDictionary
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from mteditflow_kernels import counter_normal, sde_step
@@ -21,7 +21,7 @@ from mteditflow.noise import NoiseSource, Place, row_keys
 from mteditflow.objective import Objective
 from mteditflow.pictures import round_to_8_bit
 from mteditflow.policy import Policy
-from mteditflow.policy.cuda_graph import Graphs, is_captured
+from mteditflow.policy.cuda_graph import by_graph, is_captured
 from mteditflow.policy.encoding import rows_at_a_time
 from mteditflow.record.clock import phase, traced
 from mteditflow.types import Condition, EditTask, Rollout, Turn
@@ -48,38 +48,6 @@ def denoise(
     return torch.stack(path), torch.stack(log_probs)
 
 
-_GRAPHS: WeakKeyDictionary[Policy, Graphs] = WeakKeyDictionary()
-
-
-@phase("denoise")
-def denoise_by_graph(
-    policy: Policy, condition: Condition, latents: Tensor, schedule: Schedule, keys: Keys
-) -> tuple[Tensor, Tensor]:
-    """Replay `denoise` as one CUDA graph for each selected adapter, choice of noisy steps, and shapes.
-
-    Optimizer, `copy` and `load` write the adapter's weights in place: a graph sees new ones.
-    """
-    if policy not in _GRAPHS:
-        _GRAPHS[policy] = Graphs()
-    names, is_noisy = tuple(condition.text), tuple(key is not None for key in keys)
-
-    def run(inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        text = dict(zip(names, inputs, strict=False))
-        image, latents, sigmas, table, *noisy_keys = inputs[len(names) :]
-        remaining = iter(noisy_keys)
-        replayed = Schedule(
-            sigmas=sigmas, table=table, corrections=schedule.corrections, is_noisy=is_noisy, trained_steps=()
-        )
-        rows = Condition(text=text, image=image, cfg_scale=condition.cfg_scale)
-        return denoise(policy, rows, latents, replayed, [next(remaining) if noisy else None for noisy in is_noisy])
-
-    inputs = [*condition.text.values(), condition.image, latents, schedule.sigmas, schedule.table]
-    inputs += [key for key in keys if key is not None]
-    signature = (policy.adapters.selected, condition.cfg_scale, names, is_noisy, schedule.corrections)
-    path, log_prob = _GRAPHS[policy](run, inputs, signature)
-    return path, log_prob
-
-
 def chunks(condition: Condition, noise: Tensor, keys: Keys, size: int) -> Iterator[tuple[Condition, Tensor, Keys]]:
     """Cut N rows into what goes through the model together: `size` at a time, and what is left."""
     for rows in torch.arange(len(noise), device=noise.device).split(size):
@@ -94,8 +62,8 @@ def cut_waves(num_rows: int, config: RolloutConfig) -> list[Tensor]:
 
 
 class Sampler:
-    """K turns of every trajectory of some tasks, of any rows at a time: what they start from is encoded once, and noise
-    is counted, so a row is the same to the bit in every wave of whole microbatches.
+    """K turns of the trajectories of some tasks, any at a time: what they start from is encoded once, and noise is
+    counted, so that a row is the same to the bit in every wave of whole microbatches.
     """
 
     def __init__(
@@ -149,7 +117,7 @@ class Sampler:
                 for step, is_noisy in enumerate(schedule.is_noisy)
             ]
             is_by_graph = is_captured(policy, min(config.microbatch_size, len(start)), condition, config.cuda_graph)
-            run = denoise_by_graph if is_by_graph else denoise
+            run = by_graph(denoise) if is_by_graph else denoise
             parts = [
                 run(policy, chunk, latents, schedule, chunk_keys)
                 for chunk, latents, chunk_keys in chunks(condition, start, step_keys, config.microbatch_size)
@@ -199,9 +167,9 @@ def sample_waves(
     """Roll out a training iteration wave by wave, group after group, under the old policy and on the steps of the
     objective.
     """
-    schedule = objective.schedule(policy.sigmas(config.rollout.num_steps), iteration)
     sampler = Sampler(
-        policy, tasks, schedule, NoiseSource(seed=config.run.seed, step=iteration), config.rollout,
+        policy, tasks, objective.schedule(policy.sigmas(config.rollout.num_steps), iteration),
+        NoiseSource(seed=config.run.seed, step=iteration), config.rollout,
         num_turns=config.data.num_turns, group_size=config.rollout.group_size,
         cfg_scale=config.model.cfg_scale if config.rollout.is_guided else 1.0,
     )  # fmt: skip
@@ -211,33 +179,9 @@ def sample_waves(
         yield wave
 
 
-def join(waves: Iterable[Rollout]) -> Rollout:
-    """One rollout of all waves."""
-    first, *others = waves = list(waves)
-    if not others:
-        return first
-    turns = [
-        Turn(
-            condition=Condition(
-                text={name: torch.cat([turn.condition.text[name] for turn in parts]) for name in text},
-                image=torch.cat([turn.condition.image for turn in parts]),
-                cfg_scale=parts[0].condition.cfg_scale,
-            ),
-            latents=torch.cat([turn.latents for turn in parts], dim=1),
-            old_log_prob=torch.cat([turn.old_log_prob for turn in parts], dim=1),
-            image=torch.cat([turn.image for turn in parts]),
-        )
-        for parts in zip(*(wave.turns for wave in waves), strict=True)
-        for text in [parts[0].condition.text]
-    ]
-    group, member = (torch.cat([getattr(wave, name) for wave in waves]) for name in ("group", "member"))
-    return Rollout(
-        tasks=first.tasks, turns=turns, group=group, member=member, schedule=first.schedule, noise=first.noise
-    )
-
-
 def sample_rollout(
     policy: Policy, objective: Objective, tasks: list[EditTask], config: Config, iteration: int
 ) -> Rollout:
-    """The whole rollout of a training iteration."""
-    return join(sample_waves(policy, objective, tasks, config, iteration))
+    """A training iteration in one wave."""
+    whole = replace(config.rollout, wave_size=len(tasks) * config.rollout.group_size)
+    return next(sample_waves(policy, objective, tasks, replace(config, rollout=whole), iteration))

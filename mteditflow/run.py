@@ -29,6 +29,7 @@ from mteditflow.export.weights import save_result
 from mteditflow.objective import Objective
 from mteditflow.plan.compiling import SAID, choose_compile, settle
 from mteditflow.policy import build_policy
+from mteditflow.policy.optimizer import build_optimizer
 from mteditflow.policy.pipelines import is_slow_in_bfloat16
 from mteditflow.profile.account import Account, step_seconds
 from mteditflow.record import alarms, checkpoint
@@ -40,7 +41,6 @@ from mteditflow.report.strips import save_strips
 from mteditflow.reward import build_reward, check_judge
 from mteditflow.reward.overlap import Overlap, efficiency
 from mteditflow.transformer.compiled import count_graphs
-from mteditflow.update import build_optimizer
 
 
 class Run:

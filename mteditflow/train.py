@@ -26,13 +26,14 @@ from mteditflow.data import training_tasks
 from mteditflow.distributed import Ranks
 from mteditflow.guards import check_adapter
 from mteditflow.objective import build_objective
+from mteditflow.policy.optimizer import set_learning_rate
 from mteditflow.record.alarms import rollout_figures
 from mteditflow.record.clock import traced
 from mteditflow.record.metrics import score_figures
 from mteditflow.reward import Judged
-from mteditflow.rollout import join, sample_waves
+from mteditflow.rollout import sample_waves
 from mteditflow.run import Run
-from mteditflow.update import set_learning_rate, update
+from mteditflow.update import update
 
 
 def train(config: Config, ranks: Ranks) -> None:
@@ -44,7 +45,7 @@ def train(config: Config, ranks: Ranks) -> None:
         for iteration in traced("iteration", range(run.first_iteration, config.run.num_iterations)):
             # 1. Roll out K turns on the model's own output, wave by wave; a wave is scored while the next is made.
             tasks = training_tasks(config, iteration, ranks)
-            rollout = join(judge.watch(sample_waves(policy, objective, tasks, config, iteration)))
+            rollout = judge.gather(sample_waves(policy, objective, tasks, config, iteration))
 
             # 2. Give every trajectory one advantage relative to its group, as soon as the group is scored.
             judged = Judged(judge.scores(), rollout.group, config, ranks)

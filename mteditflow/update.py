@@ -3,8 +3,7 @@
 A microbatch is rows of the rollout at one draw of one turn, as many as a chunk of the rollout has, so that the forward
 pass that is trained on has the geometry of the one that sampled it. Rows of advantage 0 (groups without spread,
 trajectories without a score) carry no gradient: they are left out, and the microbatches filled up with others. The loss
-is normalised by the count of all transitions of all ranks, so leaving them out changes nothing. Groups are trained on
-in their order, the first while the last are still being scored.
+is normalised by the count of all transitions of all ranks, so leaving them out changes nothing.
 """
 
 import math
@@ -22,32 +21,10 @@ from mteditflow.record.clock import phase
 from mteditflow.types import Microbatch, Rollout
 
 
-def build_optimizer(policy: Policy, config: Config) -> torch.optim.AdamW:
-    """AdamW on the trained weights."""
-    parameters = [parameter for _, parameter in policy.adapters.trainable]
-    o = config.optimizer
-    return torch.optim.AdamW(parameters, lr=o.learning_rate, eps=o.epsilon, weight_decay=o.weight_decay)
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, config: Config, iteration: int) -> None:
-    """Give the optimizer the learning rate of an iteration."""
-    for parameters in optimizer.param_groups:
-        parameters["lr"] = learning_rate(config, iteration)
-
-
-def learning_rate(config: Config, iteration: int) -> float:
-    """The learning rate of an iteration: constant, or falling linearly to 0 at the end of the run."""
-    optimizer, end = config.optimizer, config.run.num_iterations
-    share = (end - iteration) / end if optimizer.schedule == "linear" else 1.0
-    return optimizer.learning_rate * share
-
-
 class Microbatches:
-    """Cuts the rows of a rollout into what goes through the model together, as their advantages become known.
-
-    Rows of advantage 0 are left out. A microbatch is as large as a chunk of the rollout; what is left of N after whole
-    chunks has one of its own size, as there. Repetitions of a wanted row, of weight 0, make the last one whole: rows
-    without a score may hold NaN. The order is that of groups, whenever and however many at once they come.
+    """Cuts the rows of a rollout, as their advantages become known, in the order of groups however they come. What is
+    left of N after whole microbatches has one of its own size, as in the rollout. Repetitions of a wanted row, of
+    weight 0, make the last one whole: rows without a score may hold NaN.
     """
 
     def __init__(self, rollout: Rollout, objective: Objective, config: Config, num_ranks: int = 1) -> None:

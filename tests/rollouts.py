@@ -9,15 +9,15 @@ from mteditflow.flow import make_schedule
 from mteditflow.noise import NoiseSource
 from mteditflow.types import Condition, EditTask, Rollout, Scores, Turn
 
-NOTHING = Condition(text={}, image=torch.zeros(0))
-
 
 def rollout_of(
     tasks: list[EditTask], pictures: Tensor, noise: NoiseSource | None = None, group: Tensor | None = None
 ) -> Rollout:
     """Of pictures (K, N, 3, H, W), N / P of each task in order, or those of `group` (N,)."""
+    nothing = torch.zeros(pictures.shape[1], 1, 1)
+    condition = Condition(text={}, image=nothing)
     turns = [
-        Turn(condition=NOTHING, latents=torch.zeros(0), old_log_prob=torch.zeros(0), image=picture)
+        Turn(condition=condition, latents=nothing[None], old_log_prob=nothing[None, :, 0], image=picture)
         for picture in pictures
     ]
     num_rows = pictures.shape[1]

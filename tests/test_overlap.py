@@ -23,9 +23,9 @@ from mteditflow.objective import build_objective
 from mteditflow.policy import Policy, build_policy
 from mteditflow.profile.command import build_case
 from mteditflow.profile.overlap import compare, hidden_share, table
-from mteditflow.reward import Judged, Rewards
-from mteditflow.reward.overlap import Busy, Overlap, efficiency
-from mteditflow.rollout import cut_waves, join, sample_rollout, sample_waves
+from mteditflow.reward import Judged, Rewards, cut_scores
+from mteditflow.reward.overlap import Busy, Overlap, efficiency, join
+from mteditflow.rollout import cut_waves, sample_rollout, sample_waves
 from mteditflow.types import EditTask, Rollout, Score, Scores
 
 CPU = torch.device("cpu")
@@ -106,7 +106,7 @@ def test_a_row_is_the_same_in_every_wave(
 def test_scores_come_in_the_order_of_the_waves(overlap: Any, is_remote: bool) -> None:
     judge, waves = Judge(is_remote, most_s=0.03), [wave_of(2, first) for first in range(0, 12, 2)]
     with Overlap(rewards_of(judge), RewardConfig(overlap=overlap), CPU) as beside:
-        assert list(beside.watch(waves)) == waves
+        assert torch.equal(beside.gather(waves).member, torch.arange(12))
         scores = list(beside.scores())
         again = beside(waves[1])
     found = torch.cat([score.instruction[:, 0] for score in [*scores, again]])
@@ -149,8 +149,7 @@ def test_a_judge_that_falls_over_is_heard_within_the_wave(overlap: Any, is_remot
         pytest.raises(ValueError, match="the judge fell over"),
         Overlap(rewards_of(judge), RewardConfig(overlap=overlap), CPU) as beside,
     ):
-        for _ in beside.watch(waves()):
-            pass
+        beside.gather(waves())
     assert num_made <= 3 and threading.active_count() == before
 
 
@@ -185,7 +184,7 @@ def random_scores(num_rows: int) -> Scores:
 def cut(scores: Scores, sizes: list[int]) -> Iterator[Scores]:
     start = 0
     for size in sizes:
-        yield scores.rows(slice(start, start + size))
+        yield cut_scores(scores, slice(start, start + size))
         start += size
 
 

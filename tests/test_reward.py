@@ -11,12 +11,12 @@ from mteditflow.advantage import advantages
 from mteditflow.config import AdvantageConfig, Config, DataConfig, RewardConfig
 from mteditflow.data import training_tasks
 from mteditflow.distributed import Ranks
-from mteditflow.guards import GuardError, check_scores
+from mteditflow.guards import GuardError
 from mteditflow.objective import build_objective
 from mteditflow.policy import build_policy
 from mteditflow.record.alarms import rollout_figures
 from mteditflow.record.metrics import score_figures
-from mteditflow.reward import build_reward, check_judge
+from mteditflow.reward import build_reward, check_judge, check_scores
 from mteditflow.reward.dino import DinoConsistency
 from mteditflow.rollout import sample_rollout
 from mteditflow.types import Scores

@@ -33,8 +33,9 @@ from mteditflow.objective import build_objective
 from mteditflow.objective.grpo import transitions
 from mteditflow.objective.nft import noised
 from mteditflow.policy import Policy
+from mteditflow.policy.optimizer import learning_rate
 from mteditflow.types import Rollout
-from mteditflow.update import Microbatches, learning_rate, update
+from mteditflow.update import Microbatches, update
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mteditflow.config import AdvantageConfig, Config, DataConfig, RewardConfig
-from mteditflow.guards import GuardError, check_scores
+from mteditflow.guards import GuardError
 from mteditflow.noise import NoiseSource
-from mteditflow.reward import Rewards, build_reward
+from mteditflow.reward import Rewards, build_reward, check_scores
 from mteditflow.reward.vlm import DIRECT, THINKING, Answer, Question, VlmJudge, answer_of, read_answer, to_judge_size
 from mteditflow.reward.vlm_local import CountedSampling, LocalVlm
 from mteditflow.types import FAULTS, EditTask

@@ -6,11 +6,14 @@ values, and weights may change in place only.
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from mteditflow.flow import Schedule
 from mteditflow.policy import Policy
+from mteditflow.record.clock import phase
 from mteditflow.types import Condition
 
 # The embedded editor's forward pass runs 545 ops that are no view for its 62 linears, LoRA included (457 without it).
@@ -62,6 +65,44 @@ class Graphs:
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             outputs = function(inputs)
         return Captured(graph=graph, inputs=inputs, outputs=outputs)
+
+
+Denoise = Callable[[Policy, Condition, Tensor, Schedule, Sequence[Tensor | None]], tuple[Tensor, Tensor]]
+"""policy, condition, latents, schedule, and per step the noise keys of its rows or None: latents and log-prob."""
+_GRAPHS: WeakKeyDictionary[Policy, Graphs] = WeakKeyDictionary()
+
+
+def by_graph(denoise: Denoise) -> Denoise:
+    """`denoise` as one CUDA graph for each policy, selected adapter, choice of noisy steps, and shapes.
+
+    Optimizer, `copy` and `load` write the adapter's weights in place: a graph sees new ones.
+    """
+
+    @phase("denoise")
+    def replay(
+        policy: Policy, condition: Condition, latents: Tensor, schedule: Schedule, keys: Sequence[Tensor | None]
+    ) -> tuple[Tensor, Tensor]:
+        names, is_noisy = tuple(condition.text), tuple(key is not None for key in keys)
+
+        def run(inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+            text = dict(zip(names, inputs, strict=False))
+            image, latents, sigmas, table, *noisy_keys = inputs[len(names) :]
+            remaining = iter(noisy_keys)
+            replayed = Schedule(
+                sigmas=sigmas, table=table, corrections=schedule.corrections, is_noisy=is_noisy, trained_steps=()
+            )
+            rows = Condition(text=text, image=image, cfg_scale=condition.cfg_scale)
+            return denoise(policy, rows, latents, replayed, [next(remaining) if noisy else None for noisy in is_noisy])
+
+        inputs = [*condition.text.values(), condition.image, latents, schedule.sigmas, schedule.table]
+        inputs += [key for key in keys if key is not None]
+        signature = (policy.adapters.selected, condition.cfg_scale, names, is_noisy, schedule.corrections)
+        if policy not in _GRAPHS:
+            _GRAPHS[policy] = Graphs()
+        path, log_prob = _GRAPHS[policy](run, inputs, signature)
+        return path, log_prob
+
+    return replay
 
 
 def is_launch_bound(transformer: nn.Module, num_tokens: int, dtype: torch.dtype) -> bool:

@@ -19,7 +19,7 @@ from mteditflow.config import Config
 from mteditflow.profile.command import Case, alternate_signs, build_case
 from mteditflow.reward import Judged, Rewards, build_reward
 from mteditflow.reward.overlap import Overlap, can_be_green
-from mteditflow.rollout import join, sample_waves
+from mteditflow.rollout import sample_waves
 from mteditflow.update import update
 
 NUM_ROUNDS = 3
@@ -30,7 +30,7 @@ def run_once(case: Case, judge: Overlap) -> dict[str, float]:
     """An iteration: its seconds in all, those of the judge, and those that were waited for it."""
     optimizer = torch.optim.AdamW([weight for _, weight in case.policy.adapters.trainable], lr=1e-9)
     start = time.perf_counter()
-    made = join(judge.watch(sample_waves(case.policy, case.objective, case.tasks, case.config, 0)))
+    made = judge.gather(sample_waves(case.policy, case.objective, case.tasks, case.config, 0))
     judged = Judged(judge.scores(), made.group, case.config, case.ranks)
 
     def praised() -> Iterator[Tensor]:

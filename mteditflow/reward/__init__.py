@@ -5,6 +5,7 @@ and further rewards (`reward.also`) go with any of them. A reward is called with
 of a rollout, and its score of one does not depend on the others.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -16,11 +17,11 @@ from mteditflow.advantage import advantages
 from mteditflow.config import EMBEDDED, Config
 from mteditflow.config.reward import RewardConfig
 from mteditflow.distributed import Ranks, local_device
-from mteditflow.guards import check_scores
+from mteditflow.guards import MAX_INVALID_SHARE, GuardError
 from mteditflow.reward.exact import ExactConsistency, ExactInstruction
 from mteditflow.reward.simulated import SimulatedJudge
 from mteditflow.reward.user_function import build_also
-from mteditflow.types import Rollout, Score, Scores
+from mteditflow.types import FAULTS, Rollout, Score, Scores
 
 INSTRUCTION, CONSISTENCY = "instruction", "consistency"
 
@@ -125,6 +126,26 @@ def check_judge(config: Config) -> None:
             )
 
 
+def check_scores(scores: Scores, config: Config) -> None:
+    """Stop where too many trajectories could not be scored: a run on the few that are left learns little."""
+    share = 1 - scores.valid.float().mean().item()
+    if share > MAX_INVALID_SHARE:
+        raise GuardError(
+            f"{share:.0%} of the trajectories could not be scored, more than {MAX_INVALID_SHARE:.0%}: look at the "
+            f"reward, judge {config.reward.judge!r}{_reasons(scores)}"
+        )
+
+
+def _reasons(scores: Scores) -> str:
+    """What a judge's faults were, and the last of its words that gave no score, in brackets."""
+    if scores.faults is None:
+        return ""
+    counts = Counter(FAULTS[fault] for fault in scores.faults.tolist() if fault)
+    said = [word for word, valid in zip(scores.words, scores.valid.tolist(), strict=False) if word and not valid]
+    quoted = f"; the last answer without a score ends {' '.join(said[-1].split())[-120:]!r}" if said else ""
+    return f" ({', '.join(f'{name} {count}' for name, count in counts.most_common())}{quoted})"
+
+
 class Judged:
     """What the trajectories of an iteration are worth, group after group as their scores come in.
 
@@ -153,7 +174,7 @@ class Judged:
                 rows = slice(num_yielded, num_yielded + sizes.pop(0))
                 num_yielded = rows.stop
                 one = torch.zeros(rows.stop - rows.start, dtype=torch.int64)
-                yield advantages(so_far.rows(rows), one, self._config.advantage)
+                yield advantages(cut_scores(so_far, rows), one, self._config.advantage)
         self.scores, self.group = gather_scores(join_scores(waves), self._group, self._ranks)
         check_scores(self.scores, self._config)
         self.advantages = advantages(self.scores, self.group, self._config.advantage)
@@ -175,6 +196,14 @@ def join_scores(waves: Sequence[Scores]) -> Scores:
         words=tuple(word for wave in waves for word in wave.words), faults=joined("faults"),
         off_mass=joined("off_mass"),
     )  # fmt: skip
+
+
+def cut_scores(scores: Scores, rows: slice) -> Scores:
+    """The scores of some trajectories."""
+    tensors = {name: getattr(scores, name) for name in ("truth", "faults", "off_mass")}
+    cut = {name: value if value is None else value[rows] for name, value in tensors.items()}
+    rewards = {name: values[rows] for name, values in scores.rewards.items()}
+    return Scores(rewards=rewards, weights=scores.weights, valid=scores.valid[rows], words=scores.words[rows], **cut)
 
 
 def gather_scores(scores: Scores, group: Tensor, ranks: Ranks) -> tuple[Scores, Tensor]:

@@ -25,7 +25,7 @@ import torch
 from mteditflow.config.reward import RewardConfig
 from mteditflow.record.clock import phase
 from mteditflow.reward import Reward, Rewards
-from mteditflow.types import Rollout, Score, Scores
+from mteditflow.types import Condition, Rollout, Score, Scores, Turn
 
 PRIORITY = -1
 NUM_REMOTE = 64  # waves on their way to a server at most; `reward.num_parallel` bounds the questions
@@ -66,12 +66,14 @@ class Overlap:
         self.read()  # no part of an iteration
         return scores
 
-    def watch(self, waves: Iterable[Rollout]) -> Iterator[Rollout]:
-        """Hand in every wave that passes. What a judge raised is raised here, within the wave at work."""
+    def gather(self, waves: Iterable[Rollout]) -> Rollout:
+        """Hand in every wave as it is made, and join them. What a judge raises is raised here, within a wave."""
+        made = []
         for wave in waves:
-            self.submit(wave)
-            yield wave
             self._raise_early()
+            self.submit(wave)
+            made.append(wave)
+        return join(made)
 
     def submit(self, wave: Rollout) -> None:
         """Have a wave scored: at once, or by the workers."""
@@ -122,6 +124,31 @@ class Overlap:
             for future in job.values():
                 if future.done():
                     future.result()
+
+
+def join(waves: Iterable[Rollout]) -> Rollout:
+    """One rollout of all waves."""
+    first, *others = waves = list(waves)
+    if not others:
+        return first
+    turns = [
+        Turn(
+            condition=Condition(
+                text={name: torch.cat([turn.condition.text[name] for turn in parts]) for name in text},
+                image=torch.cat([turn.condition.image for turn in parts]),
+                cfg_scale=parts[0].condition.cfg_scale,
+            ),
+            latents=torch.cat([turn.latents for turn in parts], dim=1),
+            old_log_prob=torch.cat([turn.old_log_prob for turn in parts], dim=1),
+            image=torch.cat([turn.image for turn in parts]),
+        )
+        for parts in zip(*(wave.turns for wave in waves), strict=True)
+        for text in [parts[0].condition.text]
+    ]
+    group, member = (torch.cat([getattr(wave, name) for wave in waves]) for name in ("group", "member"))
+    return Rollout(
+        tasks=first.tasks, turns=turns, group=group, member=member, schedule=first.schedule, noise=first.noise
+    )
 
 
 def efficiency(read: dict[str, float], step_s: float) -> float:
