@@ -64,7 +64,7 @@ def train(config: Config, ranks: Ranks) -> None:
                 check_adapter(policy, rollout, config)
                 is_adapter_checked = True
             figures |= score_figures(scores, advantage, group, config.advantage) | rollout_figures(rollout, scores)
-            run.record(iteration, figures)
+            run.record(iteration, figures, rollout, scores)
             if run.is_stopping:
                 return
         run.finish()

@@ -29,7 +29,9 @@ from mteditflow.record.files import is_disk_full, read_json, replace_file, write
 VERSION = 1
 MANIFEST = "checkpoint.json"
 NUM_KEPT = 2  # newest checkpoints: one to fall back on where the last is damaged
-MAY_CHANGE = {"run.num_iterations", "run.save_every", "run.folder", "run.max_ratio_error", "rollout.cuda_graph"}
+MAY_CHANGE = {
+    "run.num_iterations", "run.save_every", "run.folder", "run.max_ratio_error", "run.num_judged", "rollout.cuda_graph",
+}  # fmt: skip
 """Fields that a resumed run may change, with all of `evaluation`; the others change the numbers that
 follow."""
 
