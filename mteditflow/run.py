@@ -1,7 +1,7 @@
 """A run is a folder: what is written there, and how a killed run goes on as if it had not been.
 
-config.yaml  metrics.jsonl  tensorboard/  strips/  checkpoints/  evaluation_before|after.json  comparison.json
-judge/  lora/ (or weights/, of full fine-tuning)  report.html
+config.yaml  rubric.txt (of reward.rubric)  metrics.jsonl  tensorboard/  strips/  judge/  checkpoints/
+evaluation_before|after.json  comparison.json  lora/ (or weights/, of full fine-tuning)  report.html
 """
 
 import os
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mteditflow.config import Config
 from mteditflow.config.cli import to_yaml
+from mteditflow.config.rubric import read_rubric
 from mteditflow.data import check_data, held_out_tasks, training_tasks
 from mteditflow.distributed import Ranks
 from mteditflow.evaluate.comparison_page import final_table
@@ -82,6 +83,9 @@ class Run:
         stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, self._on_sigterm))
         with_choice, compile_line = choose_compile(config, self.ranks.device.type)
         saved = checkpoint.load_latest(self.folder, config, lambda line: print(line, file=sys.stderr))
+        if self.ranks.is_main:
+            rubric = read_rubric(config.reward.rubric) if config.reward.rubric else ""
+            checkpoint.keep_rubric(self.folder, rubric, is_resumed=saved is not None)
         is_probed = self.ranks.is_main and saved is None and config.model.quantised is not None
         self.policy = build_policy(
             with_choice.model, config.lora, config.run.seed, has_old=self.objective.has_old, keeps_originals=is_probed

@@ -16,9 +16,10 @@ TAG = re.compile(r"<\s*/?\s*(\w*(?:score|grade|rating)\w*|turn\w*\d\w*)\s*>", re
 """What looks like a tag of an answer."""
 BETWEEN = re.compile(r"<(Turn\d+Score)>(.*?)</(Turn\d+Score)>", re.DOTALL)
 SCALE = re.compile(
-    r"(?:scor|rate\b|rating|scale|grade|points)[^.\n]{0,60}?(?<!turn )(?<!turns )\b(\d+)\s*(?:to|through|-|–)\s*(\d+)",
+    r"(?:scor|rate\b|rating|scale|grade|points)[^.\n]{0,60}?(?<!turn )(?<!turns )\b(\d+)\s*(?:to|through|[-\u2013])\s*(\d+)",
     re.IGNORECASE,
 )
+SHORTER = f"must have at most {MAX_CHARACTERS} characters, since pictures stand beside it"
 COPY = "copy what `mteditflow judge rubric` prints, and change that"
 
 
@@ -32,7 +33,9 @@ def read_rubric(path: str) -> str:
     try:
         text = Path(path).expanduser().read_bytes().decode("utf-8-sig").replace("\r\n", "\n").strip()
     except OSError as error:
-        raise _refuse(path, f"cannot be read ({error.strerror}): give the path of a text file, or leave it out") from None
+        raise _refuse(
+            path, f"cannot be read ({error.strerror}): give the path of a text file, or leave it out"
+        ) from None
     except UnicodeDecodeError as error:
         raise _refuse(path, f"is no text in UTF-8 (byte {error.start}): save it as UTF-8") from None
     if "\0" in text:
@@ -40,7 +43,7 @@ def read_rubric(path: str) -> str:
     if not text:
         raise _refuse(path, f"is empty: {COPY}, or leave the field out")
     if len(text) > MAX_CHARACTERS:
-        raise _refuse(path, f"has {len(text)} characters: must have at most {MAX_CHARACTERS}, beside the pictures")
+        raise _refuse(path, f"has {len(text)} characters: {SHORTER}")
     if not all(re.search(rf"(?<![\w.]){score}(?!\w|\.\d)", text) for score in (1, 5)):
         raise _refuse(path, f"does not name the scale: must say what scores of 1 and of 5 mean; {COPY}")
     if FORM not in text and not TAG.search(text):
@@ -61,14 +64,18 @@ def check_rubric(config: Config) -> None:
         if first != last or not {*re.findall(r"\d+(?:\.\d+)?", values)} <= {*"12345"}:
             raise _refuse(path, f"has {f'<{first}>{values}</{last}>'!r}: must be <{first}>X</{first}>, X from 1 to 5")
     if "<Thought>" in text and config.reward.readout != "thinking":
-        raise _refuse(path, f"asks for a <Thought>, reward.readout is {config.reward.readout!r}: must not, or 'thinking'")
+        raise _refuse(
+            path, f"asks for a <Thought>, reward.readout is {config.reward.readout!r}: must not, or 'thinking'"
+        )
     found = {match[1] for match in TAG.finditer(text)}
     for num_turns in sorted({config.data.num_turns, config.num_held_out_turns}):
         tags = {f"Turn{turn}Score" for turn in range(1, num_turns + 1)}
         wrong = sorted(found - tags) or ([] if FORM in text else sorted(tags - found))
         if wrong:
             problem = "has the tag" if wrong[0] in found else "lacks the tag"
-            whole = f"sessions of {num_turns} turn{'' if num_turns == 1 else 's'} have Turn1Score to Turn{num_turns}Score"
+            whole = (
+                f"sessions of {num_turns} turn{'' if num_turns == 1 else 's'} have Turn1Score to Turn{num_turns}Score"
+            )
             raise _refuse(path, f"{problem} <{wrong[0]}>, and {whole}: write {FORM} in place of the tags")
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mteditflow.config import EMBEDDED, Config
 from mteditflow.config.reward import RewardConfig
+from mteditflow.config.rubric import check_rubric
 from mteditflow.data import training_tasks
 from mteditflow.distributed import Ranks, local_device
 from mteditflow.reward.exact import ExactConsistency, ExactInstruction
@@ -51,10 +52,11 @@ class Rewards:
 def build_reward(config: Config) -> Rewards:
     """The rewards that `config` names; models on this process's GPU or else the CPU.
 
-    ValueError, one line: a model, a server or a function that is not there.
+    ValueError, one line: a model, a server or a function that is not there, a rubric that cannot be used.
     """
     # Models are imported where they are wanted: a run on the embedded world needs neither transformers' Auto classes
     # nor the extra 'judge'.
+    check_rubric(config)
     device = local_device()
     rewards: dict[str, Reward] = {INSTRUCTION: _build_judge(config.reward, device)}
     match config.reward.consistency_measure:
@@ -121,6 +123,9 @@ def gather_scores(scores: Scores, group: Tensor, ranks: Ranks) -> tuple[Scores, 
         weights=scores.weights,
         valid=ranks.gather(scores.valid),
         truth=None if scores.truth is None else ranks.gather(scores.truth),
+        words=scores.words,
+        faults=None if scores.faults is None else ranks.gather(scores.faults),
+        off_mass=None if scores.off_mass is None else ranks.gather(scores.off_mass),
     )
     rank = torch.arange(ranks.world_size * num_rows, device=group.device) // num_rows
     return gathered, ranks.gather(group) + rank * num_groups
