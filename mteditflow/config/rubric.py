@@ -16,7 +16,8 @@ TAG = re.compile(r"<\s*/?\s*(\w*(?:score|grade|rating)\w*|turn\w*\d\w*)\s*>", re
 """What looks like a tag of an answer."""
 BETWEEN = re.compile(r"<(Turn\d+Score)>(.*?)</(Turn\d+Score)>", re.DOTALL)
 SCALE = re.compile(
-    r"(?:scor|rate\b|rating|scale|grade|points)[^.\n]{0,60}?(?<!turn )(?<!turns )\b(\d+)\s*(?:to|through|[-\u2013])\s*(\d+)",
+    r"(?:scor|rate\b|rating|scale|grade|points)[^.\n]{0,60}?(?<!turn )(?<!turns )\b"
+    r"(\d+)\s*(?:to|through|[-\u2013])\s*(\d+)",
     re.IGNORECASE,
 )
 SHORTER = f"must have at most {MAX_CHARACTERS} characters, since pictures stand beside it"
@@ -30,12 +31,15 @@ def form_of(num_turns: int) -> str:
 
 def read_rubric(path: str) -> str:
     """Read the text of a rubric file. ValueError, one line: it is no text, empty, too long, without scale or form."""
+    file = Path(path)
+    if not file.is_file():
+        raise _refuse(path, "is no file: give the path of a text file, or leave the field out")
+    if file.stat().st_size > 4 * MAX_CHARACTERS:  # bytes of the longest text
+        raise _refuse(path, f"has {file.stat().st_size} bytes: {SHORTER}")
     try:
-        text = Path(path).expanduser().read_bytes().decode("utf-8-sig").replace("\r\n", "\n").strip()
+        text = file.read_bytes().decode("utf-8-sig").replace("\r\n", "\n").strip()
     except OSError as error:
-        raise _refuse(
-            path, f"cannot be read ({error.strerror}): give the path of a text file, or leave it out"
-        ) from None
+        raise _refuse(path, f"cannot be read ({error.strerror}): give the path of a text file") from None
     except UnicodeDecodeError as error:
         raise _refuse(path, f"is no text in UTF-8 (byte {error.start}): save it as UTF-8") from None
     if "\0" in text:
@@ -64,19 +68,16 @@ def check_rubric(config: Config) -> None:
         if first != last or not {*re.findall(r"\d+(?:\.\d+)?", values)} <= {*"12345"}:
             raise _refuse(path, f"has {f'<{first}>{values}</{last}>'!r}: must be <{first}>X</{first}>, X from 1 to 5")
     if "<Thought>" in text and config.reward.readout != "thinking":
-        raise _refuse(
-            path, f"asks for a <Thought>, reward.readout is {config.reward.readout!r}: must not, or 'thinking'"
-        )
+        remedy = f"reward.readout {config.reward.readout!r} has none: leave it out, or set 'thinking'"
+        raise _refuse(path, f"asks for a <Thought>, and {remedy}")
     found = {match[1] for match in TAG.finditer(text)}
     for num_turns in sorted({config.data.num_turns, config.num_held_out_turns}):
         tags = {f"Turn{turn}Score" for turn in range(1, num_turns + 1)}
         wrong = sorted(found - tags) or ([] if FORM in text else sorted(tags - found))
         if wrong:
             problem = "has the tag" if wrong[0] in found else "lacks the tag"
-            whole = (
-                f"sessions of {num_turns} turn{'' if num_turns == 1 else 's'} have Turn1Score to Turn{num_turns}Score"
-            )
-            raise _refuse(path, f"{problem} <{wrong[0]}>, and {whole}: write {FORM} in place of the tags")
+            needed = f"a session of {num_turns} has Turn1Score to Turn{num_turns}Score"
+            raise _refuse(path, f"{problem} <{wrong[0]}>, and {needed}: write {FORM} in place of the tags")
 
 
 def fill_rubric(text: str, num_turns: int) -> str:

@@ -23,7 +23,7 @@ from mteditflow.advantage import SUCCESS
 from mteditflow.record.metrics import append_line, read_lines
 from mteditflow.report.charts import data_uri
 from mteditflow.report.strips import draw_tiles
-from mteditflow.types import Rollout, Scores
+from mteditflow.types import FAULTS, Rollout, Scores
 
 NUM_KEPT = 10  # lines whose strips stay: 4 sessions of 3 turns are about 2 MB of photographs
 NUM_SHOWN = {"training": 2, "evaluation": 1}  # newest lines on the page of a run
@@ -47,6 +47,7 @@ class Judged:
     rewards: dict[str, list[float]]  # K each; NaN where undefined
     truth: list[float] | None  # K
     words: str
+    fault: str  # one of types.FAULTS
     claims: Mapping[str, float] = field(repr=False)
     reasons: tuple[str, ...] = ()
 
@@ -64,7 +65,8 @@ def judged_sessions(rollout: Rollout, scores: Scores) -> list[Judged]:
             task=tasks[g].id, member=members[n], instructions=tasks[g].instructions[: len(turns)],
             pictures=(tasks[g].source, *(turn.image[n] for turn in turns)),
             rewards={name: values[n] for name, values in rewards.items()}, truth=truth[n] if truth else None,
-            words=scores.words[n] if n < len(scores.words) else "", claims=claims[n],
+            words=scores.words[n] if n < len(scores.words) else "",
+            fault="" if scores.faults is None else FAULTS[int(scores.faults[n])], claims=claims[n],
         )
         for n, g in enumerate(groups)
     ]  # fmt: skip
@@ -109,12 +111,12 @@ def choose(sessions: Sequence[Judged], num: int) -> list[Judged]:
         for session in having[:quota]:
             chosen.setdefault((session.task, session.member), []).append(reason)
     found = {(session.task, session.member): session for session in sessions}
-    return [
-        replace(
-            found[key], reasons=tuple(why), pictures=tuple(picture.detach().cpu() for picture in found[key].pictures)
-        )
-        for key, why in chosen.items()
-    ]
+    return [_keep(found[key], tuple(why)) for key, why in chosen.items()]
+
+
+def _keep(session: Judged, reasons: tuple[str, ...]) -> Judged:
+    """Copy a session to the host, so that it outlives the rollout."""
+    return replace(session, reasons=reasons, pictures=tuple(picture.cpu().clone() for picture in session.pictures))
 
 
 def save_judged(folder: Path, kind: Kind, iteration: int, judge: str, sessions: Sequence[Judged]) -> None:
@@ -146,6 +148,7 @@ def _row(session: Judged) -> dict[str, Any]:
         "instructions": [_shorten(text, MAX_INSTRUCTION) for text in session.instructions],
         "rewards": {name: [_number(value) for value in values] for name, values in session.rewards.items()},
         "truth": [_number(value) for value in session.truth] if session.truth else None,
+        "fault": session.fault,
         "words": _shorten(session.words, MAX_WORDS),
     }
 
@@ -192,7 +195,7 @@ def _session(folder: Path, row: dict[str, Any]) -> dict[str, Any]:
         for turn, instruction in enumerate(row["instructions"])
     ]
     picture = data_uri(path.read_bytes()) if path.is_file() else ""
-    return row | {"turns": turns, "picture": picture, "title": ", ".join(row["reasons"])}
+    return row | {"turns": turns, "picture": picture, "title": "; ".join(row["reasons"])}
 
 
 def _verdict(score: float | None) -> dict[str, str]:
