@@ -193,6 +193,23 @@ def report(argv: Sequence[str]) -> int:
 
 
 @_fails_in_one_line
+def judge(argv: Sequence[str]) -> int:
+    """Print what the VLM judge is told."""
+    return _dispatch("judge", {"rubric": rubric}, argv, _sentence(judge))
+
+
+@_fails_in_one_line
+def rubric(argv: Sequence[str]) -> int:
+    """Print the rubric that a VLM judge is told, to be copied and changed: reward.rubric takes the file."""
+    cli.parse(_parser("judge", rubric, "rubric"), argv)
+    from mteditflow.config.rubric import FORM
+    from mteditflow.reward.vlm import RUBRIC
+
+    print(f"{RUBRIC}\n\nThe answer has a line for each turn, X one of these numbers:\n{FORM}")
+    return 0
+
+
+@_fails_in_one_line
 def pretrain(argv: Sequence[str]) -> int:
     """Make the embedded editor from nothing."""
     parser = _parser("world.pretrain", pretrain)
@@ -218,7 +235,7 @@ def pretrain(argv: Sequence[str]) -> int:
 
 COMMANDS: Mapping[str, Command] = {
     "train": train, "evaluate": evaluate, "export": export, "study": study, "profile": profile, "data": data,
-    "report": report, "pretrain": pretrain,
+    "report": report, "judge": judge, "pretrain": pretrain,
 }  # fmt: skip
 
 

@@ -27,7 +27,7 @@ from mteditflow.types import FAULTS, Rollout, Scores
 
 NUM_KEPT = 10  # lines whose strips stay: 4 sessions of 3 turns are about 2 MB of photographs
 NUM_SHOWN = {"training": 2, "evaluation": 1}  # newest lines on the page of a run
-SMALLEST_STD = 1e-9  # below, what differs is rounding
+ROUNDING = 1e-6  # of numbers in float32: what differs by less, relative to their size, does not differ
 MAX_WORDS, MAX_INSTRUCTION = 1500, 300  # characters that are kept, so that a line stays small
 LOWEST, HIGHEST, TRUTH, UNSCORED = "lowest score", "highest score", "judge and truth differ", "no score"
 
@@ -84,7 +84,7 @@ def _claims(scores: Scores) -> list[dict[str, float]]:
         columns[f"judge and {name} differ"] = (_standardise(judge) - _standardise(other)).abs()
     for reason, column in columns.items():
         for row, value in zip(claims, column.tolist(), strict=True):
-            if math.isfinite(value) and (reason in (LOWEST, HIGHEST) or value > 0):
+            if math.isfinite(value) and (reason in (LOWEST, HIGHEST) or value > ROUNDING):
                 row[reason] = value
     return [row if is_valid else {UNSCORED: 1.0} for row, is_valid in zip(claims, valid, strict=True)]
 
@@ -92,8 +92,10 @@ def _claims(scores: Scores) -> list[dict[str, float]]:
 def _standardise(values: Tensor) -> Tensor:
     """Measure values (N,) from their mean in standard deviations, 0 where there is no spread; NaN stays."""
     known = values[~values.isnan()]
-    std = known.std(correction=0) if len(known) else torch.zeros(())
-    return (values - known.mean()) / std if std > SMALLEST_STD else values * 0
+    if not len(known):
+        return values
+    std = known.std(correction=0)
+    return (values - known.mean()) / std if std > ROUNDING * known.abs().max() else values * 0
 
 
 def choose(sessions: Sequence[Judged], num: int) -> list[Judged]:
