@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import finished_runs
 import pytest
 import torch
 from rollouts import rollout_of
@@ -10,10 +12,15 @@ from rollouts import rollout_of
 from mteditflow.config import AdvantageConfig, Config, DataConfig, EvaluationConfig, RewardConfig, command
 from mteditflow.config.rubric import MAX_CHARACTERS, check_rubric
 from mteditflow.record.checkpoint import keep_rubric
-from mteditflow.reward import build_reward
+from mteditflow.reward import Rewards, build_reward
+from mteditflow.reward.exact import ExactInstruction
 from mteditflow.reward.vlm import RUBRIC, Answer, Question, VlmJudge, answer_of
 from mteditflow.types import EditTask
 
+SMALL: dict[str, Any] = {
+    "evaluation.num_sessions": 2, "evaluation.every": 0, "reward.consistency": "none",
+    "advantage.consistency_weight": 0, "optimizer.schedule": "constant",
+}  # fmt: skip
 GOOD = "Score every turn from 1, ignored, to 5, perfect.\n{form}\n"
 TAGS = "<Turn1Score>X</Turn1Score> <Turn2Score>X</Turn2Score>"
 
@@ -169,3 +176,27 @@ def test_a_run_goes_on_by_its_own_rubric_alone(tmp_path: Path) -> None:
     keep_rubric(tmp_path, "", is_resumed=True)
     with pytest.raises(ValueError, match=r"reward.rubric: the text was none, is another now"):
         keep_rubric(tmp_path, GOOD, is_resumed=True)
+
+
+def test_a_changed_rubric_is_noticed(
+    rubric: Path, tiny_pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """A run of one iteration that is to go on: by the same text under another path, and not by another text."""
+    constant = Rewards(rewards={"instruction": ExactInstruction()}, weights={"instruction": 1.0})
+    monkeypatch.setattr("mteditflow.run.build_reward", lambda _: constant)
+    values = {"model.path": tiny_pipeline_folder, "reward.judge": "vlm", "reward.rubric": rubric}
+
+    def train(**overrides: Any) -> None:
+        settings = values | {name.replace("__", "."): value for name, value in overrides.items()}
+        finished_runs.train(tmp_path / "run", tiny_pipeline_folder, **{**SMALL, **settings})
+
+    train(run__num_iterations=1)
+    copied = tmp_path / "copy.txt"
+    copied.write_text(GOOD)
+    train(run__num_iterations=2, reward__rubric=copied)
+    rubric.write_text(GOOD + "Be kind.")
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        train(run__num_iterations=3)
+    error = capsys.readouterr().err
+    assert error.startswith("mteditflow: reward.rubric: the text was") and error.count("\n") == 1
