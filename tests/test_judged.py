@@ -105,21 +105,20 @@ def test_parts_choose_what_the_whole_chooses() -> None:
         assert len(choose(sessions, num)) <= num
 
 
-def test_an_iteration_has_one_line(tmp_path: Path) -> None:
-    """Killed after line 4, in the middle of it, or between two; going on from iteration 3."""
+@pytest.mark.parametrize("first", [3, 5])
+@pytest.mark.parametrize("tail", ["", '{"iteration": 5, "ju', "\x00\x00\n"])
+def test_an_iteration_has_one_line(tmp_path: Path, tail: str, first: int) -> None:
+    """Killed after line 4, or in the middle of the next; going on from an iteration before that, or from it."""
     path = tmp_path / "training.jsonl"
-    for tail in ("", '{"iteration": 5, "ju', "\x00\x00\n"):
-        path.unlink(missing_ok=True)
-        for iteration in range(5):
-            append_line(path, {"iteration": iteration, "judge": "killed"})
-        with path.open("a") as file:
-            file.write(tail)
-        for iteration in (3, 4, 5):
-            append_line(path, {"iteration": iteration, "judge": "new"})
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-        assert [(line["iteration"], line["judge"]) for line in lines] == [
-            (0, "killed"), (1, "killed"), (2, "killed"), (3, "new"), (4, "new"), (5, "new"),
-        ]  # fmt: skip
+    for iteration in range(5):
+        append_line(path, {"iteration": iteration, "judge": "killed"})
+    with path.open("a") as file:
+        file.write(tail)
+    for iteration in range(first, 7):
+        append_line(path, {"iteration": iteration, "judge": "new"})
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    expected = [(iteration, "killed" if iteration < first else "new") for iteration in range(7)]
+    assert [(line["iteration"], line["judge"]) for line in lines] == expected
 
 
 def save(folder: Path, iteration: int, words: str = "<Turn1Score>3</Turn1Score>") -> None:

@@ -124,8 +124,9 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
     iteration and of later ones, and one that was torn.
     """
     iteration, content = line["iteration"], path.read_bytes() if path.is_file() else b""
-    numbers = re.findall(rb'^{"iteration": (\d+)', content, re.MULTILINE)
-    if content and (not content.endswith(b"\n") or not numbers or int(numbers[-1]) >= iteration):
+    *_, last, torn = (b"\n" + content).rsplit(b"\n", 2)
+    number = re.match(rb'{"iteration": (\d+)', last)
+    if content and (torn or number is None or int(number[1]) >= iteration):
         _truncate(path, iteration)
     with path.open("ab") as file:
         file.write((json.dumps(line, allow_nan=False) + "\n").encode())
