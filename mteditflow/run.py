@@ -38,15 +38,16 @@ from mteditflow.objective import Objective
 from mteditflow.plan.compiling import choose_compile, first_microbatch, settle_bits
 from mteditflow.policy import AdapterName, build_policy
 from mteditflow.policy.pipelines import is_slow_in_bfloat16
-from mteditflow.profile.account import Account
+from mteditflow.profile.account import Account, step_seconds
 from mteditflow.record import alarms, checkpoint
 from mteditflow.record.clock import phase
 from mteditflow.record.figures import METRICS
 from mteditflow.record.metrics import Reporter, reduce_mean
-from mteditflow.report.judged import Judged, choose, judged_sessions, save_judged
 from mteditflow.report.run_report import write_report
+from mteditflow.report.seen import Seen, choose, save_seen, seen_sessions
 from mteditflow.report.strips import save_strips
 from mteditflow.reward import build_reward, check_judge
+from mteditflow.reward.overlap import Overlap, efficiency
 from mteditflow.transformer.compiled import count_graphs
 from mteditflow.types import EditTask, Rollout, Scores
 from mteditflow.update import build_optimizer
@@ -77,7 +78,9 @@ class Run:
         config = self.config
         check_judge(config)
         check_data(config, is_speaking=self.ranks.is_main)
-        self.reward = build_reward(config)  # first: a judge that is not there is found at once
+        # first: a judge that is not there is found at once
+        self.judge = Overlap(build_reward(config), config.reward, self.ranks.device)
+        stack.enter_context(self.judge)
         if self.ranks.is_main:
             stack.enter_context(checkpoint.lock(self.folder))
         stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, self._on_sigterm))
@@ -94,7 +97,7 @@ class Run:
         if saved:
             self._restore(saved)
         self._graphs = count_graphs()
-        lines = [f"attention {self.policy.attention}, {compile_line}", *self._settle()]
+        lines = [f"attention {self.policy.attention}, {compile_line}", *self._settle(), *self._waits()]
         self.ranks.barrier()
         if self.ranks.is_main:
             self._open(stack, lines, is_resumed=saved is not None)
@@ -110,6 +113,17 @@ class Run:
         if settle_bits(policy, *microbatch, has_ratio="ratio_error" in self.objective.worst_figures):
             return ["training and rollout differ in bits: training replays the rollout's pass, at a third more time"]
         return []
+
+    def _waits(self) -> list[str]:
+        """Say where training cannot begin before the last trajectory is scored."""
+        config = self.config
+        is_slow, num_groups = config.reward.judge == "vlm", config.rollout.num_tasks // self.ranks.world_size
+        if config.reward.overlap == "off" or not is_slow or num_groups < 2 or config.advantage.std == "group":
+            return []
+        return [
+            "advantage.std is 'global', over the scores of all groups: training waits for the last of them; with "
+            "'group' it begins with the first group that is scored"
+        ]
 
     def _open(self, stack: ExitStack, lines: list[str], *, is_resumed: bool) -> None:
         config = self.config
@@ -168,6 +182,7 @@ class Run:
     def record(self, iteration: int, values: dict[str, float], rollout: Rollout, scores: Scores) -> None:
         """The end of an iteration: metrics, what the judge saw, evaluation, checkpoint, which comes last."""
         config, done, num_transitions = self.config, iteration + 1, values["update/num_transitions"]
+        judged = self.judge.read()
         values = reduce_mean(values) | {"update/learning_rate": self.optimizer.param_groups[0]["lr"]}
         self._agree_to_stop()
         if not self.ranks.is_main:
@@ -181,9 +196,11 @@ class Run:
         self._say_graphs(f"iteration {done}")
         drift = self.drift if iteration == 0 else {}
         num_judged = config.run.num_judged
-        chosen = choose(judged_sessions(rollout, scores), num_judged) if num_judged else []
-        save_judged(self.folder, "training", iteration, config.reward.judge, chosen)
-        self.reporter.write(iteration, values | drift | self.account.read(num_transitions))
+        chosen = choose(seen_sessions(rollout, scores), num_judged) if num_judged else []
+        save_seen(self.folder, "training", iteration, config.reward.judge, chosen)
+        account = self.account.read(num_transitions)
+        judged["reward/overlap_efficiency"] = efficiency(judged, step_seconds(account))
+        self.reporter.write(iteration, values | drift | account | judged)
         if done % config.run.save_every == 0 or done == config.run.num_iterations or self.is_stopping:
             self._save(done)
         if self.is_stopping:
@@ -215,15 +232,15 @@ class Run:
 
     def _evaluate(self, tasks: list[EditTask], adapter: AdapterName, done: int) -> Evaluation:
         """Evaluate after `done` iterations, and keep what the judge saw."""
-        seen: list[Judged] = []
+        seen: list[Seen] = []
 
         def see(rollout: Rollout, scores: Scores) -> None:
-            seen.extend(choose(judged_sessions(rollout, scores), num_judged))
+            seen.extend(choose(seen_sessions(rollout, scores), num_judged))
 
         config, num_judged = self.config, self.config.run.num_judged
-        evaluation = evaluate(self.policy, tasks, config, adapter, self.reward, see if num_judged else None)
+        evaluation = evaluate(self.policy, tasks, config, adapter, self.judge, see if num_judged else None)
         judge = "exact" if has_truth(tasks) else config.reward.judge
-        save_judged(self.folder, "evaluation", done, judge, choose(seen, num_judged))
+        save_seen(self.folder, "evaluation", done, judge, choose(seen, num_judged))
         return evaluation
 
     def finish(self) -> None:

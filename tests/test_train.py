@@ -19,6 +19,7 @@ import safetensors.torch
 import torch
 from conftest import TINY_MAX_TEXT_TOKENS
 from diffusers.pipelines.flux.pipeline_flux_kontext import FluxKontextPipeline
+from rollouts import GivenRewards
 from timed import is_timed
 from torch import Tensor
 
@@ -57,6 +58,10 @@ def arguments(tiny_pipeline_folder: Path) -> Callable[..., list[str]]:
             "rollout.num_tasks": 1,
             "rollout.group_size": 4,
             "rollout.num_steps": 3,
+            "advantage.std": "group",
+            "rollout.microbatch_size": 2,
+            "rollout.wave_size": 2,  # two waves, beside which the first is scored
+            "optimizer.microbatch_size": 2,
             "optimizer.num_updates": 2,
             "optimizer.learning_rate": 1e-3,
             "optimizer.schedule": "linear",
@@ -142,7 +147,8 @@ def test_metrics_have_a_line_per_iteration(whole: Path) -> None:
     promised |= ALARMS.keys() - {"alarm/held_out_gap"}
     timed = {metric("time", phase) for phase in (*PHASES, OTHER)} | {"memory/rss_gib"}
     timed |= {f"speed/{name}_images_per_second" for name in ("turn", "rollout")} | {"speed/ceiling_tflop_per_second"}
-    timed |= {f"speed/{name}_{what}" for name in ("denoise", "training") for what in RATES}
+    timed |= {f"speed/{name}_{what}" for name in ("denoise", "training") for what in RATES} | {"beside/score_s"}
+    timed |= {f"reward/{name}" for name in ("exposed_s", "judge_s", "overlap_efficiency")}
     for n, line in enumerate(lines):
         assert {key for key in line if not is_timed(key)} == promised | (HELD_OUT_KEYS if n == 2 else set())
         assert {key for key in line if is_timed(key)} == timed  # no GPU: nothing of one
@@ -168,7 +174,8 @@ def test_the_same_command_again_gives_the_same_bits(arguments: Arguments, whole:
 def test_the_default_backend_of_a_cpu_has_the_bits_of_the_reference(
     arguments: Arguments, whole: Path, tmp_path: Path
 ) -> None:
-    main(arguments(tmp_path, run__backend="reference"))
+    """Whatever the size of a wave, and whether it is scored beside the next."""
+    main(arguments(tmp_path, run__backend="reference", rollout__wave_size=4, reward__overlap="off"))
     assert_same_run(tmp_path, whole)
 
 
@@ -205,13 +212,13 @@ def test_sigterm_saves_and_the_rest_goes_on(
 
     def reward(rollout: Rollout) -> Scores:
         calls.append(len(calls))
-        if len(calls) == 2:
+        if len(calls) == 3:  # an iteration has two waves
             os.kill(os.getpid(), signal.SIGTERM)
         return build_reward(Config())(rollout)
 
     before = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
-        patch.setattr("mteditflow.run.build_reward", lambda *_: reward)
+        patch.setattr("mteditflow.run.build_reward", lambda *_: GivenRewards(reward))
         main(arguments(tmp_path, run__save_every=100))  # returns: exit code 0
     assert signal.getsignal(signal.SIGTERM) is before
     assert "stopped after iteration 2; the same command goes on from there" in capfd.readouterr().err
@@ -247,10 +254,10 @@ def test_all_groups_without_spread_say_so(
     arguments: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def constant(rollout: Rollout) -> Scores:
-        half = torch.full((4, 2), 0.5)
-        return Scores(rewards={"instruction": half}, weights={"instruction": 1}, valid=torch.ones(4, dtype=torch.bool))
+        half, valid = torch.full((len(rollout.group), 2), 0.5), torch.ones(len(rollout.group), dtype=torch.bool)
+        return Scores(rewards={"instruction": half}, weights={"instruction": 1}, valid=valid)
 
-    monkeypatch.setattr("mteditflow.run.build_reward", lambda *_: constant)
+    monkeypatch.setattr("mteditflow.run.build_reward", lambda *_: GivenRewards(constant))
     main(arguments(tmp_path, run__num_iterations=2, evaluation__every=0))
     said = capsys.readouterr().err
     for n in (1, 2):
@@ -272,13 +279,13 @@ def test_too_many_failures_of_the_reward_stop_the_run(
 
     def failing(rollout: Rollout) -> Scores:
         calls.append(len(calls))
-        scores, bad = build_reward(Config())(rollout), 1 if len(calls) == 1 else 3
-        valid = torch.arange(4) >= bad
+        scores, bad = build_reward(Config())(rollout), 1 if len(calls) <= 2 else 3  # an iteration has two waves
+        valid = rollout.member >= bad
         instruction = scores.instruction.masked_fill(~valid[:, None], math.nan)
         return replace(scores, rewards=scores.rewards | {"instruction": instruction}, valid=valid)
 
     with monkeypatch.context() as patch:
-        patch.setattr("mteditflow.run.build_reward", lambda *_: failing)
+        patch.setattr("mteditflow.run.build_reward", lambda *_: GivenRewards(failing))
         line = refused(capsys, arguments(tmp_path))
     assert "75% of the trajectories could not be scored" in line
     assert [line["reward/valid_share"] for line in metrics(tmp_path)] == [0.75]

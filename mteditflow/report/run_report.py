@@ -21,7 +21,7 @@ from mteditflow.record.metrics import FILE, read_lines
 from mteditflow.record.templates import write_page
 from mteditflow.report.account import account
 from mteditflow.report.charts import NUM_COLORS, Curve, chart, data_uri, edit_types
-from mteditflow.report.judged import read_judged
+from mteditflow.report.seen import read_seen
 
 Lines = list[dict[str, Any]]
 
@@ -113,7 +113,7 @@ def _contents(folder: Path) -> dict[str, Any]:
     config, problem = _read_config(folder / "config.yaml")
     charts = {spec: _chart(spec, lines) for spec in CHARTS}
     before, after, gain = reports = [read_json(folder / f"{name}.json") for name in RESULTS]
-    newest, judged = after or before, read_judged(folder)
+    newest, judged = after or before, read_seen(folder)
     return {
         "title": f"MT-EditFlow: {config.run.folder if config else folder.resolve().name}",
         "config": config,

@@ -13,20 +13,20 @@ from rollouts import rollout_of
 from torch import Tensor
 
 from mteditflow.record.metrics import append_line, read_lines
-from mteditflow.report import judged
-from mteditflow.report.judged import (
+from mteditflow.report import seen
+from mteditflow.report.run_report import write_report
+from mteditflow.report.seen import (
     HIGHEST,
     LOWEST,
     MAX_WORDS,
     NUM_KEPT,
     TRUTH,
     UNSCORED,
-    Judged,
+    Seen,
     choose,
-    judged_sessions,
-    save_judged,
+    save_seen,
+    seen_sessions,
 )
-from mteditflow.report.run_report import write_report
 from mteditflow.types import FAULTS, EditTask, Rollout, Scores
 
 NAN = math.nan
@@ -48,7 +48,7 @@ def scores(instruction: list[list[float]], *, truth: Tensor | None = None, taste
     return Scores(rewards=rewards, weights={}, valid=valid, truth=truth)
 
 
-def why(sessions: list[Judged]) -> dict[tuple[int, int], tuple[str, ...]]:
+def why(sessions: list[Seen]) -> dict[tuple[int, int], tuple[str, ...]]:
     return {(session.task, session.member): session.reasons for session in sessions}
 
 
@@ -69,7 +69,7 @@ def test_each_reason_chooses_its_session() -> None:
     truth = torch.tensor(JUDGE)
     truth[3], truth[4] = 1.0, torch.tensor([-0.5, 0.0])
     taste = torch.tensor([900.0, 1, 500, NAN, 1, 1])[:, None].expand(6, 2)
-    sessions = judged_sessions(rollout(6), scores(JUDGE, truth=truth, taste=taste))
+    sessions = seen_sessions(rollout(6), scores(JUDGE, truth=truth, taste=taste))
     chosen = {(10, 1): (LOWEST,), (10, 2): (HIGHEST,), (11, 1): (TRUTH,), (11, 0): (UNSCORED,), (10, 0): (OTHER,)}
     assert why(choose(sessions, 5)) == chosen and list(why(choose(sessions, 5))) == list(chosen)
     assert why(choose(sessions, 3)) == dict(list(chosen.items())[:3])
@@ -84,12 +84,10 @@ def test_what_agrees_is_in_no_dispute() -> None:
     """By the exact verifier judge and truth are one, and a reward that is a multiple of the judge's agrees with it."""
     values = [[0.25, 0.25], [0.5, 0.5], [0.5, 1.0]]
     agreeing = scores(values, truth=torch.tensor(values), taste=7 * torch.tensor(values).double() + 3)
-    reasons = {
-        reason for found in why(choose(judged_sessions(rollout(3, 1), agreeing), 9)).values() for reason in found
-    }
+    reasons = {reason for found in why(choose(seen_sessions(rollout(3, 1), agreeing), 9)).values() for reason in found}
     assert reasons == {LOWEST, HIGHEST}
     alike = scores([[0.3, 0.3]] * 3, taste=torch.full((3, 2), 0.1))
-    assert why(choose(judged_sessions(rollout(3, 1), alike), 2)) == {(10, 0): (LOWEST, HIGHEST)}
+    assert why(choose(seen_sessions(rollout(3, 1), alike), 2)) == {(10, 0): (LOWEST, HIGHEST)}
 
 
 def test_parts_choose_what_the_whole_chooses() -> None:
@@ -98,7 +96,7 @@ def test_parts_choose_what_the_whole_chooses() -> None:
     values = torch.randint(0, 5, (40, 2), generator=generator) / 4.0
     values[::7] = NAN
     truth, taste = (torch.randint(0, 5, (40, 2), generator=generator) / 4.0 for _ in range(2))
-    sessions = judged_sessions(rollout(40, 8), scores(values.tolist(), truth=truth, taste=taste))
+    sessions = seen_sessions(rollout(40, 8), scores(values.tolist(), truth=truth, taste=taste))
     for num in range(1, 9):
         parts = [session for start in (3, 1, 0, 2) for session in choose(sessions[start::4], num)]
         assert why(choose(parts, num)) == why(choose(sessions, num))
@@ -124,7 +122,7 @@ def test_an_iteration_has_one_line(tmp_path: Path, tail: str, first: int) -> Non
 def save(folder: Path, iteration: int, words: str = "<Turn1Score>3</Turn1Score>") -> None:
     truth = torch.tensor([[0.5, 0.5], [0.0, 1.0], [1.0, 1.0], [0.0, 0.0], [0.5, 0.75], [0.25, 0.5]])
     judge = replace(scores(JUDGE, truth=truth), words=(words,) * 6, faults=torch.tensor([0, 0, 0, 4, 0, 0]))
-    save_judged(folder, "training", iteration, "vlm", choose(judged_sessions(rollout(6), judge), 4))
+    save_seen(folder, "training", iteration, "vlm", choose(seen_sessions(rollout(6), judge), 4))
 
 
 def test_lines_are_small_and_old_strips_go(tmp_path: Path) -> None:
@@ -182,7 +180,7 @@ def test_pages_of_runs_that_keep_none(lora_run: Path, tmp_path: Path) -> None:
 
 def test_a_run_keeps_training_and_evaluations(lora_run: Path) -> None:
     """Two iterations, evaluated before, between and after: the lowest and highest means enclose the reward's."""
-    training, evaluation = (read_lines(lora_run / "judge" / f"{kind}.jsonl") for kind in judged.NUM_SHOWN)
+    training, evaluation = (read_lines(lora_run / "judge" / f"{kind}.jsonl") for kind in seen.NUM_SHOWN)
     metrics = read_lines(lora_run / "metrics.jsonl")
     assert [line["iteration"] for line in training] == [0, 1] and {line["judge"] for line in training} == {"exact"}
     assert [line["iteration"] for line in evaluation] == [0, 1, 2]

@@ -35,7 +35,7 @@ Kind = Literal["training", "evaluation"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judged:
+class Seen:
     """A session as it was judged. `claims`: by reason to show it, how much speaks for that. `reasons`: why it was
     chosen.
     """
@@ -52,7 +52,7 @@ class Judged:
     reasons: tuple[str, ...] = ()
 
 
-def judged_sessions(rollout: Rollout, scores: Scores) -> list[Judged]:
+def seen_sessions(rollout: Rollout, scores: Scores) -> list[Seen]:
     """Put together what was judged, a session for each trajectory of the rollout; of `scores`, which may be of more
     trajectories, the first are theirs. Pictures are views.
     """
@@ -61,7 +61,7 @@ def judged_sessions(rollout: Rollout, scores: Scores) -> list[Judged]:
     truth = None if scores.truth is None else scores.truth.tolist()
     tasks, turns = rollout.tasks, rollout.turns
     return [
-        Judged(
+        Seen(
             task=tasks[g].id, member=members[n], instructions=tasks[g].instructions[: len(turns)],
             pictures=(tasks[g].source, *(turn.image[n] for turn in turns)),
             rewards={name: values[n] for name, values in rewards.items()}, truth=truth[n] if truth else None,
@@ -98,7 +98,7 @@ def _standardise(values: Tensor) -> Tensor:
     return (values - known.mean()) / std if std > ROUNDING * known.abs().max() else values * 0
 
 
-def choose(sessions: Sequence[Judged], num: int) -> list[Judged]:
+def choose(sessions: Sequence[Seen], num: int) -> list[Seen]:
     """Choose at most `num` sessions: as many for each reason, the earlier reasons first. A session that two reasons
     choose is there once. Chosen in parts and again among the chosen, they are the same.
     """
@@ -116,12 +116,12 @@ def choose(sessions: Sequence[Judged], num: int) -> list[Judged]:
     return [_keep(found[key], tuple(why)) for key, why in chosen.items()]
 
 
-def _keep(session: Judged, reasons: tuple[str, ...]) -> Judged:
+def _keep(session: Seen, reasons: tuple[str, ...]) -> Seen:
     """Copy a session to the host, so that it outlives the rollout."""
     return replace(session, reasons=reasons, pictures=tuple(picture.cpu().clone() for picture in session.pictures))
 
 
-def save_judged(folder: Path, kind: Kind, iteration: int, judge: str, sessions: Sequence[Judged]) -> None:
+def save_seen(folder: Path, kind: Kind, iteration: int, judge: str, sessions: Sequence[Seen]) -> None:
     """Write the chosen sessions of an iteration, or of an evaluation after so many: strips, then the line, which
     replaces one that a killed run left. Without sessions nothing is written.
     """
@@ -141,7 +141,7 @@ def save_judged(folder: Path, kind: Kind, iteration: int, judge: str, sessions: 
             path.unlink()
 
 
-def _row(session: Judged) -> dict[str, Any]:
+def _row(session: Seen) -> dict[str, Any]:
     """Describe a session as JSON has it: texts of bounded length, None for a number that is not there."""
     return {
         "task": session.task,
@@ -167,7 +167,7 @@ def _shorten(text: str, length: int) -> str:
     return text if len(text) <= length else f"{text[: length // 2]} ... {text[length // 2 - length + 5 :]}"
 
 
-def read_judged(folder: Path) -> list[dict[str, Any]]:
+def read_seen(folder: Path) -> list[dict[str, Any]]:
     """Read what a page shows of the newest lines, evaluations last: title, judge, and sessions, with their pictures and
     a cell for each turn. Empty where nothing was kept.
     """
