@@ -35,8 +35,11 @@ OTHER = "judge and taste differ"
 
 def rollout(num_rows: int, num_tasks: int = 2) -> Rollout:
     """Two turns; every picture has a level of its own, the source of task t has -1 + t / 10."""
-    texts = {"instructions": ("a", "b", "unused"), "edit_types": ("", "", "")}
-    tasks = [EditTask(id=10 + t, source=torch.full((3, 4, 4), -1 + t / 10), **texts) for t in range(num_tasks)]
+    texts, kinds = ("a", "b", "unused"), ("", "", "")
+    tasks = [
+        EditTask(id=10 + t, source=torch.full((3, 4, 4), -1 + t / 10), instructions=texts, edit_types=kinds)
+        for t in range(num_tasks)
+    ]
     levels = torch.arange(2 * num_rows).reshape(2, num_rows, 1, 1, 1) / (2 * num_rows)
     return rollout_of(tasks, levels.expand(2, num_rows, 3, 4, 4))
 
