@@ -25,7 +25,7 @@ from mteditflow.report.charts import data_uri
 from mteditflow.report.strips import draw_tiles
 from mteditflow.types import FAULTS, Rollout, Scores
 
-NUM_KEPT = 10  # lines whose strips stay: 4 sessions of 3 turns are about 2 MB of photographs
+NUM_KEPT = 10  # lines whose strips stay: 4 sessions of 3 turns at 512 px are at most 2.5 MB
 NUM_SHOWN = {"training": 2, "evaluation": 1}  # newest lines on the page of a run
 ROUNDING = 1e-6  # of numbers in float32: what differs by less, relative to their size, does not differ
 MAX_WORDS, MAX_INSTRUCTION = 1500, 300  # characters that are kept, so that a line stays small
