@@ -1,7 +1,7 @@
 """A run is a folder: what is written there, and how a killed run goes on as if it had not been.
 
-config.yaml  metrics.jsonl  tensorboard/  strips/  checkpoints/  evaluation_before|after.json  comparison.json
-lora/ (or weights/, of full fine-tuning)  report.html
+config.yaml  rubric.txt (of reward.rubric)  metrics.jsonl  tensorboard/  strips/  judge/  checkpoints/
+evaluation_before|after.json  comparison.json  lora/ (or weights/, of full fine-tuning)  report.html
 """
 
 import os
@@ -18,17 +18,25 @@ from torch import Tensor
 
 from mteditflow.config import Config
 from mteditflow.config.cli import to_yaml
+from mteditflow.config.rubric import read_rubric
 from mteditflow.data import check_data, held_out_tasks, training_tasks
 from mteditflow.distributed import Ranks
 from mteditflow.evaluate.comparison_page import final_table
 from mteditflow.evaluate.drift import measure_drift
 from mteditflow.evaluate.edival import Evaluation, point_metrics
-from mteditflow.evaluate.held_out import evaluate, is_comparable, load_evaluation, save_comparison, save_evaluation
+from mteditflow.evaluate.held_out import (
+    evaluate,
+    has_truth,
+    is_comparable,
+    load_evaluation,
+    save_comparison,
+    save_evaluation,
+)
 from mteditflow.evaluate.kept import kept_evaluation
 from mteditflow.export.weights import save_result
 from mteditflow.objective import Objective
 from mteditflow.plan.compiling import SAID, choose_compile, settle
-from mteditflow.policy import build_policy
+from mteditflow.policy import AdapterName, build_policy
 from mteditflow.policy.optimizer import build_optimizer
 from mteditflow.policy.pipelines import is_slow_in_bfloat16
 from mteditflow.profile.account import Account, step_seconds
@@ -37,10 +45,12 @@ from mteditflow.record.clock import phase
 from mteditflow.record.figures import METRICS
 from mteditflow.record.metrics import Reporter, reduce_mean
 from mteditflow.report.run_report import write_report
+from mteditflow.report.seen import Seen, choose, save_seen, seen_sessions
 from mteditflow.report.strips import save_strips
 from mteditflow.reward import build_reward, check_judge
 from mteditflow.reward.overlap import Overlap, efficiency
 from mteditflow.transformer.compiled import count_graphs
+from mteditflow.types import EditTask, Rollout, Scores
 
 
 class Run:
@@ -76,6 +86,9 @@ class Run:
         stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, self._on_sigterm))
         with_choice, compile_line = choose_compile(config, self.ranks.device.type)
         saved = checkpoint.load_latest(self.folder, config, lambda line: print(line, file=sys.stderr))
+        if self.ranks.is_main:
+            rubric = read_rubric(config.reward.rubric) if config.reward.rubric else ""
+            checkpoint.keep_rubric(self.folder, rubric, is_resumed=saved is not None)
         is_probed = self.ranks.is_main and saved is None and config.model.quantised is not None
         self.policy = build_policy(
             with_choice.model, config.lora, config.run.seed, has_old=self.objective.has_old, keeps_originals=is_probed
@@ -127,7 +140,7 @@ class Run:
         if before is None or not is_comparable(before, config):
             before = kept_evaluation(
                 self.policy, self.tasks, config,
-                lambda: evaluate(self.policy, self.tasks, config, "off", self.judge), self.reporter.say,
+                lambda: self._evaluate(self.tasks, "off", 0), self.reporter.say,
             )  # fmt: skip
             save_evaluation(self.folder, "before", before)
         self.before: Evaluation = before
@@ -155,8 +168,8 @@ class Run:
         self.ranks.sum_([num_asked])
         self.is_stopping = num_asked.item() > 0
 
-    def record(self, iteration: int, values: dict[str, float]) -> None:
-        """The end of an iteration: metrics, evaluation, checkpoint. The metrics' line comes before the checkpoint."""
+    def record(self, iteration: int, values: dict[str, float], rollout: Rollout, scores: Scores) -> None:
+        """The end of an iteration: metrics, what the judge saw, evaluation, checkpoint, which comes last."""
         config, done, num_transitions = self.config, iteration + 1, values["update/num_transitions"]
         judged = self.judge.read()
         values = reduce_mean(values) | {"update/learning_rate": self.optimizer.param_groups[0]["lr"]}
@@ -171,6 +184,9 @@ class Run:
         self._warn(alarms.find_alarms(values), values, done)
         self._say_graphs(f"iteration {done}")
         drift = self.drift if iteration == 0 else {}
+        num_judged = config.run.num_judged
+        chosen = choose(seen_sessions(rollout, scores), num_judged) if num_judged else []
+        save_seen(self.folder, "training", iteration, config.reward.judge, chosen)
         account = self.account.read(num_transitions)
         judged["reward/overlap_efficiency"] = efficiency(judged, step_seconds(account))
         self.reporter.write(iteration, values | drift | account | judged)
@@ -193,7 +209,7 @@ class Run:
     @phase("evaluate")
     def _short_evaluation(self, done: int) -> dict[str, float]:
         tasks = self.tasks[: self.config.evaluation.num_sessions_short]
-        now = evaluate(self.policy, tasks, self.config, "ema", self.judge)
+        now = self._evaluate(tasks, "ema", done)
         picture = save_strips(self.folder, done, self.tasks, self.before.images, now.images)
         self.reporter.image("strips", done, picture)
         point = point_metrics(now)
@@ -203,10 +219,23 @@ class Run:
             for turn in range(point.shape[1])
         }
 
+    def _evaluate(self, tasks: list[EditTask], adapter: AdapterName, done: int) -> Evaluation:
+        """Evaluate after `done` iterations, and keep what the judge saw."""
+        seen: list[Seen] = []
+
+        def see(rollout: Rollout, scores: Scores) -> None:
+            seen.extend(choose(seen_sessions(rollout, scores), num_judged))
+
+        config, num_judged = self.config, self.config.run.num_judged
+        evaluation = evaluate(self.policy, tasks, config, adapter, self.judge, see if num_judged else None)
+        judge = "exact" if has_truth(tasks) else config.reward.judge
+        save_seen(self.folder, "evaluation", done, judge, choose(seen, num_judged))
+        return evaluation
+
     def finish(self) -> None:
         """Evaluation of the averaged adapter, export, report, and the table that the user came for."""
         if self.ranks.is_main:
-            after = evaluate(self.policy, self.tasks, self.config, "ema", self.judge)
+            after = self._evaluate(self.tasks, "ema", self.config.run.num_iterations)
             save_evaluation(self.folder, "after", after)
             save_comparison(self.folder, self.before, after)
             save_strips(self.folder, self.config.run.num_iterations, self.tasks, self.before.images, after.images)

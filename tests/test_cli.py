@@ -16,7 +16,7 @@ from mteditflow.plan.dry_run import dry_run
 from mteditflow.plan.duration import RowSeconds, batch_plan, duration_plan
 
 ROOT = Path(__file__).parent.parent
-MODULES = ("train", "evaluate", "export", "study", "profile", "data", "report", "world.pretrain")
+MODULES = ("train", "evaluate", "export", "study", "profile", "data", "judge", "report", "world.pretrain")
 
 
 def write(folder: Path, text: str) -> str:

@@ -29,6 +29,7 @@ WITHOUT_USER = {
     "lora.is_full": "full fine-tuning, on the command line: docs/export.md",
     "model.attention": "what a GPU has and is installed on it decides",
     "model.compile": "the switch of a speed-up, which bench/ turns",
+    "reward.rubric": "a user's text: docs/judge.md",
     "reward.num_retries": JUDGE,
     "reward.temperature": JUDGE,
     "reward.max_answer_tokens": JUDGE,
@@ -39,6 +40,7 @@ WITHOUT_USER = {
     "reward.also": "a user's function: docs/judge.md",
     "evaluation.num_strips": "must be at most num_sessions: lower in a run with few",
     "run.backend": "names the implementation where auto is not wanted",
+    "run.num_judged": "what is kept of a run to be looked at: more where pictures are small",
     "run.max_ratio_error": "above 0 where microbatches of rollout and update differ",
 }
 """Fields that no file sets, and why they are no constants all the same."""

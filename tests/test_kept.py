@@ -257,6 +257,11 @@ def test_judged_by_a_reward(policy: Policy, tasks: list[EditTask], config: Confi
     assert kept.dependencies(policy, tasks, change(config, "reward", also="my_rewards:sharpness=0.2")) == before
     assert kept.dependencies(policy, tasks, change(config, "reward", temperature=0.5)) != before
     assert kept.dependencies(policy, tasks, change(config, "reward", consistency="none")) != before
+    texts = []
+    for name, text in (("a", "1 to 5: {form}"), ("b", "1 to 5: {form}"), ("b", "1 to 5, each: {form}")):
+        (tmp_path / name).write_text(text)
+        texts.append(kept.dependencies(policy, tasks, change(config, "reward", rubric=str(tmp_path / name))))
+    assert before != texts[0] == texts[1] != texts[2]  # a rubric's text counts, not its path
     for name in ("judge", "dino"):
         (tmp_path / name / "weights").write_text("other")
         assert kept.dependencies(policy, tasks, config) != before

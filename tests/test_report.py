@@ -87,7 +87,12 @@ def test_it_needs_nothing_but_itself(lora_run: Path) -> None:
     assert not any(word in page.html for word in ('="http', "url(", "@import"))
     prefix = "data:image/png;base64,"
     pictures = [base64.b64decode(reference.removeprefix(prefix)) for reference in page.references]
-    assert pictures == [(lora_run / "strips" / f"iteration-00000{i}.png").read_bytes() for i in (0, 2)]
+    assert pictures[:2] == [(lora_run / "strips" / f"iteration-00000{i}.png").read_bytes() for i in (0, 2)]
+    judged = [
+        *sorted((lora_run / "judge").glob("training-*.png")),
+        *sorted((lora_run / "judge").glob("*-000002-*.png")),
+    ]
+    assert judged and pictures[2:] == [path.read_bytes() for path in judged]
     assert "prefers-color-scheme: dark" in page.html and 'name="viewport"' in page.html
 
 

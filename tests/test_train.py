@@ -103,8 +103,10 @@ def lora(folder: Path) -> dict[str, Tensor]:
 
 
 def assert_same_run(folder: Path, whole: Path) -> None:
-    """The same metrics, adapter and figures, bit for bit."""
+    """The same metrics, adapter, figures, and sessions as the judge saw them, bit for bit."""
     assert metrics(folder) == metrics(whole)
+    judged, seen = ({path.name: path.read_bytes() for path in (run / "judge").iterdir()} for run in (folder, whole))
+    assert judged == seen
     own, expected = lora(folder), lora(whole)
     assert own.keys() == expected.keys() and all(torch.equal(own[key], expected[key]) for key in own)
     for name in ("evaluation_before", "evaluation_after", "comparison"):

@@ -188,6 +188,23 @@ def generate(argv: Sequence[str]) -> int:
 
 
 @_fails_in_one_line
+def judge(argv: Sequence[str]) -> int:
+    """Print what the VLM judge is told, its rubric."""
+    return _dispatch("judge", {"rubric": judge_rubric}, argv, _sentence(judge))
+
+
+@_fails_in_one_line
+def judge_rubric(argv: Sequence[str]) -> int:
+    """Print the rubric that the VLM judge is told, to be copied and changed for reward.rubric."""
+    cli.parse(_parser("judge", judge_rubric, "rubric"), argv)
+    from mteditflow.config.rubric import FORM
+    from mteditflow.reward.vlm import RUBRIC
+
+    print(f"{RUBRIC}\n\nThe answer has a line for each turn, X one of these numbers:\n{FORM}")
+    return 0
+
+
+@_fails_in_one_line
 def report(argv: Sequence[str]) -> int:
     """Write the HTML page of a run, also of one that is still at work."""
     parser = _parser("report", report)
@@ -225,7 +242,7 @@ def pretrain(argv: Sequence[str]) -> int:
 
 COMMANDS: Mapping[str, Command] = {
     "train": train, "evaluate": evaluate, "export": export, "study": study, "profile": profile, "data": data,
-    "report": report, "pretrain": pretrain,
+    "judge": judge, "report": report, "pretrain": pretrain,
 }  # fmt: skip
 
 

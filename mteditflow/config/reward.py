@@ -80,6 +80,9 @@ class RewardConfig:
     readout: Literal["thinking", "direct", "expected"] = "thinking"
     """VLM judge: it reasons about every turn before it scores (paper's choice), scores at once, or is not asked to
     write: the expectation of its score by the probabilities of the digits 1 to 5."""
+    rubric: str = ""
+    """VLM judge: text file of what it is told about scores, in the place of ours; `mteditflow judge rubric` prints that
+    one. Empty: ours, after the paper's."""
     num_retries: Annotated[int, Range(0, 9)] = 2
     """VLM judge: times that it is asked again, with another seed, where its answer cannot be read; then the trajectory
     is invalid. Ours."""
@@ -117,6 +120,8 @@ class RewardConfig:
         is_address = self.url == "" or self.url.startswith(("http://", "https://"))
         remedy = "must begin with http:// or https://, such as http://host:8000/v1, or be empty"
         require(is_address, "reward.url", self.url, remedy)
+        remedy = f"judge {self.judge!r} reads none: must be empty, or judge 'vlm'"
+        require(self.rubric == "" or self.judge == "vlm", "reward.rubric", self.rubric, remedy)
         is_sampled = self.temperature > 0 or self.num_retries == 0
         remedy = "without sampling (temperature 0) every answer is the same: must be 0"
         require(is_sampled, "reward.num_retries", self.num_retries, remedy)

@@ -211,6 +211,9 @@ class RunConfig:
     """Implementation of the ops: Triton kernels for CUDA tensors where triton is installed (auto), or one by name."""
     save_every: Count = 1
     """Iterations between checkpoints."""
+    num_judged: Annotated[int, Range(0, 64)] = 4
+    """Sessions of an iteration, and of an evaluation, that are kept to be looked at, with pictures, scores and the
+    judge's words: the worst, the best, and those that are in dispute; 0: none. Ours."""
     max_ratio_error: Weight = 0.0
     """The run stops when |ratio - 1| before the first update exceeds this; 0 holds at the same geometry on one
     device."""

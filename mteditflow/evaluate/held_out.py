@@ -38,9 +38,11 @@ def evaluate(
     config: Config,
     adapter: AdapterName,
     reward: Callable[[Rollout], Scores] | None = None,
+    see: Callable[[Rollout, Scores], None] | None = None,
 ) -> Evaluation:
     """Evaluate one trajectory of each task under an adapter, by the ODE, judged by the exact verifier where it can
-    judge all tasks, and else by `reward`. ValueError where more than half could not be scored.
+    judge all tasks, and else by `reward`; `see` is shown what is judged, part by part. ValueError where more than half
+    could not be scored.
     """
     schedule = make_schedule(policy.sigmas(config.evaluation.num_steps))
     is_by_truth = has_truth(tasks)
@@ -54,6 +56,8 @@ def evaluate(
                 num_turns=config.num_held_out_turns, group_size=1, cfg_scale=config.model.cfg_scale,
             )  # fmt: skip
             scores.append(judge(rollout))
+            if see is not None:
+                see(rollout, scores[-1])
             num_wanted = max(0, config.evaluation.num_strips - start)
             pictures.append(torch.stack([turn.image[:num_wanted] for turn in rollout.turns]).cpu())
     success = torch.cat([score.instruction >= SUCCESS for score in scores]).cpu()

@@ -25,6 +25,7 @@ from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
 
 from mteditflow.config import Config
+from mteditflow.config.rubric import read_rubric
 from mteditflow.evaluate.edival import Evaluation
 from mteditflow.evaluate.held_out import has_truth, held_out_fields, load_verdicts, save_verdicts
 from mteditflow.policy import Policy, model_path
@@ -78,7 +79,10 @@ def dependencies(policy: Policy, tasks: list[EditTask], config: Config) -> dict[
         contents["judge"] = content_of(reward.vlm)
         if measure != "none":
             contents["consistency"] = content_of(measure)
-        fields |= {f"reward.{key}": value for key, value in asdict(reward).items() if key not in ("also", "vlm")}
+        if reward.rubric:
+            contents["rubric"] = _hash(read_rubric(reward.rubric).encode())
+        others = {key: value for key, value in asdict(reward).items() if key not in ("also", "vlm", "rubric")}
+        fields |= {f"reward.{key}": value for key, value in others.items()}
     if None in contents.values():
         return None
     program = {

@@ -29,9 +29,13 @@ from mteditflow.record.files import is_disk_full, read_json, replace_file, write
 VERSION = 1
 MANIFEST = "checkpoint.json"
 NUM_KEPT = 2  # newest checkpoints: one to fall back on where the last is damaged
-MAY_CHANGE = {"run.num_iterations", "run.save_every", "run.folder", "run.max_ratio_error", "rollout.cuda_graph"}
-"""Fields that a resumed run may change, with all of `evaluation`; the others change the numbers that
-follow."""
+MAY_CHANGE = {
+    "run.num_iterations", "run.save_every", "run.folder", "run.max_ratio_error", "run.num_judged", "rollout.cuda_graph",
+    "reward.rubric",
+}  # fmt: skip
+"""Fields that a resumed run may change, with all of `evaluation`; the others change the numbers that follow. A rubric's
+text is compared, by `keep_rubric`, instead of its path."""
+RUBRIC = "rubric.txt"
 
 _REPLACED, _TEMPORARY, _DOOMED = ".replaced", ".saving-", ".deleting-"
 _NAME = re.compile(rf"iteration-(\d{{6,}})({re.escape(_REPLACED)})?")
@@ -132,6 +136,24 @@ def check_resume(saved: dict[str, Any], config: Config, path: Path) -> None:
             f"cannot resume {path} with another config ({'; '.join(changed)}): "
             "set these back, or use another run.folder"
         )
+
+
+def keep_rubric(folder: Path, text: str, *, is_resumed: bool) -> None:
+    """Keep the text of a run's rubric, '' where it is not the user's. ValueError, one line: the run that is resumed has
+    been judged by another.
+    """
+    path = folder / RUBRIC
+    before = path.read_text(encoding="utf-8") if path.is_file() else ""
+    if is_resumed and before != text:
+        was = f"was {path}" if before else "was none"
+        raise ValueError(
+            f"reward.rubric: the text {was}, is {'another' if text else 'none'} now: cannot resume by another rubric, "
+            f"set it back or use another run.folder"
+        )
+    if text:
+        replace_file(path, text.encode(), is_durable=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager

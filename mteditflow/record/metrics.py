@@ -8,6 +8,7 @@ with one of TIMED (profile/account.py); all the others are bit-equal in a resume
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -116,6 +117,21 @@ def reduce_mean(values: dict[str, float]) -> dict[str, float]:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Read the whole lines of a metrics.jsonl; one that a kill tore is left out."""
     return [value for value, _ in _whole_lines(path)]
+
+
+def append_line(path: Path, line: dict[str, Any]) -> None:
+    """Append the line of line["iteration"], its first value, durably. What a killed run left goes first: lines of this
+    iteration and of later ones, and one that was torn.
+    """
+    iteration, content = line["iteration"], path.read_bytes() if path.is_file() else b""
+    *_, last, torn = (b"\n" + content).rsplit(b"\n", 2)
+    number = re.match(rb'{"iteration": (\d+)', last)
+    if content and (torn or number is None or int(number[1]) >= iteration):
+        _truncate(path, iteration)
+    with path.open("ab") as file:
+        file.write((json.dumps(line, allow_nan=False) + "\n").encode())
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def summary(values: dict[str, float]) -> str:

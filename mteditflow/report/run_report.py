@@ -21,6 +21,7 @@ from mteditflow.record.metrics import FILE, read_lines
 from mteditflow.record.templates import write_page
 from mteditflow.report.account import account
 from mteditflow.report.charts import NUM_COLORS, Curve, chart, data_uri, edit_types
+from mteditflow.report.seen import read_seen
 
 Lines = list[dict[str, Any]]
 
@@ -112,7 +113,7 @@ def _contents(folder: Path) -> dict[str, Any]:
     config, problem = _read_config(folder / "config.yaml")
     charts = {spec: _chart(spec, lines) for spec in CHARTS}
     before, after, gain = reports = [read_json(folder / f"{name}.json") for name in RESULTS]
-    newest = after or before
+    newest, judged = after or before, read_seen(folder)
     return {
         "title": f"MT-EditFlow: {config.run.folder if config else folder.resolve().name}",
         "config": config,
@@ -129,6 +130,9 @@ def _contents(folder: Path) -> dict[str, Any]:
         "account": account(lines),
         "alarms": _alarms(lines, config) if config else [],
         "strips": _strips(folder),
+        "judged": judged,
+        "is_judged": config is None or config.run.num_judged > 0,
+        "has_truth": any(session["truth"] for part in judged for session in part["sessions"]),
         "edit_types": edit_types({"before": before, "after": after}),
         "code": next(filter(None, map(read_usage, _exports(folder))), ""),
     }

@@ -1,6 +1,6 @@
 """Strips: pictures of held-out sessions side by side, with the instructions under them."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,13 @@ def draw_sessions(tasks: list[EditTask], edits: Mapping[str, Tensor], sessions: 
         for name, images in edits.items():
             rows.append([_shrink(image) for image in (tasks[n].source, *images[:, n])])
             captions.append([name, *tasks[n].instructions[: len(images)]])
-    return draw_grid(rows, captions, scale=2 if rows[0][0].shape[2] <= MAX_TILE // 2 else 1)
+    return draw_grid(rows, captions, scale=_scale(rows[0][0]))
+
+
+def draw_tiles(images: Sequence[Tensor]) -> Image.Image:
+    """Draw images (3, H, W) in [-1, 1] side by side, as wide as those of a strip."""
+    tiles = [_shrink(image) for image in images]
+    return draw_grid([tiles], [[""] * len(tiles)], scale=_scale(tiles[0]))
 
 
 def save_strips(folder: Path, iteration: int, tasks: list[EditTask], before: Tensor, after: Tensor) -> Tensor:
@@ -85,3 +91,8 @@ def _shrink(image: Tensor) -> Tensor:
         return image
     size = (round(image.shape[1] * MAX_TILE / image.shape[2]), MAX_TILE)
     return torch.nn.functional.interpolate(image[None].float(), size, mode="bilinear", antialias=True)[0]
+
+
+def _scale(tile: Tensor) -> int:
+    """Choose how many pixels wide a pixel of a tile is drawn."""
+    return 2 if tile.shape[2] <= MAX_TILE // 2 else 1

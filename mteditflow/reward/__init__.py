@@ -16,6 +16,7 @@ from torch import Tensor
 from mteditflow.advantage import advantages
 from mteditflow.config import EMBEDDED, Config
 from mteditflow.config.reward import RewardConfig
+from mteditflow.config.rubric import check_rubric
 from mteditflow.distributed import Ranks, local_device
 from mteditflow.guards import MAX_INVALID_SHARE, GuardError
 from mteditflow.reward.exact import ExactConsistency, ExactInstruction
@@ -67,10 +68,11 @@ class Rewards:
 def build_reward(config: Config) -> Rewards:
     """The rewards that `config` names; models on this process's GPU or else the CPU.
 
-    ValueError, one line: a model, a server or a function that is not there.
+    ValueError, one line: a model, a server or a function that is not there, a rubric that cannot be used.
     """
     # Models are imported where they are wanted: a run on the embedded world needs neither transformers' Auto classes
     # nor the extra 'judge'.
+    check_rubric(config)
     device = local_device()
     rewards: dict[str, Reward] = {INSTRUCTION: _build_judge(config.reward, device)}
     match config.reward.consistency_measure:

@@ -19,9 +19,10 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from mteditflow.config.reward import RewardConfig
+from mteditflow.config.rubric import fill_rubric, form_of, read_rubric
 from mteditflow.noise import Place
 from mteditflow.pictures import to_uint8
-from mteditflow.reward.exact import quality
+from mteditflow.reward.exact import ExactInstruction, quality
 from mteditflow.types import FAULTS, Rollout, Score
 
 IMAGE_SIZE = 512  # longest side of the images that the judge is shown, pixels; larger ones are shrunk. Ours
@@ -57,8 +58,7 @@ class Question:
         parts: list[str | Tensor] = ["Source image:", self.images[0]]
         for turn, (instruction, image) in enumerate(zip(self.instructions, self.images[1:], strict=True), start=1):
             parts += [f"Turn {turn}. Instruction: {instruction}\nImage after turn {turn}:", image]
-        form = "\n".join(f"<Turn{turn}Score>X</Turn{turn}Score>" for turn in range(1, len(self.instructions) + 1))
-        return [*parts, f"{THINKING if self.readout == 'thinking' else DIRECT}\n{form}"]
+        return [*parts, f"{THINKING if self.readout == 'thinking' else DIRECT}\n{form_of(len(self.instructions))}"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +131,7 @@ class VlmJudge:
     def __init__(self, config: RewardConfig, ask: Ask) -> None:
         self.config, self.ask = config, ask
         self.is_remote = ask.is_remote
+        self.rubric = read_rubric(config.rubric) if config.rubric else RUBRIC
 
     def close(self) -> None:
         """Have what is on its way end soon."""
@@ -152,9 +153,11 @@ class VlmJudge:
             for row, answer in zip(rows, self.ask(self._questions(rollout, rows, attempt)), strict=True):
                 answers[row] = answer
             rows = [row for row in rows if answers[row].grades is None]
+        has_truth = all(task.truth is not None for task in rollout.tasks)
         grades = torch.tensor([answer.grades or (math.nan,) * num_turns for answer in answers])
         return Score(
             values=quality(grades, self.config.scale).masked_fill(grades.isnan(), math.nan),
+            truth=ExactInstruction(self.config.scale)(rollout).values if has_truth else None,
             words=tuple(answer.text for answer in answers),
             faults=torch.tensor([FAULTS.index(answer.fault.partition(":")[0]) for answer in answers]),
             off_mass=torch.tensor([answer.off_mass for answer in answers]),
@@ -171,6 +174,7 @@ class VlmJudge:
                 instructions=rollout.tasks[group[row]].instructions[: len(edits)],
                 readout=self.config.readout,
                 key=keys[row],
+                rubric=fill_rubric(self.rubric, len(edits)),
             )
             for place, row in enumerate(rows)
         ]

@@ -1,0 +1,207 @@
+"""What the judge saw: of each iteration and evaluation a few sessions, with pictures, scores and the judge's own words.
+
+They are the sessions with the lowest and the highest scores, those on which judge and truth differ most, those that got
+no score, and those on which the judge and another reward differ most: a second judge, as a function of `reward.also`,
+is compared so. A number is compared with a number of its own kind, in standard deviations over the sessions, since
+rewards may be of any size.
+
+A line of `judge/training.jsonl` has the sessions of an iteration, counted as in metrics.jsonl; one of
+`judge/evaluation.jsonl` those of an evaluation, counted by the iterations before it. Their pictures, the source and the
+edits side by side, lie beside, of the newest NUM_KEPT lines.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from mteditflow.advantage import SUCCESS
+from mteditflow.record.metrics import append_line, read_lines
+from mteditflow.report.charts import data_uri
+from mteditflow.report.strips import draw_tiles
+from mteditflow.types import FAULTS, Rollout, Scores
+
+NUM_KEPT = 10  # lines whose strips stay: 4 sessions of 3 turns at 512 px are at most 2.5 MB
+NUM_SHOWN = {"training": 2, "evaluation": 1}  # newest lines on the page of a run
+ROUNDING = 1e-6  # of numbers in float32: what differs by less, relative to their size, does not differ
+MAX_WORDS, MAX_INSTRUCTION = 1500, 300  # characters that are kept, so that a line stays small
+LOWEST, HIGHEST, TRUTH, UNSCORED = "lowest score", "highest score", "judge and truth differ", "no score"
+
+Kind = Literal["training", "evaluation"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """A session as it was judged. `claims`: by reason to show it, how much speaks for that. `reasons`: why it was
+    chosen.
+    """
+
+    task: int
+    member: int
+    instructions: tuple[str, ...]  # K
+    pictures: tuple[Tensor, ...]  # K + 1 of (3, H, W) in [-1, 1]: source and edits
+    rewards: dict[str, list[float]]  # K each; NaN where undefined
+    truth: list[float] | None  # K
+    words: str
+    fault: str  # one of types.FAULTS
+    claims: Mapping[str, float] = field(repr=False)
+    reasons: tuple[str, ...] = ()
+
+
+def seen_sessions(rollout: Rollout, scores: Scores) -> list[Seen]:
+    """Put together what was judged, a session for each trajectory of the rollout; of `scores`, which may be of more
+    trajectories, the first are theirs. Pictures are views.
+    """
+    groups, members, claims = rollout.group.tolist(), rollout.member.tolist(), _claims(scores)
+    rewards = {name: values.tolist() for name, values in scores.rewards.items()}
+    truth = None if scores.truth is None else scores.truth.tolist()
+    tasks, turns = rollout.tasks, rollout.turns
+    return [
+        Seen(
+            task=tasks[g].id, member=members[n], instructions=tasks[g].instructions[: len(turns)],
+            pictures=(tasks[g].source, *(turn.image[n] for turn in turns)),
+            rewards={name: values[n] for name, values in rewards.items()}, truth=truth[n] if truth else None,
+            words=scores.words[n] if n < len(scores.words) else "",
+            fault="" if scores.faults is None else FAULTS[int(scores.faults[n])], claims=claims[n],
+        )
+        for n, g in enumerate(groups)
+    ]  # fmt: skip
+
+
+def _claims(scores: Scores) -> list[dict[str, float]]:
+    """Say how much speaks for each reason to show a trajectory, for N of them."""
+    names, claims = list(scores.rewards), [dict[str, float]() for _ in scores.valid]
+    valid = scores.valid.tolist()
+    judge, *others = (values.double().nanmean(1) for values in scores.rewards.values())  # (N,) each
+    columns = {LOWEST: -judge, HIGHEST: judge}
+    if scores.truth is not None:
+        columns[TRUTH] = (scores.instruction - scores.truth).double().abs().nanmean(1)
+    for name, other in zip(names[1:], others, strict=True):
+        columns[f"judge and {name} differ"] = (_standardise(judge) - _standardise(other)).abs()
+    for reason, column in columns.items():
+        for row, value in zip(claims, column.tolist(), strict=True):
+            if math.isfinite(value) and (reason in (LOWEST, HIGHEST) or value > ROUNDING):
+                row[reason] = value
+    return [row if is_valid else {UNSCORED: 1.0} for row, is_valid in zip(claims, valid, strict=True)]
+
+
+def _standardise(values: Tensor) -> Tensor:
+    """Measure values (N,) from their mean in standard deviations, 0 where there is no spread; NaN stays."""
+    known = values[~values.isnan()]
+    if not len(known):
+        return values
+    std = known.std(correction=0)
+    return (values - known.mean()) / std if std > ROUNDING * known.abs().max() else values * 0
+
+
+def choose(sessions: Sequence[Seen], num: int) -> list[Seen]:
+    """Choose at most `num` sessions: as many for each reason, the earlier reasons first. A session that two reasons
+    choose is there once. Chosen in parts and again among the chosen, they are the same.
+    """
+    known = list(dict.fromkeys(reason for session in sessions for reason in session.claims))
+    first = [reason for reason in (LOWEST, HIGHEST, TRUTH, UNSCORED) if reason in known]
+    reasons = [*first, *(reason for reason in known if reason not in first)]
+    chosen: dict[tuple[int, int], list[str]] = {}
+    for place, reason in enumerate(reasons):
+        quota = num // len(reasons) + (place < num % len(reasons))
+        having = [session for session in sessions if reason in session.claims]
+        having.sort(key=lambda session: (-session.claims[reason], session.task, session.member))
+        for session in having[:quota]:
+            chosen.setdefault((session.task, session.member), []).append(reason)
+    found = {(session.task, session.member): session for session in sessions}
+    return [_keep(found[key], tuple(why)) for key, why in chosen.items()]
+
+
+def _keep(session: Seen, reasons: tuple[str, ...]) -> Seen:
+    """Copy a session to the host, so that it outlives the rollout."""
+    return replace(session, reasons=reasons, pictures=tuple(picture.cpu().clone() for picture in session.pictures))
+
+
+def save_seen(folder: Path, kind: Kind, iteration: int, judge: str, sessions: Sequence[Seen]) -> None:
+    """Write the chosen sessions of an iteration, or of an evaluation after so many: strips, then the line, which
+    replaces one that a killed run left. Without sessions nothing is written.
+    """
+    if not sessions:
+        return
+    parent = folder / "judge"
+    parent.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for place, session in enumerate(sessions):
+        strip = f"{kind}-{iteration:06d}-{place}.png"
+        draw_tiles([torch.nan_to_num(picture) for picture in session.pictures]).save(parent / strip)
+        rows.append(_row(session) | {"strip": strip})
+    append_line(parent / f"{kind}.jsonl", {"iteration": iteration, "judge": judge, "sessions": rows})
+    numbers = sorted({path.name.rsplit("-", 1)[0] for path in parent.glob(f"{kind}-*.png")})
+    for number in numbers[:-NUM_KEPT]:
+        for path in parent.glob(f"{number}-*.png"):
+            path.unlink()
+
+
+def _row(session: Seen) -> dict[str, Any]:
+    """Describe a session as JSON has it: texts of bounded length, None for a number that is not there."""
+    return {
+        "task": session.task,
+        "member": session.member,
+        "reasons": session.reasons,
+        "instructions": [_shorten(text, MAX_INSTRUCTION) for text in session.instructions],
+        "rewards": {name: [_number(value) for value in values] for name, values in session.rewards.items()},
+        "truth": [_number(value) for value in session.truth] if session.truth else None,
+        "fault": session.fault,
+        "words": _shorten(session.words, MAX_WORDS),
+    }
+
+
+def _number(value: float) -> float | None:
+    return round(value, 4) if math.isfinite(value) else None
+
+
+def _shorten(text: str, length: int) -> str:
+    """Leave out the middle of a long text: a judge that thinks begins with reasons and ends with scores. Halves of a
+    character, which a server may send, become question marks.
+    """
+    text = text.encode(errors="replace").decode()
+    return text if len(text) <= length else f"{text[: length // 2]} ... {text[length // 2 - length + 5 :]}"
+
+
+def read_seen(folder: Path) -> list[dict[str, Any]]:
+    """Read what a page shows of the newest lines, evaluations last: title, judge, and sessions, with their pictures and
+    a cell for each turn. Empty where nothing was kept.
+    """
+    shown = []
+    for kind, num in NUM_SHOWN.items():
+        path = folder / "judge" / f"{kind}.jsonl"
+        for line in read_lines(path)[-num:] if path.is_file() else []:
+            number = line["iteration"]
+            title = f"Iteration {number + 1}" if kind == "training" else f"Evaluation after iteration {number}"
+            sessions = [_session(folder, row) for row in line["sessions"]]
+            shown.append({"title": title if number or kind == "training" else "Evaluation before training",
+                          "judge": line["judge"], "sessions": sessions})  # fmt: skip
+    return shown
+
+
+def _session(folder: Path, row: dict[str, Any]) -> dict[str, Any]:
+    path = folder / "judge" / row["strip"]
+    (_, judge), *others = row["rewards"].items()
+    truth = row["truth"] or [None] * len(judge)
+    turns = [
+        {
+            "instruction": instruction,
+            "judge": _verdict(judge[turn]),
+            "truth": _verdict(truth[turn]) if row["truth"] else None,
+            "others": {name.replace("_", " "): values[turn] for name, values in others},
+        }
+        for turn, instruction in enumerate(row["instructions"])
+    ]
+    picture = data_uri(path.read_bytes()) if path.is_file() else ""
+    return row | {"turns": turns, "picture": picture, "title": "; ".join(row["reasons"])}
+
+
+def _verdict(score: float | None) -> dict[str, str]:
+    """Write a score with the mark of success or failure, and how it is coloured."""
+    if score is None:
+        return {"text": "no score", "css": "bad"}
+    return {"text": f"✓ {score:.2f}", "css": "good"} if score >= SUCCESS else {"text": f"✗ {score:.2f}", "css": "bad"}
