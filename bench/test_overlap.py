@@ -70,7 +70,7 @@ def time_overlap(size: Size) -> dict[str, Any]:
         ),
     )  # fmt: skip
     case = build_case(config)
-    figures = compare(case, build_rewards(size, config.reward, case.policy.device), size.rounds)
+    figures = compare(case, lambda: build_rewards(size, config.reward, case.policy.device), size.rounds)
     on = figures["medians"]["on"]
     return figures | {
         "exposed_percent": 100 * on["exposed_s"] / on["total_s"], "times_off_on": figures["times_off"]["on"]

@@ -256,7 +256,7 @@ def test_the_profile_measures_both_and_says_which_to_keep(tiny_config: Config) -
     assert hidden_share(off, on) == 0.75 and hidden_share(on, off) == -1.0  # 3 of 4 s, and 3 of 3 lost
     config = change(tiny_config, "rollout", microbatch_size=2)
     case = build_case(change(config, "optimizer", microbatch_size=2))
-    figures = compare(case, rewards_of(Judge(is_remote=False)), num_rounds=1)
+    figures = compare(case, lambda: rewards_of(Judge(is_remote=False)), num_rounds=1)
     assert list(figures["medians"]) == ["off", "on"] == list(figures["times_off"]) and figures["advice"] in (
         "off",
         "on",

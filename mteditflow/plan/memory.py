@@ -34,6 +34,8 @@ GIB = 2**30
 
 
 CONTEXT_GIB = 0.6  # CUDA, cuBLAS and cuDNN in a process; ours, not measured yet
+QUESTION_TOKENS = 1500  # of 4 images of 512 px, and the rubric; measured at 1,467 (docs/results/gpu.md)
+READING_BYTES = 0.16 * GIB  # activations of a row while Qwen3-VL-8B reads its question; an estimate
 FRAGMENTATION = 0.05  # of what is allocated, by torch's allocator; ours, not measured yet
 MARGIN = f"margin: context {CONTEXT_GIB} GiB, fragmentation {FRAGMENTATION:.0%}"
 OPTIMIZER_STEP = 1  # copies of the trained weights that AdamW makes for all of them at once
@@ -133,6 +135,7 @@ def memory_plan(config: Config, sizes: Sizes) -> dict[str, float]:
         "latents of a rollout": _latents(config, sizes),
         TRAINING: _training(config, sizes),
         "judge": _judge(config),
+        "judge, at work": _judging(config),
         "reward models": _reward_models(config),
     }
     phases = _other_phases(config, sizes)
@@ -253,6 +256,25 @@ def _judge(config: Config) -> float:
             raise ValueError(f"reward.vlm is {reward.vlm!r}: no folder, and its size is not known; give a folder")
         return 2e9 * JUDGES[reward.vlm]
     return 2.0 * sum(_num_weights(path) for path in folder.glob("*.safetensors"))
+
+
+def _judging(config: Config) -> float:
+    """Bytes of a VLM judge's batch in this process: keys and values of question and answer, and reading the question.
+    By Qwen3-VL-8B's 36 layers with 8 heads of 128, in a judge of another folder by its own.
+    """
+    reward, rollout = config.reward, config.rollout
+    if reward.judge != "vlm" or reward.url:
+        return 0.0
+    layers, heads, width, share = 36, 8, 128, 1.0
+    folder = folder_of(reward.vlm, "reward.vlm", "config.json")
+    if folder is not None and (folder / "config.json").is_file():
+        text = json.loads((folder / "config.json").read_text()).get("text_config", {})
+        layers, heads = text.get("num_hidden_layers", layers), text.get("num_key_value_heads", heads)
+        width, share = text.get("head_dim", width), text.get("hidden_size", 4096) / 4096
+    wave = -(-(rollout.wave_size or rollout.group_size) // rollout.microbatch_size) * rollout.microbatch_size
+    rows = 2 ** math.ceil(math.log2(min(reward.num_parallel, wave)))  # the cache has whole powers of two
+    tokens = QUESTION_TOKENS + (reward.max_answer_tokens if reward.readout != "expected" else 0)
+    return rows * (2 * 2 * layers * heads * width * tokens + share * READING_BYTES)
 
 
 def _reward_models(config: Config) -> float:

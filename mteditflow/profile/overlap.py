@@ -4,7 +4,7 @@
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -48,19 +48,22 @@ def run_once(case: Case, judge: Overlap) -> dict[str, float]:
     }
 
 
-def compare(case: Case, rewards: Rewards, num_rounds: int = NUM_ROUNDS) -> dict[str, Any]:
-    """Measure every choice of reward.overlap that the device has, after an iteration of each to warm up.
+def compare(case: Case, build: Callable[[], Rewards], num_rounds: int = NUM_ROUNDS) -> dict[str, Any]:
+    """Measure every choice of reward.overlap that the device has, after an iteration of each to warm up. `green` has
+    rewards of its own, since a CUDA graph keeps the context in which it was captured.
 
     efficiency: (T_a + T_b - T_ab) / min(T_a, T_b), of an iteration without its judge, the judge alone, and both, the
     first two from `off`.
     """
     config, device = case.config.reward, case.policy.device
     names = ["off", "on", *(["green"] if can_be_green(device) else [])]
+    shared = build()
+    rewards = dict.fromkeys(names, shared) | ({"green": build()} if "green" in names else {})
     rounds: list[dict[str, dict[str, float]]] = []
     for number in range(num_rounds + 1):
         found = {}
         for name in names:
-            with Overlap(rewards, replace(config, overlap=name), device) as judge:  # pyright: ignore[reportArgumentType]
+            with Overlap(rewards[name], replace(config, overlap=name), device) as judge:  # pyright: ignore[reportArgumentType]
                 found[name] = run_once(case, judge)
         rounds += [found] if number else []
     medians = {name: {key: median(found[name][key] for found in rounds) for key in COLUMNS} for name in names}
@@ -105,6 +108,6 @@ def write_overlap(config: Config) -> None:
     """Compare, show the table, and write `overlap.json` into `run.folder`."""
     folder = Path(config.run.folder)
     folder.mkdir(parents=True, exist_ok=True)
-    figures = compare(build_case(config), build_reward(config))
+    figures = compare(build_case(config), lambda: build_reward(config))
     (folder / "overlap.json").write_text(json.dumps(figures, indent=1))
     Console(width=None if Console().is_terminal else 120).print(table(figures, config.reward.overlap))
