@@ -34,6 +34,7 @@ WITHOUT_USER = {
     "reward.max_answer_tokens": JUDGE,
     "reward.num_parallel": JUDGE,
     "reward.timeout_s": JUDGE,
+    "reward.max_wait_s": JUDGE,
     "reward.also": "a user's function: docs/judge.md",
     "evaluation.num_strips": "must be at most num_sessions: lower in a run with few",
     "run.backend": "names the implementation where auto is not wanted",

@@ -5,7 +5,7 @@ and the user's functions (`reward.also`) go with any of them.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -17,7 +17,10 @@ from mteditflow.distributed import Ranks, local_device
 from mteditflow.reward.exact import ExactConsistency, ExactInstruction
 from mteditflow.reward.simulated import SimulatedJudge
 from mteditflow.reward.user_function import UserReward
-from mteditflow.types import Rollout, Score, Scores
+from mteditflow.types import EditTask, Rollout, Score, Scores
+
+if TYPE_CHECKING:
+    from mteditflow.reward.vlm import Ask, Question
 
 INSTRUCTION, CONSISTENCY = "instruction", "consistency"
 
@@ -56,7 +59,7 @@ def build_reward(config: Config) -> Rewards:
     # Models are imported where they are wanted: a run on the embedded world needs neither transformers' Auto classes
     # nor the extra 'judge'.
     device = local_device()
-    rewards: dict[str, Reward] = {INSTRUCTION: _build_judge(config.reward, device)}
+    rewards: dict[str, Reward] = {INSTRUCTION: _build_judge(config, device)}
     match config.reward.consistency_measure:
         case "none":
             pass
@@ -68,33 +71,53 @@ def build_reward(config: Config) -> Rewards:
             rewards[CONSISTENCY] = DinoConsistency(path, device, is_edival_compat=config.reward.is_edival_compat)
     weights = {INSTRUCTION: 1.0, CONSISTENCY: config.advantage.consistency_weight}
     for also in config.reward.also_rewards:
-        task = training_tasks(config, 0, Ranks(rank=0, world_size=1, device=device))[0]
         function = rewards[also.function] = UserReward(also)
-        function.check(task, config.data.num_turns)
+        function.check(_first_task(config, device), config.data.num_turns)
         weights[also.function] = also.weight
     return Rewards(rewards=rewards, weights={name: weights[name] for name in rewards})
 
 
-def _build_judge(config: RewardConfig, device: torch.device) -> Reward:
-    match config.judge:
+def _build_judge(config: Config, device: torch.device) -> Reward:
+    reward = config.reward
+    match reward.judge:
         case "exact":
-            return ExactInstruction(config.scale)
+            return ExactInstruction(reward.scale)
         case "vlm":
-            from mteditflow.reward.vlm import VlmJudge
+            from mteditflow.reward.vlm import VlmJudge, sample_question
 
-            if not config.url:
-                from mteditflow.reward.vlm_local import LocalVlm
-
-                return VlmJudge(config, LocalVlm(config, device))
-            try:
-                from mteditflow.reward.vlm_server import RemoteVlm
-            except ModuleNotFoundError as error:
-                raise ValueError(
-                    f"reward.url needs the package {error.name}: pip install 'mteditflow[judge]'"
-                ) from error
-            return VlmJudge(config, RemoteVlm(config))
+            num_turns = config.data.num_turns
+            if config.data.path != EMBEDDED:  # whose evaluation is the verifier's
+                num_turns = max(num_turns, config.num_held_out_turns)
+            ask = build_ask(reward, device, sample_question(_first_task(config, device), num_turns, reward.readout))
+            return VlmJudge(reward, ask)
         case _:
-            return SimulatedJudge(config)
+            return SimulatedJudge(reward)
+
+
+def _first_task(config: Config, device: torch.device) -> EditTask:
+    """A task to try a judge or a function with."""
+    return training_tasks(config, 0, Ranks(rank=0, world_size=1, device=device))[0]
+
+
+def build_ask(config: RewardConfig, device: torch.device, sample: "Question") -> "Ask":
+    """The VLM of a config, in this process or behind its url, which is asked the sample. ValueError: it is not there,
+    or no VLM.
+    """
+    if not config.url:
+        from mteditflow.reward.vlm_local import LocalVlm
+
+        return LocalVlm(config, device)
+    try:
+        from mteditflow.reward.vlm_server import RemoteVlm
+    except ModuleNotFoundError as error:
+        raise ValueError(f"reward.url needs the package {error.name}: pip install 'mteditflow[judge]'") from error
+    ask = RemoteVlm(config)
+    try:
+        ask.check(sample)
+    except BaseException:
+        ask.close()
+        raise
+    return ask
 
 
 def check_judge(config: Config) -> None:

@@ -22,10 +22,12 @@ from mteditflow.config.reward import RewardConfig
 from mteditflow.noise import Place
 from mteditflow.pictures import to_uint8
 from mteditflow.reward.exact import quality
-from mteditflow.types import FAULTS, Rollout, Score
+from mteditflow.types import FAULTS, EditTask, Rollout, Score
 
 IMAGE_SIZE = 512  # longest side of the images that the judge is shown, pixels; larger ones are shrunk. Ours
-SCORE = re.compile(r"<Turn(\d)Score>\s*([1-5])\s*</Turn\1Score>")
+SCORE = re.compile(r"<Turn(\d)Score>[\s*_`]*([1-5])[\s*_`]*</Turn\1Score>")  # some write it bold
+THOUGHT_ENDS = ("</Thought>", "</think>")  # ours, and that of models that think unasked
+MAX_OFF_MASS = 0.5  # above it the judge would sooner write something else than a score
 
 RUBRIC = """You judge the work of an image editor. You see a source image and then, turn by turn, an instruction and \
 the image after it. Each turn edits the image of the turn before, so compare each image with the one before it.
@@ -89,15 +91,35 @@ class Ask(Protocol):
 
 
 def read_answer(text: str, num_turns: int) -> list[int] | None:
-    """The scores of turns 1 to K after the last </Thought>, each there once; None where the answer has another form.
+    """The scores of turns 1 to K after the last thought, each there once; None where the answer has another form.
 
     The closing tag keeps 4.5 or 10 from being read as 4 or 1. A thought that was cut off holds no scores.
     """
-    rest = text.rpartition("</Thought>")[2]
+    rest = after_thought(text)
     found = [(int(turn), int(score)) for turn, score in SCORE.findall(rest)]
-    if "<Thought>" in rest or sorted(turn for turn, _ in found) != list(range(1, num_turns + 1)):
+    is_cut = any(end.replace("/", "") in rest for end in THOUGHT_ENDS)
+    if is_cut or sorted(turn for turn, _ in found) != list(range(1, num_turns + 1)):
         return None
     return [score for _, score in sorted(found)]
+
+
+def after_thought(text: str) -> str:
+    """The end of an answer, behind the last thought."""
+    for end in THOUGHT_ENDS:
+        text = text.rpartition(end)[2]
+    return text
+
+
+def sample_question(task: EditTask, num_turns: int, readout: str) -> Question:
+    """A question about a task whose edits are all its source, to try a judge with before there is a rollout."""
+    source = to_judge_size(task.source[None], IMAGE_SIZE)[0]
+    instructions = [task.instructions[turn % len(task.instructions)] for turn in range(num_turns)]
+    return Question(
+        images=(source,) * (num_turns + 1),
+        instructions=tuple(instructions),
+        readout=readout,
+        key=torch.zeros(5, dtype=torch.int64),
+    )
 
 
 def answer_of(text: str, num_turns: int) -> Answer:
