@@ -19,6 +19,7 @@ from mteditflow.config.errors import fail, suggest
 from mteditflow.config.version import describe_version
 
 Command = Callable[[Sequence[str]], int]
+JUDGE_USAGE = "%(prog)s [--config FILE.yaml] [--section.field VALUE ...]"
 
 
 def _fails_in_one_line(command: Command) -> Command:
@@ -181,6 +182,38 @@ def generate(argv: Sequence[str]) -> int:
 
 
 @_fails_in_one_line
+def judge(argv: Sequence[str]) -> int:
+    """Check the VLM judge of a config, or serve it."""
+    return _dispatch("judge", {"check": check_judge, "serve": serve_judge}, argv, _sentence(judge))
+
+
+@_fails_in_one_line
+def check_judge(argv: Sequence[str]) -> int:
+    """Ask the judge about sessions whose grades are known; exit code 1 if it cannot be used."""
+    parser = cli.settings_parser(f"{_program('judge')} check", _sentence(check_judge), JUDGE_USAGE)
+    parser.add_argument("--num_sessions", type=int, default=8, help="half of them good, half bad")
+    v = cli.parse(parser, argv)
+    config = cli.to_config(v)
+    cli.print_if_asked(v, config)
+    from mteditflow.judge.check import check_judge as check_by_sessions
+
+    return check_by_sessions(config, v.num_sessions)
+
+
+@_fails_in_one_line
+def serve_judge(argv: Sequence[str]) -> int:
+    """Print the command that serves the judge at reward.url."""
+    parser = cli.settings_parser(f"{_program('judge')} serve", _sentence(serve_judge), JUDGE_USAGE)
+    parser.add_argument("--run", action="store_true", help="run it, where vLLM or SGLang is installed")
+    v = cli.parse(parser, argv)
+    config = cli.to_config(v)
+    cli.print_if_asked(v, config)
+    from mteditflow.judge.serve import serve_judge as serve_by_command
+
+    return serve_by_command(config, is_run=v.run)
+
+
+@_fails_in_one_line
 def report(argv: Sequence[str]) -> int:
     """Write the HTML page of a run, also of one that is still at work."""
     parser = _parser("report", report)
@@ -218,7 +251,7 @@ def pretrain(argv: Sequence[str]) -> int:
 
 COMMANDS: Mapping[str, Command] = {
     "train": train, "evaluate": evaluate, "export": export, "study": study, "profile": profile, "data": data,
-    "report": report, "pretrain": pretrain,
+    "judge": judge, "report": report, "pretrain": pretrain,
 }  # fmt: skip
 
 

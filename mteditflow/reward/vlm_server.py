@@ -286,7 +286,7 @@ class RemoteVlm:
     def _read(self, status: int, pause: float, text: str, path: str) -> Any:
         """The JSON of a reply, or what its status means."""
         shown, name = self._shown(text), f"reward.url {self.url!r} answers {status}"
-        if status == 401 or (status == 403 and not self._last_answer_s):
+        if path == CHAT and (status == 401 or (status == 403 and not self._last_answer_s)):
             raise ValueError(f"{name}, it wants another key: set the environment variable {API_KEY}")
         if status in (404, 405) and path == CHAT:
             raise ValueError(
