@@ -28,6 +28,7 @@ class Server:
     """A program that serves models."""
 
     package: str
+    modules: tuple[str, ...]  # that it needs
     words: list[str]  # of the command
     environment: dict[str, str] = field(default_factory=dict)
 
@@ -39,7 +40,7 @@ class Server:
     @property
     def is_installed(self) -> bool:
         """Whether it can be run here."""
-        return shutil.which(self.words[0]) is not None and (self.package != "sglang" or find_spec("sglang") is not None)
+        return shutil.which(self.words[0]) is not None and all(find_spec(name) for name in self.modules)
 
 
 def serve_judge(config: Config, *, is_run: bool) -> int:
@@ -73,19 +74,15 @@ def servers(config: Config) -> list[Server]:
     has_key = bool(os.environ.get(KEY[1:], "").strip())
     vllm = ["vllm", "serve", reward.vlm, *place, "--limit-mm-per-prompt", limit, "--max-model-len", context]
     sglang = ["python", "-m", "sglang.launch_server", "--model-path", reward.vlm, *place]
-    sglang += [
-        "--limit-mm-data-per-request",
-        limit,
-        "--context-length",
-        context,
-        *(["--api-key", KEY] if has_key else []),
-    ]
+    sglang += ["--limit-mm-data-per-request", limit, "--context-length", context]
+    sglang += ["--api-key", KEY] if has_key else []
     found = [
-        Server(package="vllm", words=vllm, environment={"VLLM_API_KEY": KEY} if has_key else {}),
-        Server(package="sglang", words=sglang),
+        Server(package="vllm", modules=("vllm",), words=vllm, environment={"VLLM_API_KEY": KEY} if has_key else {}),
+        Server(package="sglang", modules=("sglang",), words=sglang),
     ]
     if reward.readout != "expected" and not has_key:  # it gives no logprobs, and asks for no key
-        found.append(Server(package="transformers", words=["transformers", "serve", reward.vlm, *place]))
+        words = ["transformers", "serve", reward.vlm, *place]
+        found.append(Server(package="transformers", modules=("fastapi", "uvicorn", "openai"), words=words))
     return found
 
 
