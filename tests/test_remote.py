@@ -316,7 +316,7 @@ def test_a_key_that_is_none(ask: Callable[..., RemoteVlm], monkeypatch: pytest.M
         ((404, "nothing"), "answers 404 to /chat/completions .nothing.: give the address up to and with /v1"),
         ((405, "nothing"), "answers 405 to /chat/completions"),
         ((400, {"error": "judge is not a multimodal model"}), "400: .*not a multimodal model.*take 3 pictures"),
-        ((400, {"error": "At most 1 image(s)"}), r"At most 1 image\(s\).* as `mteditflow judge serve` says"),
+        ((400, {"error": "At most 1 image(s)"}), r"At most 1 image\(s\).* see `mteditflow judge serve`"),
         ((413, "too large"), "413: too large.: a question has 0.0 MiB: let it take such bodies"),
         ((200, {"result": "ok"}), "no completion: .*: give the address of an OpenAI-compatible server"),
         ((200, "<html>\nhi"), "no JSON: <html> hi.: give the address of an OpenAI-compatible server"),
@@ -329,6 +329,22 @@ def test_a_server_that_is_no_judge_is_found_at_once(
 ) -> None:
     server.reply = lambda number, _: reply
     fails(lambda: ask().check(QUESTION), message)
+
+
+@pytest.mark.parametrize(
+    ("models", "message"),
+    [
+        ((400, "No connected db."), f"is {API_KEY} right, and the address, up to and with /v1"),
+        ((500, "Internal Server Error"), f"is {API_KEY} right, and the address, up to and with /v1"),
+        ((200, {"data": [{"id": "other"}]}), "as reward.vlm give one of other"),
+    ],
+)
+def test_what_a_proxy_says_to_a_wrong_key_or_name(
+    server: Server, ask: Callable[..., RemoteVlm], models: Reply, message: str
+) -> None:
+    """LiteLLM without a database: 500 without a key, 400 with a wrong one and for a model that it does not have."""
+    server.models, server.reply = models, lambda number, _: (400, {"error": "no"})
+    fails(lambda: ask().check(QUESTION), f"gives no answer .400: .*: .*{message}")
 
 
 def test_what_is_known_later_stops_the_run_too(server: Server, ask: Callable[..., RemoteVlm]) -> None:

@@ -204,13 +204,13 @@ def check_judge(argv: Sequence[str]) -> int:
 def serve_judge(argv: Sequence[str]) -> int:
     """Print the command that serves the judge at reward.url."""
     parser = cli.settings_parser(f"{_program('judge')} serve", _sentence(serve_judge), JUDGE_USAGE)
-    parser.add_argument("--run", action="store_true", help="run it, where vLLM or SGLang is installed")
+    parser.add_argument("--start", action="store_true", help="run it, where vLLM or SGLang is installed")
     v = cli.parse(parser, argv)
     config = cli.to_config(v)
     cli.print_if_asked(v, config)
     from mteditflow.judge.serve import serve_judge as serve_by_command
 
-    return serve_by_command(config, is_run=v.run)
+    return serve_by_command(config, is_started=v.start)
 
 
 @_fails_in_one_line

@@ -43,12 +43,12 @@ class Server:
         return shutil.which(self.words[0]) is not None and all(find_spec(name) for name in self.modules)
 
 
-def serve_judge(config: Config, *, is_run: bool) -> int:
+def serve_judge(config: Config, *, is_started: bool) -> int:
     """Print the commands, or run the first one that is installed and return its exit code. ValueError: none is."""
     reward = config.reward
     require(reward.judge == "vlm", "reward.judge", reward.judge, "must be 'vlm': no other is served")
     found = servers(config)
-    if not is_run:
+    if not is_started:
         for server in found:
             print(f"# {server.package}{' (installed)' if server.is_installed else ''}\n{server}")
         print(f"# then: --reward.url {_address(reward.url)}")
@@ -61,7 +61,7 @@ def serve_judge(config: Config, *, is_run: bool) -> int:
             return subprocess.call(
                 [key if word == KEY else word for word in server.words], env={**os.environ, **environment}
             )
-    raise ValueError("--run: no server is installed here: pip install vllm, or sglang, where the GPUs are")
+    raise ValueError("--start: no server is installed here: pip install vllm, or sglang, where the GPUs are")
 
 
 def servers(config: Config) -> list[Server]:

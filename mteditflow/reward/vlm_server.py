@@ -116,33 +116,39 @@ class RemoteVlm:
         await self._client.aclose()
 
     async def _check(self, body: dict[str, Any], question: Question) -> None:
-        names = await self._served_names()
+        names, refusal = await self._served_names()
         if names and self.config.vlm not in names:
             there = ", ".join(names[:5])
             self._say(f"reward.vlm {self.config.vlm!r} is not in the list of {self.url} ({there}): asked all the same")
-        num_bytes, num_images = len(json.dumps(body)), len(question.images)
         name = f"reward.url {self.url!r}"
         try:
             answer = await self._ask(body, question)
         except Fault as fault:
-            kind, text = fault.args
-            remedy = f"it must take {num_images} pictures in a question: start it as `mteditflow judge serve` says"
-            if kind == "late":
-                remedy = "raise reward.timeout_s, for the first answer reward.max_wait_s"
-            elif text.startswith("413"):
-                remedy = f"a question has {num_bytes / 2**20:.1f} MiB: let it take such bodies"
-            elif question.readout == "expected" and "logprob" in text:
-                remedy = "take reward.readout 'direct', which needs no logprobs"
-            elif kind == "broken":
-                remedy = "give the address of an OpenAI-compatible server, up to and with /v1"
-            raise ValueError(f"{name} gives no answer ({text}): {remedy}") from None
+            remedy = self._remedy(*fault.args, body, question, names, refusal)
+            raise ValueError(f"{name} gives no answer ({fault.args[1]}): {remedy}") from None
         if answer.fault == "form: no logprobs":
             raise ValueError(f"reward.readout is 'expected', for which {name} gives no logprobs: take 'direct'")
         if answer.fault:  # of pictures that are no edits, so no reason to stop
-            self._say(
-                f"reward.vlm {self.config.vlm!r}: a first answer has no scores ({answer.fault}): see `judge check`"
-            )
-        await self._check_sight(body, num_images)
+            self._say(f"reward.vlm {self.config.vlm!r}: no scores in a first answer ({answer.fault}): see judge check")
+        await self._check_sight(body, len(question.images))
+
+    def _remedy(
+        self, kind: str, text: str, body: dict[str, Any], question: Question, names: list[str], refusal: str
+    ) -> str:
+        """What to do where a first question is not answered, by what the server says to it and to `/models`."""
+        if kind == "late":
+            return "raise reward.timeout_s, for the first answer reward.max_wait_s"
+        if text.startswith("413"):
+            return f"a question has {len(json.dumps(body)) / 2**20:.1f} MiB: let it take such bodies"
+        if question.readout == "expected" and "logprob" in text:
+            return "take reward.readout 'direct', which needs no logprobs"
+        if names and self.config.vlm not in names:
+            return f"as reward.vlm give one of {', '.join(names[:5])}"
+        if refusal:  # some proxies answer 400 or 500 to a wrong key
+            return f"it refuses its list of models too: is {API_KEY} right, and the address, up to and with /v1?"
+        if kind == "broken":
+            return "give the address of an OpenAI-compatible server, up to and with /v1"
+        return f"it must take {len(question.images)} pictures in a question: see `mteditflow judge serve`"
 
     async def _check_sight(self, body: dict[str, Any], num_images: int) -> None:
         """Compare the tokens that a question has with and without its pictures, where the server counts them."""
@@ -160,13 +166,17 @@ class RemoteVlm:
                 f"more tokens than one without: serve a vision-language model"
             )
 
-    async def _served_names(self) -> list[str]:
+    async def _served_names(self) -> tuple[list[str], str]:
+        """The names that the server lists, and what it says where it refuses to; some have no list."""
         try:
             body = await self._attempts("GET", "/models", None)
-        except (Fault, Refused):  # some have no list; the question will tell
-            return []
+        except Refused as error:
+            return [], "" if error.args[0] in (404, 405) else error.args[1]
+        except Fault as fault:
+            return [], fault.args[1]
         models = body.get("data") if isinstance(body, dict) else None
-        return [str(model["id"]) for model in models or [] if isinstance(model, dict) and "id" in model]
+        models = models if isinstance(models, list) else []
+        return [str(model["id"]) for model in models if isinstance(model, dict) and "id" in model], ""
 
     async def _answer(self, body: dict[str, Any], question: Question) -> Answer:
         async with self._places:
