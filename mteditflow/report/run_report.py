@@ -112,7 +112,7 @@ def _contents(folder: Path) -> dict[str, Any]:
     config, problem = _read_config(folder / "config.yaml")
     charts = {spec: _chart(spec, lines) for spec in CHARTS}
     before, after, gain = reports = [read_json(folder / f"{name}.json") for name in RESULTS]
-    newest = after or before
+    newest, base = after or before, config.model.path if config else ""
     return {
         "title": f"MT-EditFlow: {config.run.folder if config else folder.resolve().name}",
         "config": config,
@@ -130,7 +130,7 @@ def _contents(folder: Path) -> dict[str, Any]:
         "alarms": _alarms(lines, config) if config else [],
         "strips": _strips(folder),
         "edit_types": edit_types({"before": before, "after": after}),
-        "code": next(filter(None, map(read_usage, _exports(folder))), ""),
+        "code": next(filter(None, (read_usage(out, base) for out in _exports(folder))), ""),
     }
 
 
