@@ -16,7 +16,7 @@ from mteditflow.plan.dry_run import dry_run
 from mteditflow.plan.duration import RowSeconds, batch_plan, duration_plan
 
 ROOT = Path(__file__).parent.parent
-MODULES = ("train", "evaluate", "export", "study", "profile", "data", "report", "world.pretrain")
+MODULES = ("train", "evaluate", "export", "study", "profile", "data", "judge", "report", "world.pretrain")
 
 
 def write(folder: Path, text: str) -> str:
@@ -86,6 +86,9 @@ WRONG_COMMANDS = {
     "data check": "PATH is missing: as data.path",
     "data check a.csv --max_bad_share x": "--max_bad_share is 'x': must be a number",
     "data generate a.json --out b.jsonl": "--images is missing: folder of the images",
+    "judge chek": "chek is no command: did you mean check?",
+    "judge check --num_sessions x": "--num_sessions is 'x': must be a whole number",
+    "judge serve --reward.url gpu:8000": "reward.url is 'gpu:8000': must begin with http:// or https://",
     "report": "RUN is missing: the run's folder",
     "pretrain": "--output is missing: folder for the checkpoints",
     "pretrain --output a --seed x": "--seed is 'x': must be a whole number",

@@ -100,7 +100,7 @@ def assert_judges(name: str, url: str) -> None:
     answers = vlm([colour_question(pair) for pair in pairs])
     assert [answer.grades for answer in answers] == [tuple(COLOUR_SCORES[colour] for colour in pair) for pair in pairs]
     prompt, answered = vlm.num_tokens.values()
-    assert prompt > 9 * 3 * 16 and answered == 9 * 16 + 1  # 16 an image and an answer
+    assert prompt > 9 * 3 * 16 and answered == 9 * 15 + 1  # 16 an image, 15 an answer
     vlm.close()
     expected = judge_at(name, url, readout="expected")
     with pytest.raises(ValueError, match=r"readout is 'expected', for which .* gives no logprobs: take 'direct'"):
