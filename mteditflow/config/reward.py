@@ -10,7 +10,10 @@ from mteditflow.config.ranges import Count, Range, Share, Weight, check_ranges, 
 
 EDIVAL_DINO = "facebook/dinov3-vitb16-pretrain-lvd1689m"
 _ALSO = re.compile(r"(?P<module>[\w.]+):(?P<function>[A-Za-z_]\w*)(=(?P<weight>.+))?")
-TAKEN = re.compile(r"instruction|consistency|mean|std|valid_share|zero_spread_share|(?:turn|success)_\d+")
+TAKEN = re.compile(
+    r"instruction|consistency|mean|std|valid_share|zero_spread_share|exposed_s|judge_s|overlap_efficiency|"
+    r"(?:turn|success)_\d+"
+)
 """Names that metrics have already."""
 
 
@@ -95,6 +98,11 @@ class RewardConfig:
     max_wait_s: Annotated[float, Range(0, 86400)] = 300.0
     """VLM judge with url: seconds to wait for a server that restarts or is busy before the run ends, and for its first
     answer; under several ranks below torch's 600. Ours."""
+    overlap: Literal["off", "on", "green"] = "on"
+    """Whether a wave of trajectories is scored while the next is made: by a worker with its own CUDA stream, or one
+    with multiprocessors of its own (green, torch >= 2.12); off: in turn, with the same results."""
+    green_sms: Annotated[int, Range(1, 1024)] = 16
+    """Multiprocessors that overlap 'green' gives the judge (an H100 has 132)."""
     consistency: str = "auto"
     """What measures consistency, beside any judge: exact (the embedded world's), the hub name or folder of a DINOv2 or
     DINOv3, or none; auto: EdiVal's, DINOv3 ViT-B/16 (facebook/dinov3-vitb16-pretrain-lvd1689m), beside a VLM judge,
