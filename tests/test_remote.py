@@ -6,6 +6,7 @@ import json
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import suppress
@@ -23,7 +24,9 @@ from rollouts import rollout_of
 from tiny_judge import colour_question, save_dino
 
 from mteditflow.config import Config, RewardConfig
+from mteditflow.config.cli import from_yaml
 from mteditflow.config.command import train as main
+from mteditflow.record.checkpoint import load_latest
 from mteditflow.record.metrics import read_lines
 from mteditflow.reward import build_reward
 from mteditflow.reward.vlm import RUBRIC, VlmJudge
@@ -486,6 +489,54 @@ def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     fails(lambda: build_reward(Config(reward=config)), r"reward.url needs the package httpx: pip install 'mteditflow")
 
 
+def run_arguments(server: Server, pipeline: Path, folder: Path, **values: object) -> list[str]:
+    """Words of a short training with the judge at the server."""
+    given = {
+        "model.path": pipeline, "model.max_text_tokens": TINY_MAX_TEXT_TOKENS, "lora.rank": 2, "data.num_turns": 2,
+        "rollout.num_tasks": 1, "rollout.group_size": 6, "rollout.num_steps": 3, "evaluation.num_sessions": 2,
+        "evaluation.num_sessions_short": 1, "evaluation.num_strips": 1, "evaluation.num_steps": 1,
+        "evaluation.every": 0, "reward.judge": "vlm", "reward.vlm": "judge", "reward.url": server.config.url,
+        "reward.num_retries": 0, "reward.readout": "direct", "run.num_iterations": 2, "run.folder": folder,
+    } | {name.replace("__", "."): value for name, value in values.items()}  # fmt: skip
+    return [word for name, value in given.items() for word in (f"--{name}", str(value))]
+
+
+def test_a_run_in_which_one_call_in_five_fails(server: Server, tiny_pipeline_folder: Path, tmp_path: Path) -> None:
+    """As many optimizer steps as without, each fault counted under its name, and no score but those of good answers."""
+    ways, bad = list(SINGLE.values()), {}
+
+    def score_of(seed: int) -> int:
+        return 1 + seed % 7 % 5
+
+    def reply(number: int, body: dict[str, Any]) -> Reply:
+        seed = body["seed"]
+        if number and seed % 5 == 0:  # the first question only tries the server
+            return bad.setdefault(seed, ways[len(bad) * 5 % len(ways)])[0](server)
+        return 200, completion(f"<Turn1Score>{score_of(seed)}</Turn1Score><Turn2Score>2</Turn2Score>")
+
+    server.reply = reply
+    num_iterations, group_size = 4, 12
+    words = run_arguments(
+        server, tiny_pipeline_folder, tmp_path / "run", rollout__group_size=group_size, reward__timeout_s=3,
+        reward__consistency="none", advantage__consistency_weight=0, run__num_iterations=num_iterations,
+    )  # fmt: skip
+    main(words)
+    lines, seeds = read_lines(tmp_path / "run" / "metrics.jsonl"), list(dict.fromkeys(b["seed"] for b in server.bodies))
+    assert len(seeds) == 1 + num_iterations * group_size and len(bad) >= 5
+    for place, line in enumerate(lines):
+        part = seeds[1 + place * group_size :][:group_size]
+        faults = Counter(bad[seed][1] for seed in part if seed in bad)
+        assert {name: line[f"judge/fault_{name}"] for name in FAULTS[1:]} == {name: faults[name] for name in FAULTS[1:]}
+        good = [score_of(seed) for seed in part if seed not in bad]
+        assert line["reward/valid_share"] == pytest.approx(len(good) / group_size)
+        assert line["reward/turn_1"] == pytest.approx(sum(good) / len(good) / 4 - 0.25, rel=1e-5)
+    config = from_yaml(tmp_path / "run" / "config.yaml")
+    saved = load_latest(tmp_path / "run", config, print)
+    assert saved is not None and saved.iteration == num_iterations
+    steps = {value.item() for key, value in saved.state["optimizer"].items() if key.endswith(".step")}
+    assert steps == {num_iterations * config.optimizer.num_updates}
+
+
 def test_a_run_with_a_judge_behind_a_server(
     server: Server, tiny_pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -497,15 +548,9 @@ def test_a_run_with_a_judge_behind_a_server(
         return 200, completion("?" if number == 1 else f"<Turn1Score>{score}</Turn1Score><Turn2Score>2</Turn2Score>")
 
     server.reply = reply
-    values = {
-        "model.path": tiny_pipeline_folder, "model.max_text_tokens": TINY_MAX_TEXT_TOKENS, "lora.rank": 2,
-        "data.num_turns": 2, "rollout.num_tasks": 1, "rollout.group_size": 6, "rollout.num_steps": 3,
-        "evaluation.num_sessions": 2, "evaluation.num_sessions_short": 1, "evaluation.num_strips": 1,
-        "evaluation.num_steps": 1, "evaluation.every": 0, "reward.judge": "vlm", "reward.vlm": "judge",
-        "reward.url": server.config.url, "reward.num_retries": 0, "reward.consistency": tmp_path / "dino",
-        "reward.readout": "direct", "run.num_iterations": 2, "run.folder": tmp_path / "run",
-    }  # fmt: skip
-    arguments = [word for name, value in values.items() for word in (f"--{name}", str(value))]
+    arguments = run_arguments(
+        server, tiny_pipeline_folder, tmp_path / "run", reward__consistency=tmp_path / "dino"
+    )  # fmt: skip
     main(arguments)
     first, second = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert first["reward/valid_share"] == pytest.approx(5 / 6) and second["reward/valid_share"] == 1
