@@ -394,7 +394,7 @@ def test_a_server_that_restarts_is_waited_for(
     server.reply = lambda number, _: (503, "loading") if number < 30 else (200, completion(SCORES))
     assert [answer.grades for answer in vlm([QUESTION] * 8)] == [(4, 2)] * 8
     first, second = capfd.readouterr().err.splitlines()
-    assert "is down (503: loading): waiting up to 20 s" in first and "answers again after 0 s" in second
+    assert "is down (503: loading): waiting up to 20 s" in first and "answers again after" in second
 
 
 def test_one_question_that_is_never_answered_is_not_a_server_that_is_down(

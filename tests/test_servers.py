@@ -14,11 +14,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 import torch
-from tiny_judge import COLOUR_SCORES, colour_question, save_vlm, teach, without_video
+from tiny_judge import COLOUR_SCORES, colour_question, save_vlm, small_tokenizer, teach, without_video
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from mteditflow.config import RewardConfig
 from mteditflow.reward.vlm_local import LocalVlm
@@ -66,7 +68,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
-    """Name and url of a judge that tells red from blue, at `transformers serve`."""
+    """Name and url of a judge that tells red from blue, at `transformers serve`, which loads what it is asked for."""
     python = BIN / "python"
     code = (
         "from transformers.utils.import_utils import is_serve_available as is_there\nraise SystemExit(not is_there())"
@@ -82,7 +84,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]
         vlm.model.generation_config.do_sample = True
         vlm.model.save_pretrained(folder)
     port, program = str(free_port()), str(Path(__file__).parent / "serve_transformers.py")
-    words = [str(python), program, "serve", str(folder), "--host", "127.0.0.1", "--port", port, "--device", "cpu"]
+    words = [str(python), program, "serve", "--host", "127.0.0.1", "--port", port, "--device", "cpu"]
     with started(words, f"http://127.0.0.1:{port}/health", folder / "log.txt", HF_HUB_OFFLINE="1"):
         yield str(folder), f"http://127.0.0.1:{port}/v1"
 
@@ -114,11 +116,19 @@ def refuses(vlm: RemoteVlm, message: str) -> None:
     vlm.close()
 
 
-def test_transformers_serve(served: tuple[str, str]) -> None:
+def test_transformers_serve(served: tuple[str, str], tmp_path: Path) -> None:
+    """It answers 200 to a question with pictures for a model of texts too, and 500 for one that is not there."""
     name, url = served
     assert_judges(name, url)
-    refuses(judge_at("other", url), "gives no answer .400: .*Server is pinned.*as reward.vlm give one of")
+    refuses(judge_at("other", url), r"gives no answer .500: .*as reward.vlm give one of")
     refuses(judge_at(name, url.removesuffix("/v1")), "answers 404 to /chat/completions")
+    small: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    tokenizer = small_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    tokenizer.save_pretrained(tmp_path)
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **small, **ends)).save_pretrained(tmp_path)
+    refuses(judge_at(str(tmp_path), url), "sees no pictures: a question with 3 has no more tokens than one without")
 
 
 def test_litellm_in_front_of_it(

@@ -128,9 +128,9 @@ class RemoteVlm:
             raise ValueError(f"{name} gives no answer ({fault.args[1]}): {remedy}") from None
         if answer.fault == "form: no logprobs":
             raise ValueError(f"reward.readout is 'expected', for which {name} gives no logprobs: take 'direct'")
+        await self._check_sight(body, len(question.images))
         if answer.fault:  # of pictures that are no edits, so no reason to stop
             self._say(f"reward.vlm {self.config.vlm!r}: no scores in a first answer ({answer.fault}): see judge check")
-        await self._check_sight(body, len(question.images))
 
     def _remedy(
         self, kind: str, text: str, body: dict[str, Any], question: Question, names: list[str], refusal: str
@@ -248,7 +248,7 @@ class RemoteVlm:
                         f"reward.url {self.url!r} gave no answer in {limit:g} s ({text}): start the judge's server "
                         f"there (docs/judge.md), or raise reward.max_wait_s"
                     ) from None
-                if num_down > 1:
+                if num_down > 1 and self._last_answer_s < since:
                     self._say_waiting(text, limit)
                 pause = min(max(asked_s, self.backoff_s * 2 ** min(num_down - 1, 20)), left)
             await asyncio.sleep(min(pause, MAX_BACKOFF_S))
