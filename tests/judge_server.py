@@ -63,10 +63,10 @@ class Server:
                     if callable(reply):
                         reply(self)
                         return
-                    status, body, headers = (*reply, {})[:3]
+                    body = reply[1]
                     data = (body if isinstance(body, str) else json.dumps(body)).encode()
-                    self.send_response(status)
-                    for name, value in headers.items():
+                    self.send_response(reply[0])
+                    for name, value in (reply[2] if len(reply) == 3 else {}).items():
                         self.send_header(name, value)
                     self.send_header("Content-Length", str(len(data)))
                     self.end_headers()

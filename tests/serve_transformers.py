@@ -2,12 +2,15 @@
 for videos, which only torchvision can make and which no judge asks for.
 """
 
+from typing import Any
+
 from transformers.cli.transformers import main
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils.import_utils import is_torchvision_available
 
 if __name__ == "__main__":
     if not is_torchvision_available():
-        parts = ProcessorMixin.get_attributes.__func__
-        ProcessorMixin.get_attributes = classmethod(lambda cls: [n for n in parts(cls) if n != "video_processor"])
+        mixin: Any = ProcessorMixin
+        parts = mixin.get_attributes.__func__
+        mixin.get_attributes = classmethod(lambda cls: [name for name in parts(cls) if name != "video_processor"])
     main()

@@ -124,8 +124,9 @@ class RemoteVlm:
         try:
             answer = await self._ask(body, question)
         except Fault as fault:
-            remedy = self._remedy(*fault.args, body, question, names, refusal)
-            raise ValueError(f"{name} gives no answer ({fault.args[1]}): {remedy}") from None
+            kind, text = fault.args
+            remedy = self._remedy(kind, text, body, question, names, refusal)
+            raise ValueError(f"{name} gives no answer ({text}): {remedy}") from None
         if answer.fault == "form: no logprobs":
             raise ValueError(f"reward.readout is 'expected', for which {name} gives no logprobs: take 'direct'")
         await self._check_sight(body, len(question.images))
