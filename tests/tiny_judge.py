@@ -17,9 +17,11 @@ from transformers import (
     DINOv3ViTConfig,
     DINOv3ViTModel,
     PreTrainedTokenizerFast,
+    Qwen2VLImageProcessor,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
     Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils.import_utils import is_torchvision_available
@@ -58,16 +60,26 @@ def small_tokenizer() -> Any:
     return fast
 
 
+def small_processor(patch_size: int, num_pixels: tuple[int, int]) -> Any:
+    """Qwen3-VL's processor over the small tokenizer; pictures are resized to a number of pixels between two."""
+    process = Qwen2VLImageProcessor if is_torchvision_available() else Qwen2VLImageProcessorPil
+    size = {"shortest_edge": num_pixels[0], "longest_edge": num_pixels[1]}
+    images = process(patch_size=patch_size, merge_size=2, temporal_patch_size=2, size=size)
+    videos = Qwen3VLVideoProcessor() if is_torchvision_available() else None
+    return Qwen3VLProcessor(images, small_tokenizer(), videos, chat_template=CHAT_TEMPLATE)
+
+
+def token_ids(tokenizer: Any) -> dict[str, int]:
+    """The special tokens, as Qwen3VLConfig wants them."""
+    names = {"image": "<|image_pad|>", "video": "<|video_pad|>", "vision_start": SPECIAL[2], "vision_end": SPECIAL[3]}
+    return {f"{name}_token_id": tokenizer.convert_tokens_to_ids(token) for name, token in names.items()}
+
+
 def save_vlm(folder: Path) -> None:
     """A Qwen3-VL of about 60 thousand parameters; an image of 32 x 32 pixels has 16 tokens."""
-    tokenizer = small_tokenizer()
-    image, video, start, end = (  # ids
-        tokenizer.convert_tokens_to_ids(name) for name in ("<|image_pad|>", "<|video_pad|>", SPECIAL[2], SPECIAL[3])
-    )
-    images = Qwen2VLImageProcessorPil(
-        patch_size=4, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 64, "longest_edge": 4096}
-    )
-    Qwen3VLProcessor(images, tokenizer, None, chat_template=CHAT_TEMPLATE).save_pretrained(folder)
+    processor = small_processor(4, (64, 4096))
+    processor.save_pretrained(folder)
+    tokenizer = processor.tokenizer
     config: Any = Qwen3VLConfig(
         text_config={
             "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -78,7 +90,7 @@ def save_vlm(folder: Path) -> None:
             "depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "patch_size": 4,
             "out_hidden_size": 32, "num_position_embeddings": 64, "deepstack_visual_indexes": [0],
         },
-        image_token_id=image, video_token_id=video, vision_start_token_id=start, vision_end_token_id=end,
+        **token_ids(tokenizer),
     )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -27,7 +27,7 @@ from mteditflow.types import FAULTS, EditTask, Rollout, Score
 IMAGE_SIZE = 512  # longest side of the images that the judge is shown, pixels; larger ones are shrunk. Ours
 SCORE = re.compile(r"<Turn(\d)Score>[\s*_`]*([1-5])[\s*_`]*</Turn\1Score>")  # some write it bold
 THOUGHT_ENDS = ("</Thought>", "</think>")  # ours, and that of models that think unasked
-MAX_OFF_MASS = 0.5  # above it the judge would sooner write something else than a score
+MAX_OFF_MASS = 0.5  # of the probability at a turn's place, read-out 'expected': above it the answer is no score
 
 RUBRIC = """You judge the work of an image editor. You see a source image and then, turn by turn, an instruction and \
 the image after it. Each turn edits the image of the turn before, so compare each image with the one before it.
@@ -97,8 +97,7 @@ def read_answer(text: str, num_turns: int) -> list[int] | None:
     """
     rest = after_thought(text)
     found = [(int(turn), int(score)) for turn, score in SCORE.findall(rest)]
-    is_cut = any(end.replace("/", "") in rest for end in THOUGHT_ENDS)
-    if is_cut or sorted(turn for turn, _ in found) != list(range(1, num_turns + 1)):
+    if is_thought(rest) or sorted(turn for turn, _ in found) != list(range(1, num_turns + 1)):
         return None
     return [score for _, score in sorted(found)]
 
@@ -108,6 +107,20 @@ def after_thought(text: str) -> str:
     for end in THOUGHT_ENDS:
         text = text.rpartition(end)[2]
     return text
+
+
+def is_thought(rest: str) -> bool:
+    """Whether what `after_thought` gives begins another thought, which is not closed."""
+    return any(end.replace("/", "") in rest for end in THOUGHT_ENDS)
+
+
+def closed_at(text: str, num_turns: int) -> int | None:
+    """Where the tags of all turns have been closed, after the thought; None: not yet."""
+    rest = after_thought(text)
+    tags = [f"</Turn{turn}Score>" for turn in range(1, num_turns + 1)]
+    if is_thought(rest) or any(tag not in rest for tag in tags):
+        return None
+    return len(text) - len(rest) + max(rest.index(tag) + len(tag) for tag in tags)
 
 
 def sample_question(task: EditTask, num_turns: int, readout: str) -> Question:
@@ -158,7 +171,8 @@ class VlmJudge:
         is_finite = rollout.pictures.isfinite().flatten(2).all(2).all(0).cpu()  # (N,)
         answers = [Answer(text="", grades=None, fault="not_finite")] * num_rows
         rows = is_finite.nonzero()[:, 0].tolist()  # those that still need scores
-        for attempt in range(self.config.num_retries + 1):
+        is_repeated = self.config.readout == "expected" and not self.is_remote  # the same every time
+        for attempt in range(1 if is_repeated else self.config.num_retries + 1):
             if not rows:
                 break
             for row, answer in zip(rows, self.ask(self._questions(rollout, rows, attempt)), strict=True):
