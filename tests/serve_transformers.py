@@ -2,15 +2,23 @@
 for videos, which only torchvision can make and which no judge asks for.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from transformers.cli.transformers import main
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils.import_utils import is_torchvision_available
 
-if __name__ == "__main__":
+
+def leave_out_videos(set_attribute: Callable[[Any, str, Any], None] = setattr) -> None:
+    """Let processors have no part for videos, unless torchvision is there."""
+    mixin: Any = ProcessorMixin
+    parts = mixin.get_attributes.__func__
     if not is_torchvision_available():
-        mixin: Any = ProcessorMixin
-        parts = mixin.get_attributes.__func__
-        mixin.get_attributes = classmethod(lambda cls: [name for name in parts(cls) if name != "video_processor"])
+        without = classmethod(lambda cls: [name for name in parts(cls) if name != "video_processor"])
+        set_attribute(mixin, "get_attributes", without)
+
+
+if __name__ == "__main__":
+    leave_out_videos()
     main()

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from judge_server import SCORES, Reply, Server, completion
+from serve_transformers import leave_out_videos
+from tiny_judge import save_vlm
 
 from mteditflow.config import Config, DataConfig, ModelConfig, RewardConfig, command
 from mteditflow.judge.check import make_samples
@@ -85,6 +87,18 @@ def test_a_judge_that_cannot_be_used(
     out = capsys.readouterr().out
     assert f"wrong: {problem}".replace("\\", "") in out or f"wrong: it does not tell {problem}" in out
     assert "can be used" not in out
+
+
+def test_a_judge_in_this_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One that has learnt nothing writes what holds no scores."""
+    leave_out_videos(monkeypatch.setattr)
+    save_vlm(tmp_path)
+    words = ("--reward.judge", "vlm", "--reward.vlm", str(tmp_path), "--reward.max_answer_tokens", "4")
+    assert command.main(["judge", "check", "--num_sessions", "2", *words]) == 1
+    out = capsys.readouterr().out
+    assert "wrong: 2 of 2 answers hold no scores" in out and "tokens of a question" not in out
 
 
 def test_a_judge_that_is_not_there(server: Server, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,8 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from tiny_judge import COLOUR_SCORES, colour_question, save_vlm, small_tokenizer, teach, without_video
+from serve_transformers import leave_out_videos
+from tiny_judge import COLOUR_SCORES, colour_question, save_vlm, small_tokenizer, teach
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mteditflow.config import RewardConfig
@@ -77,7 +78,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]
         pytest.skip("transformers serve is not installed: pip install 'mteditflow[servers]'")
     folder = tmp_path_factory.mktemp("served")
     with pytest.MonkeyPatch.context() as patch:
-        without_video(patch)
+        leave_out_videos(patch.setattr)
         save_vlm(folder)
         vlm = LocalVlm(RewardConfig(judge="vlm", vlm=str(folder), temperature=0, num_retries=0), torch.device("cpu"))
         teach(vlm)
