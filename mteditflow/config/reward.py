@@ -94,7 +94,7 @@ class RewardConfig:
     num_parallel: Count = 16
     """VLM judge: trajectories in one batch; with url, questions on their way at once."""
     timeout_s: Annotated[float, Range(0, 86400, is_above=True)] = 120.0
-    """VLM judge with url: seconds that a question may take there, all in all; then its trajectory is invalid. Ours."""
+    """VLM judge with url: seconds that a question may take there, all in all; a later answer is none. Ours."""
     max_wait_s: Annotated[float, Range(0, 86400)] = 300.0
     """VLM judge with url: seconds to wait for a server that restarts or is busy before the run ends, and for its first
     answer; under several ranks below torch's 600. Ours."""

@@ -257,7 +257,7 @@ class RemoteVlm:
     async def _try(self, method: str, path: str, data: bytes | None) -> Any:
         """The JSON of one exchange, within its deadline; until the first answer the server may still load its model."""
         seconds = self.config.timeout_s
-        if not self._last_answer_s:
+        if path == CHAT and not self._last_answer_s:
             seconds = max(seconds, self.config.max_wait_s)
         try:
             async with asyncio.timeout(seconds):
