@@ -1,5 +1,6 @@
 """The judge behind a server: a real HTTP server in a thread, with its failures."""
 
+import asyncio
 import base64
 import io
 import json
@@ -478,8 +479,11 @@ def test_an_error_leaves_nothing_on_its_way(server: Server, ask: Callable[..., R
     server.reply = lambda number, _: server.hang if number else (401, "no")
     vlm = ask(num_parallel=4)
     fails(lambda: vlm([QUESTION] * 9), "answers 401")
-    vlm.close()
-    assert len(server.bodies) <= 5
+    for _ in range(500):
+        if not asyncio.all_tasks(vlm._loop):
+            break
+        time.sleep(0.01)
+    assert not asyncio.all_tasks(vlm._loop) and len(server.bodies) <= 5
 
 
 def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
