@@ -22,7 +22,6 @@ from mteditflow.config import (
     RolloutConfig,
 )
 from mteditflow.objective import build_objective
-from mteditflow.plan.compiling import first_microbatch, settle_bits
 from mteditflow.plan.duration import batch_plan
 from mteditflow.plan.memory import memory_plan, read_sizes
 from mteditflow.policy.published import RANDOM
@@ -118,8 +117,6 @@ def time_iteration(iteration: Iteration, config: Config) -> dict[str, Any]:
         config = fitting(config, torch.cuda.mem_get_info()[0] / 2**30)
         torch.cuda.reset_peak_memory_stats()
     case, start = build_case(config), time.perf_counter()
-    has_ratio = "ratio_error" in case.objective.worst_figures
-    is_replayed = settle_bits(case.policy, *first_microbatch(case.policy, case.tasks, config), has_ratio=has_ratio)
     short = shortened(config)
     run_once(replace(case, config=short, objective=build_objective(short)))
     warm_up_s = time.perf_counter() - start
@@ -130,7 +127,7 @@ def time_iteration(iteration: Iteration, config: Config) -> dict[str, Any]:
     in_transformer = found["time/denoise_s"] + found["time/forward_backward_s"]
     return found | {
         "iteration": iteration.name, "base": config.model.base, "attention": case.policy.attention,
-        "is_compiled": case.policy.is_compiled, "is_replayed": is_replayed, "num_graphs": count_graphs()[0],
+        "is_compiled": case.policy.is_compiled, "settled": case.settled, "num_graphs": count_graphs()[0],
         "warm_up_s": warm_up_s, "microbatch": config.rollout.microbatch_size, "total_s": total,
         "outside_percent": 100 * (1 - in_transformer / total), "ratio_error": figures["update/first_ratio_error"],
         "planned_gib": planned_gib(config),

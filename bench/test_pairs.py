@@ -13,7 +13,6 @@ from torch import Tensor
 
 from mteditflow.config import Config, ObjectiveConfig
 from mteditflow.noise import Place
-from mteditflow.plan.compiling import first_microbatch, settle_bits
 from mteditflow.policy import Policy
 from mteditflow.profile.command import Case, build_case
 from mteditflow.rollout import denoise, denoise_by_graph, sample_rollout
@@ -68,7 +67,6 @@ def time_pair(pair: Pair, config: Config) -> dict[str, Any]:
     made: list[Rollout] = []
     for choice, settings in (("on", pair.on), ("off", pair.off)):
         case = build_case(changed(config, settings))
-        settle_bits(case.policy, *first_microbatch(case.policy, case.tasks, case.config), has_ratio=True)
         optimizer = build_optimizer(case.policy, case.config)
         optimizer.param_groups[0]["lr"] = 0.0  # the ratio stays 1, however often the update is repeated
 

@@ -27,7 +27,7 @@ from mteditflow.evaluate.held_out import evaluate, is_comparable, load_evaluatio
 from mteditflow.evaluate.kept import kept_evaluation
 from mteditflow.export.weights import save_result
 from mteditflow.objective import Objective
-from mteditflow.plan.compiling import choose_compile, first_microbatch, settle_bits
+from mteditflow.plan.compiling import SAID, choose_compile, settle
 from mteditflow.policy import build_policy
 from mteditflow.policy.pipelines import is_slow_in_bfloat16
 from mteditflow.profile.account import Account, step_seconds
@@ -84,22 +84,11 @@ class Run:
         if saved:
             self._restore(saved)
         self._graphs = count_graphs()
-        lines = [f"attention {self.policy.attention}, {compile_line}", *self._settle(), *self._waits()]
+        settled = settle(self.policy, self.objective, training_tasks(config, 0, self.ranks), config)
+        lines = [f"attention {self.policy.attention}, {compile_line}", *SAID[settled], *self._waits()]
         self.ranks.barrier()
         if self.ranks.is_main:
             self._open(stack, lines, is_resumed=saved is not None)
-
-    def _settle(self) -> list[str]:
-        """Make training compute the velocities of the rollout, to the bit; what there is to say of it. In eager mode on
-        a CPU it does.
-        """
-        policy, config = self.policy, self.config
-        if config.lora.is_full or not (policy.is_compiled or policy.device.type == "cuda"):
-            return []
-        microbatch = first_microbatch(policy, training_tasks(config, 0, self.ranks), config)
-        if settle_bits(policy, *microbatch, has_ratio="ratio_error" in self.objective.worst_figures):
-            return ["training and rollout differ in bits: training replays the rollout's pass, at a third more time"]
-        return []
 
     def _waits(self) -> list[str]:
         """Say where training cannot begin before the last trajectory is scored."""

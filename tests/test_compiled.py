@@ -212,7 +212,7 @@ def test_training_has_the_bits_of_the_rollout(config: Config, by_dynamo: None, m
     policy, before = build(config), count_graphs()[0]
     microbatch = first_microbatch(policy, training_tasks(config, 0, ONE_RANK), config)
     state = policy.adapters.state("current")
-    assert not settle_bits(policy, *microbatch, has_ratio=True)
+    assert settle_bits(policy, *microbatch, has_ratio=True) == "as it is"
     assert_same_adapter(policy, state)
     compiled_run = updated(policy, config)
     num_graphs = count_graphs()[0] - before
@@ -223,7 +223,14 @@ def test_training_has_the_bits_of_the_rollout(config: Config, by_dynamo: None, m
     with monkeypatch.context() as patch:
         patch.setattr(torch, "equal", lambda *_: next(answers))
         replayed = build(config)
-        assert settle_bits(replayed, *microbatch, has_ratio=True)
+        assert settle_bits(replayed, *microbatch, has_ratio=True) == "replayed"
+    with monkeypatch.context() as patch:
+        answers = iter([False, True])
+        patch.setattr(torch, "equal", lambda *_: next(answers))
+        chosen = build(config)
+        chosen.config = replace(chosen.config, compile="auto")  # as on a GPU
+        assert settle_bits(chosen, *microbatch, has_ratio=True) == "eager" and not chosen.is_compiled
+    assert torch.equal(updated(chosen, config)[0].turns[0].latents, reference[0].turns[0].latents)
     state = replayed.adapters.state("current")
     replay = updated(replayed, config)
     for made, figures, gradients in (compiled_run, checkpointed, replay):
@@ -239,7 +246,7 @@ def test_bits_that_differ_are_replayed_or_stop_the_run(config: Config, monkeypat
     policy = build(eager(config))
     microbatch = first_microbatch(policy, training_tasks(config, 0, ONE_RANK), config)
     monkeypatch.setattr(torch, "equal", lambda *_: False)
-    assert not settle_bits(policy, *microbatch, has_ratio=False)
+    assert settle_bits(policy, *microbatch, has_ratio=False) == "as it is"
     with pytest.raises(guards.GuardError, match=r"set model.compile off or model.attention native"):
         settle_bits(policy, *microbatch, has_ratio=True)
     monkeypatch.setattr(policy, "velocity", lambda *_: microbatch[1].clone().requires_grad_())

@@ -190,9 +190,14 @@ def test_bits_do_not_depend_on_the_batch(folders: dict[str, Path]) -> None:
     source, measure = photograph(), measure_of(folders["dinov3"])
     tasks = [task_of(source, untouched=((CAT, DOG), (DOG,))), task_of(source.flip(1), untouched=((DOG,), ()))]
     pictures = torch.stack([edited(source, box) for box in (LEFT, RIGHT, LEFT, RIGHT)]).expand(2, 4, 3, 36, 48)
+    sizes: set[int] = set()
+    measure.model.register_forward_pre_hook(
+        lambda _module, _args, inputs: sizes.add(len(inputs["pixel_values"])), with_kwargs=True
+    )
     whole = measure.score(tasks, torch.tensor([0, 0, 1, 1]), pictures)
     assert torch.equal(measure.score(tasks[1:], torch.tensor([0]), pictures[:, 3:]), whole[3:])
     assert torch.equal(measure.score(tasks[::-1], torch.tensor([1, 0]), pictures[:, [1, 2]]), whole[[1, 2]])
+    assert sizes == {8}  # so small a model may have the same bits in any batch; a large one has not
 
 
 def test_models_that_have_no_such_features(tmp_path: Path) -> None:

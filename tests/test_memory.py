@@ -146,5 +146,7 @@ def test_levers_lower_what_they_say() -> None:
         plan(replace(config, reward=RewardConfig(judge="vlm", vlm="some/judge")))
     with pytest.raises(ValueError, match=r"reward\.vlm is 'judge': no folder, and no hub name"):
         plan(replace(config, reward=RewardConfig(judge="vlm", vlm="judge")))
+    with pytest.raises(ValueError, match=r"reward\.also 'model:some/model=2' is 'some/model': .* size is not known"):
+        plan(replace(config, reward=RewardConfig(also="model:some/model=2")))
     eight = replace(config, rollout=replace(config.rollout, num_tasks=8), run=replace(config.run, num_gpus=8))
     assert plan(eight)["latents of a rollout"] == pytest.approx(whole["latents of a rollout"] / 8)

@@ -1,10 +1,11 @@
-"""A reward of the user's own: docs/judge.md followed to the letter, what it does to the advantage, what is refused."""
+"""A function as a reward: docs/judge.md followed to the letter, what it does to the advantage, what is refused."""
 
 import re
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,10 +19,11 @@ from mteditflow.config.command import train as main
 from mteditflow.config.reward import parse_also
 from mteditflow.data import training_tasks
 from mteditflow.distributed import Ranks
+from mteditflow.noise import EVALUATION
 from mteditflow.objective import build_objective
 from mteditflow.policy import build_policy
 from mteditflow.record.metrics import read_lines
-from mteditflow.reward import build_reward
+from mteditflow.reward import build_reward, user_function
 from mteditflow.rollout import sample_rollout
 from mteditflow.types import Rollout
 
@@ -77,15 +79,19 @@ def test_the_guides_function_changes_the_advantage_as_the_formula_says(
     assert (found - plain).abs().min() > 0.1
 
 
-def test_a_run_by_the_guide(folder: Path, tiny_pipeline_folder: Path) -> None:
-    """Trained with, logged by its name, and weighed in reward/mean."""
+def run_arguments(pipeline: Path, folder: Path, values: dict[str, Any]) -> list[str]:
     values = {
-        "model.path": tiny_pipeline_folder, "model.max_text_tokens": TINY_MAX_TEXT_TOKENS, "lora.rank": 2,
+        "model.path": pipeline, "model.max_text_tokens": TINY_MAX_TEXT_TOKENS, "lora.rank": 2,
         "data.num_turns": 2, "rollout.num_tasks": 1, "rollout.group_size": 4, "rollout.num_steps": 3,
         "evaluation.num_sessions": 2, "evaluation.num_sessions_short": 1, "evaluation.num_strips": 1,
         "evaluation.num_steps": 1, "evaluation.every": 0, "run.num_iterations": 1, "run.folder": folder / "run",
-    }  # fmt: skip
-    main(["--config", "my.yaml", *(word for name, value in values.items() for word in (f"--{name}", str(value)))])
+    } | values  # fmt: skip
+    return ["--config", "my.yaml", *(word for name, value in values.items() for word in (f"--{name}", str(value)))]
+
+
+def test_a_run_by_the_guide(folder: Path, tiny_pipeline_folder: Path) -> None:
+    """Trained with, logged by its name, and weighed in reward/mean."""
+    main(run_arguments(tiny_pipeline_folder, folder, {}))
     (line,) = read_lines(folder / "run" / "metrics.jsonl")
     assert line["reward/sharpness"] > 0 and line["update/grad_norm"] > 0
     expected = line["reward/instruction"] + 0.1 * line["reward/consistency"] + 0.2 * line["reward/sharpness"]
@@ -94,36 +100,83 @@ def test_a_run_by_the_guide(folder: Path, tiny_pipeline_folder: Path) -> None:
 
 
 FUNCTIONS = """
+import numpy as np
 import torch
+NUM_CALLS = [0]
 def lists(sources, instructions, pictures):
     assert sources.shape == pictures.shape[1:] and len(instructions) == len(sources)
     return [[float(len(text)) for text in texts] for texts in instructions]
+def arrays(sources, instructions, pictures):
+    return np.array(lists(sources, instructions, pictures)).astype(int)
+def greedy(sources, instructions, pictures):
+    values = pictures.mean(dim=(2, 3, 4)).T.clone()
+    sources.zero_(), pictures.zero_(), instructions.clear()
+    return values
 def transposed(sources, instructions, pictures):
     return pictures.mean(dim=(2, 3, 4))
+def squeezed(sources, instructions, pictures):
+    return pictures.mean(dim=(2, 3, 4)).T.squeeze()
 def summed(sources, instructions, pictures):
     return pictures.sum()
 def nothing(sources, instructions, pictures):
     return None
+def words(sources, instructions, pictures):
+    return np.array([["good"] * len(pictures)] * len(sources))
+def ragged(sources, instructions, pictures):
+    return [[1.0], *[[1.0, 2.0]] * (len(sources) - 1)]
+def spectrum(sources, instructions, pictures):
+    return torch.fft.fft(pictures.mean(dim=(2, 3, 4)).T)
 def endless(sources, instructions, pictures):
     return torch.full((pictures.shape[1], len(pictures)), torch.inf)
+def undefined(sources, instructions, pictures):
+    return torch.full((pictures.shape[1], len(pictures)), torch.nan)
+def ranked(sources, instructions, pictures):
+    values = pictures.diff(dim=-1).abs().mean(dim=(2, 3, 4)).T
+    return values - values.mean(0)
+def drawn(sources, instructions, pictures):
+    return torch.rand(pictures.shape[1], len(pictures))
+def broken(sources, instructions, pictures):
+    raise KeyError("no such thing")
+def late(sources, instructions, pictures):
+    NUM_CALLS[0] += 1
+    values = pictures.mean(dim=(2, 3, 4)).T
+    if NUM_CALLS[0] > 3:
+        raise RuntimeError("out of luck\\nand of words")
+    return values
+def late_infinite(sources, instructions, pictures):
+    NUM_CALLS[0] += 1
+    values = pictures.mean(dim=(2, 3, 4)).T
+    if NUM_CALLS[0] > 3:
+        values[1, 1] = -torch.inf
+    return values
 number = 3
 """
+TRIED = r"\(N, K\) = \(4, 2\); called with trajectory 0 of task 0 in the trial before training and 3 more$"
 WRONG = {
     "my_nowhere:f": r"cannot be imported from the working folder or sys.path \(ModuleNotFoundError: No module",
     "my_broken:f": r"cannot be imported .* \(NameError: name 'x' is not defined\); python -c 'import my_broken'",
-    "my_functions:f": r"my_functions.py has no function 'f'",
-    "my_functions:number": r"my_functions.py has no function 'number'",
-    "my_functions:transposed": r"gives shape \(2, 3\), must give a number, .* \(N, K\) = \(3, 2\) here",
+    "my_functions:f": r"my_functions.py has no function or class 'f'",
+    "my_functions:number": r"my_functions.py has no function or class 'number'",
+    "my_functions:lists:a/b": r"lists is a function, and a path is a class's: leave it out",
+    "my_functions:transposed": rf"gives shape \(2, 4\), must give a number, or NaN, per trajectory and turn: {TRIED}",
+    "my_functions:squeezed": r"gives shape \(2,\), must give .* \(N, K\) = \(1, 2\); called with .* training$",
     "my_functions:summed": r"gives shape \(\), must give",
-    "my_functions:nothing": r"gives NoneType, must give numbers",
-    "my_functions:endless": r"gives an infinite number, must give",
+    "my_functions:nothing": r"gives NoneType \(.*\), must give a number",
+    "my_functions:words": r"gives ndarray \(.*\), must give a number",
+    "my_functions:ragged": r"gives list \(.*\), must give a number",
+    "my_functions:spectrum": r"gives complex numbers, must give a number",
+    "my_functions:endless": r"gives an infinite number, .*: turn 1 of trajectory 0 of task 0 in the trial",
+    "my_functions:undefined": r"gives NaN alone, for 4 trajectories of 4 tasks: must give numbers",
+    "my_functions:ranked": r"gives a trajectory \[.*\] beside others and \[0.0, 0.0\] alone: .* by itself",
+    "my_functions:broken": r"raises KeyError: 'no such thing' \(line 38 of .*my_functions.py\); called with traj",
 }
 
 
 @pytest.mark.parametrize(("also", "message"), WRONG.items())
 def test_what_is_no_reward_is_one_line_before_the_run(
-    also: str, message: str, folder: Path, tiny_config: Config
+    also: str, message: str, folder: Path, tiny_config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(user_function, "NUM_TRIED", 4)
     (folder / "my_functions.py").write_text(FUNCTIONS)
     (folder / "my_broken.py").write_text("y = x\n")
     with pytest.raises(ValueError, match=rf"reward\.also is '{also}': .*{message}") as caught:
@@ -131,13 +184,66 @@ def test_what_is_no_reward_is_one_line_before_the_run(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "late",
+            r"raises RuntimeError: out of luck \(line \d+ of .*\); called with trajectory 0 of task",
+        ),
+        ("late_infinite", r"gives an infinite number, must give a number, or NaN: turn 2 of trajectory 1 of task"),
+    ],
+)
+def test_what_fails_later_names_iteration_and_trajectory(
+    name: str, message: str, folder: Path, rollout: Rollout, tiny_config: Config
+) -> None:
+    (folder / "my_functions.py").write_text(FUNCTIONS)
+    reward = build_reward(replace(tiny_config, reward=RewardConfig(also=f"my_functions:{name}")))  # tried three times
+    later = replace(rollout, noise=replace(rollout.noise, step=6))
+    where = f"{message} {rollout.tasks[0].id} in iteration 7"
+    with pytest.raises(ValueError, match=rf"reward\.also is 'my_functions:{name}': {where}") as caught:
+        reward(later)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"in an evaluation"):
+        reward(replace(rollout, noise=EVALUATION))
+
+
+def test_a_run_stops_in_one_line(folder: Path, tiny_pipeline_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "my_functions.py").write_text(FUNCTIONS)
+    with pytest.raises(SystemExit) as exited:
+        main(run_arguments(tiny_pipeline_folder, folder, {"reward.also": "my_functions:late"}))
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert exited.value.code == 2
+    assert re.match(
+        r"mteditflow: reward.also is 'my_functions:late': raises RuntimeError: .* in iteration 1 and 3", said
+    )
+
+
+def test_a_function_may_draw_and_may_change_what_it_gets(folder: Path, rollout: Rollout, tiny_config: Config) -> None:
+    (folder / "my_functions.py").write_text(FUNCTIONS)
+    names = ("greedy", "drawn", "my_rewards:sharpness")
+    also = tuple(name if ":" in name else f"my_functions:{name}" for name in names)
+    before = [turn.image.clone() for turn in rollout.turns]
+    sources = rollout.sources.clone()
+    scores = build_reward(replace(tiny_config, reward=RewardConfig(also=also)))(rollout)
+    alone = build_reward(replace(tiny_config, reward=RewardConfig(also="my_rewards:sharpness")))(rollout)
+    assert torch.equal(scores.rewards["sharpness"], alone.rewards["sharpness"])
+    assert all(torch.equal(turn.image, old) for turn, old in zip(rollout.turns, before, strict=True))
+    assert torch.equal(rollout.sources, sources)
+    torch.testing.assert_close(scores.rewards["greedy"], torch.stack([b.mean(dim=(1, 2, 3)) for b in before], dim=1))
+
+
 def test_a_list_of_functions_and_their_weights(folder: Path, rollout: Rollout, tiny_config: Config) -> None:
     (folder / "my_functions.py").write_text(FUNCTIONS)
     reward = build_reward(
-        replace(tiny_config, reward=RewardConfig(also=("my_functions:lists", "my_rewards:sharpness=0")))
+        replace(
+            tiny_config,
+            reward=RewardConfig(also=("my_functions:lists", "my_functions:arrays=2", "my_rewards:sharpness=0")),
+        )
     )
     scores = reward(rollout)
-    assert scores.weights == {"instruction": 1.0, "consistency": 0.1, "lists": 1.0, "sharpness": 0.0}
+    assert scores.weights == {"instruction": 1.0, "consistency": 0.1, "lists": 1.0, "arrays": 2.0, "sharpness": 0.0}
+    assert torch.equal(scores.rewards["arrays"], scores.rewards["lists"])
     expected = [[len(text) for text in rollout.tasks[g].instructions[:2]] for g in rollout.group.tolist()]
     assert scores.rewards["lists"].tolist() == expected
 
@@ -145,13 +251,18 @@ def test_a_list_of_functions_and_their_weights(folder: Path, rollout: Rollout, t
 @pytest.mark.parametrize(
     ("also", "message"),
     [
-        ("sharpness", "must be module:function or module:function=weight"),
+        ("sharpness", r"must be module:function, module:Class:PATH or model:PATH, with =weight"),
+        ("a:b=", "must be module:function"),
+        ("a:b=1=2", "must be module:function"),
+        ("model:a/mean", "there is a mean already: rename the folder"),
+        ("model:/", "the path must end in the name of a folder"),
+        (("model:a/f-1", "b:f_1:g"), "two rewards have one name"),
         ("a:b=heavy", "the weight must be a number, not negative"),
         ("a:b=-1", "the weight must be a number, not negative"),
         ("a:b=inf", "the weight must be a number, not negative"),
         ("a:mean", "there is a mean already: rename the function"),
         ("a:success_1", "there is a success_1 already"),
-        (("a:f", "b:f"), "two functions have one name"),
+        (("a:f", "b:f"), "two rewards have one name"),
     ],
 )
 def test_what_the_config_refuses(also: str | tuple[str, ...], message: str) -> None:
@@ -159,5 +270,15 @@ def test_what_the_config_refuses(also: str | tuple[str, ...], message: str) -> N
         RewardConfig(also=also)
 
 
-def test_a_weight_stands_behind_the_function() -> None:
+def test_what_an_entry_says() -> None:
     assert parse_also("a.b:c=0.25").weight == 0.25 and parse_also("a.b:c").weight == 1
+    found = parse_also("a.b:C:me/my=x/v1.5=0.5")
+    assert (found.name, found.module, found.function, found.path, found.weight) == (
+        "C",
+        "a.b",
+        "C",
+        "me/my=x/v1.5",
+        0.5,
+    )
+    found = parse_also("model:me/my-model.v1")
+    assert (found.name, found.module, found.path, found.weight) == ("my_model_v1", "", "me/my-model.v1", 1)

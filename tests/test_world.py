@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mteditflow.world import verify
 from mteditflow.world.edits import (
     EDIT_TYPES,
     PARAPHRASES,
@@ -140,6 +141,16 @@ def blurred(pictures: Tensor, radius: float) -> Tensor:
     padded = torch.nn.functional.pad(pictures, (4, 4, 4, 4), mode="replicate")
     rows = torch.nn.functional.conv2d(padded, kernel, groups=3)
     return torch.nn.functional.conv2d(rows, kernel.transpose(2, 3), groups=3)
+
+
+def test_a_reading_does_not_depend_on_the_pictures_beside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Always the same number of pictures goes through the matrix products, whose bits depend on it."""
+    sizes: list[int] = []
+    errors = verify.errors
+    monkeypatch.setattr(verify, "errors", lambda pictures: (sizes.append(len(pictures)), errors(pictures))[1])
+    pictures = render([sample_scene(Random(i)) for i in range(6)])
+    found = read(pictures)
+    assert [read(picture[None])[0] for picture in pictures] == found and set(sizes) == {4} and len(sizes) == 8
 
 
 def test_where_reading_breaks() -> None:

@@ -3,13 +3,15 @@
 import math
 import re
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
 from mteditflow.config.ranges import Count, Range, Share, Weight, check_ranges, require
 
 EDIVAL_DINO = "facebook/dinov3-vitb16-pretrain-lvd1689m"
-_ALSO = re.compile(r"(?P<module>[\w.]+):(?P<function>[A-Za-z_]\w*)(=(?P<weight>.+))?")
+_MODEL = re.compile(r"model:(?P<path>.+?)(=(?P<weight>[^=]+))?")
+_ALSO = re.compile(r"(?P<module>[\w.]+):(?P<function>[A-Za-z_]\w*)(:(?P<path>.+?))?(=(?P<weight>[^=]+))?")
 TAKEN = re.compile(
     r"instruction|consistency|mean|std|valid_share|zero_spread_share|exposed_s|judge_s|overlap_efficiency|"
     r"(?:turn|success)_\d+"
@@ -19,28 +21,42 @@ TAKEN = re.compile(
 
 @dataclass(frozen=True, kw_only=True)
 class AlsoReward:
-    """An entry of reward.also: a function, by whose name the reward goes, and its weight."""
+    """An entry of reward.also: what gives the numbers, the name by which the reward goes, and its weight."""
 
     text: str
-    module: str
-    function: str
+    name: str
     weight: float
+    module: str = ""  # a user's; empty: a model that needs none
+    function: str = ""  # the function or class in the module
+    path: str = ""  # hub name or folder of a model
 
 
 def parse_also(text: str) -> AlsoReward:
-    """Read `module:function` or `module:function=weight`. ValueError, one line: the text is neither."""
-    match = _ALSO.fullmatch(text)
-    remedy = "must be module:function or module:function=weight, such as my_rewards:sharpness=0.2"
+    """Read `module:function`, `module:Class:PATH` or `model:PATH`, each with or without `=weight`.
+
+    ValueError, one line: the text is none of them.
+    """
+    match = _MODEL.fullmatch(text) or _ALSO.fullmatch(text)
+    remedy = (
+        "must be module:function, module:Class:PATH or model:PATH, with =weight behind it or without, such as "
+        "my_rewards:sharpness=0.2"
+    )
     require(match is not None, "reward.also", text, remedy)
     assert match is not None
+    found = {"module": "", "function": "", **match.groupdict()}
     try:
-        weight = float(match["weight"] or 1)
+        weight = float(found["weight"] or 1)
     except ValueError:
         weight = math.nan
     require(0 <= weight < math.inf, "reward.also", text, "the weight must be a number, not negative")
-    is_free = not TAKEN.fullmatch(match["function"])
-    require(is_free, "reward.also", text, f"there is a {match['function']} already: rename the function")
-    return AlsoReward(text=text, module=match["module"], function=match["function"], weight=weight)
+    name = found["function"] or re.sub(r"\W", "_", PurePath(found["path"]).name)
+    require(name != "", "reward.also", text, "the path must end in the name of a folder, by which the reward goes")
+    what = "function" if found["function"] else "folder"
+    require(not TAKEN.fullmatch(name), "reward.also", text, f"there is a {name} already: rename the {what}")
+    return AlsoReward(
+        text=text, name=name, weight=weight,
+        module=found["module"], function=found["function"], path=found["path"] or "",
+    )  # fmt: skip
 
 
 def check_url(url: str) -> None:
@@ -110,7 +126,8 @@ class RewardConfig:
     is_edival_compat: bool = False
     """DINO: take DINOv3's registers for patches, as EdiVal's public evaluator does."""
     also: tuple[str, ...] | str = ()
-    """Further rewards, each module:function or module:function=weight (1), of your own: docs/judge.md."""
+    """Further rewards: module:function or module:Class:PATH of your own, or model:PATH, a CLIP or an image model with
+    one number, by hub name or folder; each with =weight behind it (1): docs/judge.md."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -124,8 +141,8 @@ class RewardConfig:
         is_sampled = self.temperature > 0 or self.num_retries == 0
         remedy = "without sampling (temperature 0) every answer is the same: must be 0"
         require(is_sampled, "reward.num_retries", self.num_retries, remedy)
-        names = [also.function for also in self.also_rewards]
-        require(len(names) == len(set(names)), "reward.also", self.also, "two functions have one name: rename one")
+        names = [also.name for also in self.also_rewards]
+        require(len(names) == len(set(names)), "reward.also", self.also, "two rewards have one name: rename one")
 
     @property
     def consistency_measure(self) -> str:

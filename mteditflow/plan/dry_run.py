@@ -41,6 +41,7 @@ LEVERS = {  # what makes a part of the memory smaller
     "text encoders, on the GPU to encode, beyond a training pass": "set model.text_encoder int8",
     "evaluation, beyond a training pass": "lower evaluation.num_steps or evaluation.num_sessions",
     "judge": "serve the judge elsewhere and set reward.url",
+    "reward models": "take smaller ones in reward.also",
     "adapter, averages": "lower lora.rank",
     "gradient, optimizer": "lower lora.rank",
     "latents of a rollout": "lower rollout.num_tasks",

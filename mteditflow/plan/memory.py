@@ -133,6 +133,7 @@ def memory_plan(config: Config, sizes: Sizes) -> dict[str, float]:
         "latents of a rollout": _latents(config, sizes),
         TRAINING: _training(config, sizes),
         "judge": _judge(config),
+        "reward models": _reward_models(config),
     }
     phases = _other_phases(config, sizes)
     largest = max(phases, key=lambda name: phases[name])
@@ -254,8 +255,23 @@ def _judge(config: Config) -> float:
     return 2.0 * sum(_num_weights(path) for path in folder.glob("*.safetensors"))
 
 
-def folder_of(path: str, name: str = "model.path") -> Path | None:
-    """Where a model's files are on this machine; None: a hub name that is not in the cache. `name` is the field's."""
+def _reward_models(config: Config) -> float:
+    """Bytes of the models of reward.also, in float32; those that a class of the user's loads are not known."""
+    size = 0.0
+    for also in config.reward.also_rewards:
+        if not also.module:
+            name = f"reward.also {also.text!r}"
+            folder = folder_of(also.path, name, "config.json")
+            if folder is None:
+                raise ValueError(f"{name} is {also.path!r}: no folder, and its size is not known; download it first")
+            size += 4.0 * sum(_num_weights(path) for path in folder.glob("*.safetensors"))
+    return size
+
+
+def folder_of(path: str, name: str = "model.path", file: str = "model_index.json") -> Path | None:
+    """Where a model's files are on this machine, `file` among them; None: a hub name that is not in the cache. `name`
+    is the field's.
+    """
     if path == EMBEDDED:
         return EMBEDDED_FOLDER
     if Path(path).is_dir():
@@ -264,7 +280,7 @@ def folder_of(path: str, name: str = "model.path") -> Path | None:
         if path != RANDOM:
             raise ValueError(f"{name} is {path!r}: no folder, and no hub name, which is owner/name")
         return None
-    found = try_to_load_from_cache(path, "model_index.json")
+    found = try_to_load_from_cache(path, file)
     return Path(found).parent if isinstance(found, str) else None
 
 

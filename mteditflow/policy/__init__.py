@@ -26,7 +26,7 @@ from mteditflow.record.clock import phase
 from mteditflow.transformer.adapters import AdapterName, Adapters
 from mteditflow.transformer.attention import choose_attention
 from mteditflow.transformer.base import check_float8
-from mteditflow.transformer.compiled import compile_blocks, is_compiled, replay_blocks
+from mteditflow.transformer.compiled import compile_blocks, is_compiled, replay_blocks, run_blocks_eagerly
 from mteditflow.transformer.full_weights import full_weights
 from mteditflow.transformer.lora import lora_adapters
 from mteditflow.transformer.rope import fuse_rope
@@ -127,6 +127,11 @@ class Policy:
         num_tokens = (latents.shape[1], condition.image.shape[1])
         assert num_tokens == (self.num_tokens, self.num_condition_tokens), num_tokens
         return self.editor.velocity(self.adapters.transformer, latents, sigma, condition)
+
+    def run_eagerly(self) -> None:
+        """From now on, run the transformer's blocks as they are, not compiled."""
+        run_blocks_eagerly(self.pipeline.transformer)
+        self.is_compiled = False
 
     def replay(self) -> None:
         """From now on, compute a velocity that is trained on by the pass that samples (`compiled.replay_blocks`)."""

@@ -23,6 +23,7 @@ from mteditflow.config import EMBEDDED, Config
 from mteditflow.data import training_tasks
 from mteditflow.distributed import Ranks, local_device
 from mteditflow.objective import Objective, build_objective
+from mteditflow.plan.compiling import Settled, settle
 from mteditflow.plan.duration import batch_plan
 from mteditflow.plan.flops import matmul_ceiling
 from mteditflow.policy import Policy, build_policy
@@ -50,6 +51,7 @@ class Case:
     objective: Objective
     tasks: list[EditTask]
     ranks: Ranks
+    settled: Settled = "as it is"  # how training computes the rollout's bits
 
     def run(self) -> None:
         """A rollout, its scores, and an update with an advantage for every row."""
@@ -94,7 +96,8 @@ def build_case(config: Config) -> Case:
     tasks, size = training_tasks(config, 0, ranks), (config.model.height, config.model.width)
     sources = interpolate(torch.stack([task.source for task in tasks]), size, mode="bilinear")
     tasks = [replace(task, source=source) for task, source in zip(tasks, sources, strict=True)]
-    return Case(config=config, policy=policy, objective=objective, tasks=tasks, ranks=ranks)
+    settled = settle(policy, objective, tasks, config)
+    return Case(config=config, policy=policy, objective=objective, tasks=tasks, ranks=ranks, settled=settled)
 
 
 def time_phases(case: Case) -> dict[str, Any]:

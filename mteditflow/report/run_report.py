@@ -52,7 +52,7 @@ CHARTS = (
     ),
     ChartSpec(
         title="Further rewards",
-        note="Mean over trajectories and turns, of the functions of reward.also.",
+        note="Mean over trajectories and turns, of the entries of reward.also.",
         keys=rf"reward/(?!(?:{TAKEN.pattern})$)(\w+)",
         is_optional=True,
     ),

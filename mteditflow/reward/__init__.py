@@ -1,7 +1,8 @@
 """Rewards: rollout -> scores. Each is one name and one file, and says (N, K) of the turns of every trajectory.
 
 The instruction score comes first: a trajectory without one is not valid, and never gets a default number. Consistency
-and the user's functions (`reward.also`) go with any of them.
+and further rewards (`reward.also`) go with any of them. A reward is called with any trajectories of any groups, a wave
+of a rollout, and its score of one does not depend on the others.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,13 +15,11 @@ from torch import Tensor
 from mteditflow.advantage import advantages
 from mteditflow.config import EMBEDDED, Config
 from mteditflow.config.reward import RewardConfig
-from mteditflow.data import training_tasks
 from mteditflow.distributed import Ranks, local_device
 from mteditflow.guards import check_scores
-from mteditflow.reward.exact import ExactConsistency, ExactInstruction
-from mteditflow.reward.simulated import SimulatedJudge
-from mteditflow.reward.user_function import UserReward
-from mteditflow.types import EditTask, Rollout, Score, Scores
+from mteditflow.reward.exact import ExactConsistency, ExactInstruction, SimulatedJudge
+from mteditflow.reward.user_function import build_also
+from mteditflow.types import Rollout, Score, Scores
 
 if TYPE_CHECKING:
     from mteditflow.reward.vlm import Ask, Question
@@ -85,10 +84,8 @@ def build_reward(config: Config) -> Rewards:
 
             rewards[CONSISTENCY] = DinoConsistency(path, device, is_edival_compat=config.reward.is_edival_compat)
     weights = {INSTRUCTION: 1.0, CONSISTENCY: config.advantage.consistency_weight}
-    for also in config.reward.also_rewards:
-        function = rewards[also.function] = UserReward(also)
-        function.check(_first_task(config, device), config.data.num_turns)
-        weights[also.function] = also.weight
+    rewards |= build_also(config, device)
+    weights |= {also.name: also.weight for also in config.reward.also_rewards}
     return Rewards(rewards=rewards, weights={name: weights[name] for name in rewards})
 
 
@@ -103,15 +100,11 @@ def _build_judge(config: Config, device: torch.device) -> Reward:
             num_turns = config.data.num_turns
             if config.data.path != EMBEDDED:  # whose evaluation is the verifier's
                 num_turns = max(num_turns, config.num_held_out_turns)
-            ask = build_ask(reward, device, sample_question(_first_task(config, device), num_turns, reward.readout))
+            task = training_tasks(config, 0, Ranks(rank=0, world_size=1, device=device))[0]
+            ask = build_ask(reward, device, sample_question(task, num_turns, reward.readout))
             return VlmJudge(reward, ask)
         case _:
             return SimulatedJudge(reward)
-
-
-def _first_task(config: Config, device: torch.device) -> EditTask:
-    """A task to try a judge or a function with."""
-    return training_tasks(config, 0, Ranks(rank=0, world_size=1, device=device))[0]
 
 
 def build_ask(config: RewardConfig, device: torch.device, sample: "Question") -> "Ask":

@@ -28,13 +28,14 @@ from transformers.image_processing_base import ImageProcessingMixin
 from transformers.utils.logging import disable_progress_bar
 
 from mteditflow.config.errors import first_line
-from mteditflow.policy.encoding import in_chunks
 from mteditflow.types import Box, EditTask, Rollout, Score
 
 FAMILIES = ("dinov2", "dinov2_with_registers", "dinov3_vit")
 INTERPOLATION = {2: "bilinear", 3: "bicubic"}  # PIL's numbers, in which a preprocessor's file speaks
-MICROBATCH_SIZE = 32  # pictures per forward pass
+MICROBATCH_SIZE = 8  # pictures per forward pass: a wave of two trajectories and three turns has one that is full
 BACKGROUND_CHANGE = "background_change"
+Look = tuple[Tensor, Box | None, Tensor]
+"""A picture (3, H, W), the box of it that is looked at or None for all of it, and its background's weights (T,)."""
 
 
 class DinoConsistency:
@@ -61,45 +62,39 @@ class DinoConsistency:
 
     def __call__(self, rollout: Rollout) -> Score:
         """Consistency (N, K)."""
-        return Score(values=self.score(rollout.tasks, rollout.group, rollout.pictures.nan_to_num()).cpu())
+        return Score(values=self.score(rollout.tasks, rollout.group, rollout.pictures.nan_to_num()))
 
     @torch.inference_mode()
     def score(self, tasks: Sequence[EditTask], group: Tensor, pictures: Tensor) -> Tensor:
-        """c (N, K) in [0, 1], NaN where undefined, of pictures (K, N, 3, H, W) in [-1, 1]; row n is of
-        tasks[group[n]].
+        """c (N, K) in [0, 1] on the host, NaN where undefined, of pictures (K, N, 3, H, W) in [-1, 1]; row n is of
+        tasks[group[n]]. The bits of a row do not depend on the others.
         """
-        place = group.tolist()
-        weights = torch.stack([background_weights(boxes(task), self.size, self.grid) for task in tasks]).to(self.device)
-        sources = [task.source.to(self.device) for task in tasks]
-        before = _mean_patch(self._features([self._prepare(source) for source in sources])[1], weights)[place]
-        parts = []
-        for turn, edited in enumerate(pictures.to(self.device)):
-            after = self._features([self._prepare(picture) for picture in edited])[1]
-            background = cosine_similarity(before, _mean_patch(after, weights[place]), dim=1)  # (N,)
-            is_lost = [BACKGROUND_CHANGE in task.edit_types[: turn + 1] for task in tasks]
-            is_lost = torch.tensor(is_lost, device=self.device) | (weights.sum(1) == 0)
-            background = background.masked_fill(is_lost[place], torch.nan)
-            parts.append(torch.stack([background, self._objects(tasks, place, sources, edited, turn)]).nanmean(0))
-        return torch.stack(parts, dim=1).clamp(0, 1)  # (N, K)
-
-    def _objects(
-        self, tasks: Sequence[EditTask], place: list[int], sources: list[Tensor], edited: Tensor, turn: int
-    ) -> Tensor:
-        """Mean over the untouched objects (N,); NaN where none has a box."""
-        known = [[region.box for regions in task.untouched[turn : turn + 1] for region in regions] for task in tasks]
-        objects = [(row, g, box) for row, g in enumerate(place) for box in known[g] if box]
-        if not objects:
-            return torch.full([len(place)], torch.nan, device=self.device)
+        num_turns, num_rows = pictures.shape[:2]
+        places = group.tolist() * num_turns  # of the edits' tasks; edits go turn by turn
+        sources = {g: tasks[g].source.to(self.device) for g in dict.fromkeys(places)}
+        edits = pictures.to(self.device).flatten(0, 1)  # (K N, 3, H, W)
+        weights = {g: background_weights(boxes(tasks[g]), self.size, self.grid) for g in sources}
+        is_seen = {g: bool(weight.any()) for g, weight in weights.items()}
+        weights = {g: weight.to(self.device) for g, weight in weights.items()}
+        objects = [(e, g, box) for e, g in enumerate(places) for box in _untouched_boxes(tasks[g], e // num_rows)]
         of_source = {pair: i for i, pair in enumerate(dict.fromkeys((g, box) for _, g, box in objects))}
-        old = self._features([self._prepare(sources[g], box) for g, box in of_source])
-        new = self._features([self._prepare(edited[row], box) for row, _, box in objects])
-        match, rows = torch.tensor(
-            [(of_source[g, box], row) for row, g, box in objects], device=self.device
-        ).T.contiguous()
-        cls = cosine_similarity(old[0][match], new[0], dim=1)
-        texture = cosine_similarity(old[1].mean(1)[match], new[1].mean(1), dim=1)
-        total, count = (torch.zeros(len(place), device=self.device) for _ in range(2))
-        return total.index_add(0, rows, (cls + texture) / 2) / count.index_add(0, rows, torch.ones_like(cls))
+        looks: list[Look] = [(source, None, weights[g]) for g, source in sources.items()]
+        looks += [(edit, None, weights[g]) for edit, g in zip(edits, places, strict=True)]
+        looks += [(sources[g], box, weights[g]) for g, box in of_source]
+        looks += [(edits[e], box, weights[g]) for e, g, box in objects]
+        numbers = [len(sources), len(edits), len(of_source), len(objects)]
+        cls, texture, background = (found.split(numbers) for found in self._features(looks))
+
+        is_lost = [_is_background_changed(tasks[g], e // num_rows) or not is_seen[g] for e, g in enumerate(places)]
+        first = {g: i for i, g in enumerate(sources)}
+        behind = cosine_similarity(background[0][[first[g] for g in places]], background[1], dim=1)  # (K N,)
+        behind = behind.masked_fill(torch.tensor(is_lost), torch.nan)
+
+        match = [of_source[g, box] for _, g, box in objects]
+        alike = [cosine_similarity(tokens[2][match], tokens[3], dim=1) for tokens in (cls, texture)]
+        alike, row = torch.stack(alike).mean(0), torch.tensor([e for e, *_ in objects], dtype=torch.int64)
+        total, count = (torch.zeros(len(edits)).index_add(0, row, v) for v in (alike, torch.ones_like(alike)))
+        return torch.stack([behind, total / count]).nanmean(0).clamp(0, 1).reshape(num_turns, num_rows).T
 
     def _prepare(self, picture: Tensor, box: Box | None = None) -> Tensor:
         """A picture (3, H, W) in [-1, 1], or a box of it, as the model wants it: (3, h, w)."""
@@ -111,12 +106,29 @@ class DinoConsistency:
         share = (picture.float() + 1) / 2
         return (interpolate(share[None], self.size, mode=self.mode, antialias=True)[0] - self.mean) / self.std
 
-    def _features(self, prepared: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """[CLS] (M, D) and patch tokens (M, T, D), T = rows x columns of the grid."""
-        tokens = in_chunks(
-            lambda rows: self.model(pixel_values=rows).last_hidden_state, torch.stack(prepared), MICROBATCH_SIZE
-        )
-        return tokens[:, 0], tokens[:, self.num_skipped :]
+    def _features(self, looks: Sequence[Look]) -> tuple[Tensor, Tensor, Tensor]:
+        """[CLS], mean patch, and background, (M, D) each on the host: always computed for MICROBATCH_SIZE looks at a
+        time, since a GPU orders the terms of its sums by the number of rows.
+        """
+        parts = []
+        for start in range(0, len(looks), MICROBATCH_SIZE):
+            chunk = [looks[min(i, len(looks) - 1)] for i in range(start, start + MICROBATCH_SIZE)]
+            prepared = torch.stack([self._prepare(picture, box) for picture, box, _ in chunk])
+            tokens = self.model(pixel_values=prepared).last_hidden_state
+            patches = tokens[:, self.num_skipped :]
+            background = _mean_patch(patches, torch.stack([weights for *_, weights in chunk]))
+            parts.append(torch.stack([tokens[:, 0], patches.mean(1), background]))
+        cls, texture, background = torch.cat(parts, dim=1)[:, : len(looks)].cpu()
+        return cls, texture, background
+
+
+def _untouched_boxes(task: EditTask, turn: int) -> list[Box]:
+    """The known boxes of what no instruction up to a turn touches."""
+    return [region.box for regions in task.untouched[turn : turn + 1] for region in regions if region.box]
+
+
+def _is_background_changed(task: EditTask, turn: int) -> bool:
+    return BACKGROUND_CHANGE in task.edit_types[: turn + 1]
 
 
 def boxes(task: EditTask) -> list[Box]:
@@ -155,7 +167,7 @@ def _load(path: str) -> tuple[Any, dict[str, Any]]:
     disable_progress_bar()  # the run has its own
     try:
         preparation = ImageProcessingMixin.get_image_processor_dict(path)[0]
-        model = AutoModel.from_pretrained(path, dtype=torch.float32)
+        model = AutoModel.from_pretrained(path, dtype=torch.float32, trust_remote_code=False)  # nor asked about
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{name} cannot be loaded ({first_line(error)}): give the folder or hub name of a DINOv2 or DINOv3; "

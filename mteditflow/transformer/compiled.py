@@ -49,6 +49,12 @@ def compile_blocks(transformer: Any) -> None:
         block.forward = _compiled(block, is_trained)
 
 
+def run_blocks_eagerly(transformer: Any) -> None:
+    """Take `compile_blocks` back."""
+    for block, _ in _repeated_blocks(transformer):
+        block.__dict__.pop("forward", None)
+
+
 def replay_blocks(transformer: Any) -> None:
     """Run the blocks' forward pass without gradients where it is trained on, and again, with gradients, on the way
     back: the graph that sampled computes the velocity, to the bit, at the price of checkpointing.
