@@ -15,6 +15,7 @@ from torch import Tensor
 from mteditflow.advantage import advantages
 from mteditflow.config import EMBEDDED, Config
 from mteditflow.config.reward import RewardConfig
+from mteditflow.data import training_tasks
 from mteditflow.distributed import Ranks, local_device
 from mteditflow.guards import check_scores
 from mteditflow.reward.exact import ExactConsistency, ExactInstruction, SimulatedJudge
