@@ -242,8 +242,8 @@ def _load(path: str, dtype: torch.dtype) -> tuple[Any, Any]:
     name = f"reward.vlm {path!r}"
     disable_progress_bar()  # the run has its own
     try:
-        processor: Any = AutoProcessor.from_pretrained(path)
-        model: Any = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
+        processor: Any = AutoProcessor.from_pretrained(path, trust_remote_code=False)  # nor asked about on the terminal
+        model: Any = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, trust_remote_code=False)
     except ImportError as error:
         raise ValueError(f"{name} needs a package that is missing ({first_line(error)}): install it") from error
     except (OSError, ValueError) as error:
