@@ -100,9 +100,10 @@ class Score:
     off_mass: Tensor | None = None  # (N,): probability that a judge gave to what is no score, read-out 'expected'
 
 
-FAULTS = ("", "not_finite", "form", "cut", "refused", "empty", "status", "late", "too_large", "mass")
+FAULTS = ("", "not_finite", "form", "cut", "refused", "empty", "status", "late", "too_large", "mass", "broken")
 """Why a trajectory has no score: '' it has one; a pixel is not finite; the answer has another form, was cut, is a
-refusal, or empty; the server refused the question, answered too late or too much; the mass is on other tokens."""
+refusal, or empty; the server refused the question, answered too late or too much; the mass is on other tokens; the
+connection broke, or gave no answer in the form of one."""
 
 
 @dataclass(frozen=True, kw_only=True)

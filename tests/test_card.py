@@ -19,7 +19,7 @@ from export_parts import (
 )
 from PIL import Image
 
-from mteditflow.config import Config, LoraConfig, ModelConfig, cli, command
+from mteditflow.config import Config, DataConfig, LoraConfig, ModelConfig, RewardConfig, cli, command
 from mteditflow.export import card
 from mteditflow.record.figures import METRICS, figure
 from mteditflow.record.files import read_json
@@ -54,7 +54,23 @@ def test_card_of_a_run(name: str, tmp_path: Path, request: pytest.FixtureRequest
     assert "](strips.png)" in text
     (tmp_path / "recipe.yaml").write_text(text.split("```yaml\n")[1].split("```")[0])
     again = cli.from_yaml(tmp_path / "recipe.yaml")
-    assert replace(again, run=config.run) == config and again.run.folder == f"runs/{run.name}"
+    assert replace(again, run=config.run) == replace(card.public_config(config), run=config.run)
+    assert again.run.folder == f"runs/{run.name}"
+    assert str(run) not in text and config.model.path not in text
+
+
+def test_what_a_card_keeps_to_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Paths by their last names, no server's address; hub names and words stay."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "flux").mkdir(parents=True)
+    reward = RewardConfig(judge="vlm", vlm="./judges/qwen", url="http://10.0.0.7:8000/v1", consistency="~/dino")
+    config = Config(model=ModelConfig(path="models/flux"), reward=reward, data=DataConfig(path="/home/me/edits.jsonl"))
+    public = card.public_config(config)
+    assert (public.model.path, public.data.path, public.reward.vlm) == ("flux", "edits.jsonl", "qwen")
+    assert (public.reward.url, public.reward.consistency) == ("", "dino")
+    assert public == replace(config, model=public.model, data=public.data, reward=public.reward)
+    hub = replace(config, reward=RewardConfig(judge="vlm"), model=ModelConfig(), data=DataConfig())
+    assert card.public_config(hub) == hub
 
 
 def test_card_of_a_run_that_is_not_evaluated(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
@@ -69,12 +85,12 @@ def test_card_of_a_run_that_is_not_evaluated(tiny_pipeline_folder: Path, tmp_pat
     assert "has not been evaluated" in text and "not averaged" in text and "iteration 3 of 7" in text
 
 
-def run_code(text: str, folder: Path, patch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Run the Python of a card on a photograph; returns its names."""
+def run_code(out: Path, base: str, folder: Path, patch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Run the Python of a card on a photograph, where its folders are; returns its names."""
     patch.chdir(folder)
     Image.new("RGB", (100, 80), "red").save("photo.png")
     names: dict[str, Any] = {}
-    exec(text.split("```python\n")[1].split("```")[0], names)
+    exec(card.read_usage(out, base), names)
     assert Image.open("edit.png").size == (SIZE, SIZE)
     return names
 
@@ -82,7 +98,8 @@ def run_code(text: str, folder: Path, patch: pytest.MonkeyPatch) -> dict[str, An
 def test_the_code_of_the_card_of_another_family_runs(
     klein_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names = run_code((klein_run / "lora" / "README.md").read_text(), tmp_path, monkeypatch)
+    base = cli.from_yaml(klein_run / "config.yaml").model.path
+    names = run_code(klein_run / "lora", base, tmp_path, monkeypatch)
     assert len(names["pipe"].transformer.peft_config) == 1
 
 
@@ -96,7 +113,7 @@ def test_the_code_of_the_card_runs(
     write_run(tmp_path / "run", config)
     command.export([str(tmp_path / "run"), "--format", form, "--out", str(tmp_path / "out")])
     text = (tmp_path / "out" / "README.md").read_text()
-    names = run_code(text, tmp_path, monkeypatch)
+    names = run_code(tmp_path / "out", config.model.path, tmp_path, monkeypatch)
     assert names["image"].size == (48, 32) and "_auto_resize=False" in text
     transformer = names["pipe"].transformer
     if form == "diffusers" and not lora.is_full:

@@ -35,6 +35,7 @@ WITHOUT_USER = {
     "reward.max_answer_tokens": JUDGE,
     "reward.num_parallel": JUDGE,
     "reward.timeout_s": JUDGE,
+    "reward.max_wait_s": JUDGE,
     "reward.overlap": "the switch of a speed-up, which `profile --overlap` and bench/ turn",
     "reward.green_sms": "goes with reward.overlap green, which a GPU and torch 2.12 decide",
     "reward.also": "a user's function: docs/judge.md",

@@ -15,8 +15,7 @@ from mteditflow.objective import build_objective
 from mteditflow.policy import build_policy
 from mteditflow.record.metrics import score_figures
 from mteditflow.reward import build_reward
-from mteditflow.reward.exact import quality
-from mteditflow.reward.simulated import PROFILES, Profile, SimulatedJudge, answer_with_faults, corruption
+from mteditflow.reward.exact import PROFILES, Profile, SimulatedJudge, answer_with_faults, corruption, quality
 from mteditflow.rollout import sample_rollout
 from mteditflow.types import Rollout
 from mteditflow.world.edits import make_session

@@ -11,6 +11,7 @@ from finished_runs import Page
 
 from mteditflow.config.cli import from_yaml
 from mteditflow.config.command import report as command
+from mteditflow.export.card import read_usage
 from mteditflow.record.figures import METRICS, figure
 from mteditflow.record.files import read_json
 from mteditflow.report.charts import ticks
@@ -69,7 +70,7 @@ def test_the_code_is_that_of_the_card(lora_run: Path, weights_run: Path, klein_r
         (weights_run, "weights", ("FluxKontextPipeline", 'subfolder="transformer"')),
         (klein_run, "lora", ("Flux2KleinPipeline", "pipe.load_lora_weights")),
     ):
-        code = (folder / out / "README.md").read_text().split("```python\n")[1].split("```")[0]
+        code = read_usage(folder / out, from_yaml(folder / "config.yaml").model.path)
         text = Page(folder / "report.html").text
         assert " ".join(code.split()) in text and all(word in text for word in (*words, str(folder / out)))
 

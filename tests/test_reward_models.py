@@ -42,9 +42,8 @@ from mteditflow.noise import NoiseSource
 from mteditflow.pictures import round_to_8_bit, to_pil
 from mteditflow.plan.memory import memory_plan, read_sizes
 from mteditflow.reward.dino import DinoConsistency
-from mteditflow.reward.exact import ExactConsistency, ExactInstruction
+from mteditflow.reward.exact import ExactConsistency, ExactInstruction, SimulatedJudge
 from mteditflow.reward.models import load_model
-from mteditflow.reward.simulated import SimulatedJudge
 from mteditflow.reward.user_function import UserReward
 from mteditflow.types import EditTask, Region, Rollout
 from mteditflow.world.edits import make_session

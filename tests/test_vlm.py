@@ -34,6 +34,9 @@ GOOD = "<Turn1Score>4</Turn1Score>\n<Turn2Score>2</Turn2Score>"
         ("<Turn2Score> 2 </Turn2Score> and <Turn1Score>\n5</Turn1Score>", [5, 2]),
         (f"<Thought>{GOOD.replace('4', '1')}</Thought>{GOOD}", [4, 2]),
         (f"<Thought>a</Thought><Thought>b</Thought>{GOOD}", [4, 2]),
+        (f"<think>{GOOD.replace('4', '1')}</think>{GOOD}", [4, 2]),
+        (GOOD.replace("4", "**4**"), [4, 2]),
+        (f"<think>{GOOD}", None),
         (f"<Thought>{GOOD}</Thought>", None),  # scores before </Thought> alone
         (f"<Thought>so far {GOOD}", None),  # cut off
         (GOOD.replace("4", "4.5"), None),
@@ -274,6 +277,12 @@ def test_folders_that_are_no_judge(folder: Path, tmp_path: Path) -> None:
     ("values", "message"),
     [
         ({"url": "host:8000/v1"}, "reward.url is 'host:8000/v1': must begin with http"),
+        ({"url": "http://"}, "reward.url is 'http://': must begin with http"),
+        ({"url": "http://ho st/v1"}, "reward.url is 'http://ho st/v1': must begin with http"),
+        ({"url": "http://host:port/v1"}, "reward.url is no address: write http://host:8000/v1"),
+        ({"url": "http://me:secret@host/v1"}, "^reward.url must hold no user, password or .* MTEDITFLOW_API_KEY$"),
+        ({"url": "http://host/v1?key=secret"}, "^reward.url must hold no user, password or .* MTEDITFLOW_API_KEY$"),
+        ({"max_wait_s": -1.0}, r"reward.max_wait_s is -1.0: must lie in \[0, 86400\]"),
         ({"vlm": ""}, "reward.vlm is '': must be a hub name or a folder"),
         ({"num_parallel": 0}, r"reward.num_parallel is 0: must lie in \[1, "),
         ({"timeout_s": 0.0}, r"reward.timeout_s is 0.0: must lie in \(0, "),

@@ -19,6 +19,7 @@ from mteditflow.config.errors import fail, suggest
 from mteditflow.config.version import describe_version
 
 Command = Callable[[Sequence[str]], int]
+JUDGE_USAGE = "%(prog)s [--config FILE.yaml] [--section.field VALUE ...]"
 
 
 def _fails_in_one_line(command: Command) -> Command:
@@ -189,8 +190,35 @@ def generate(argv: Sequence[str]) -> int:
 
 @_fails_in_one_line
 def judge(argv: Sequence[str]) -> int:
-    """Print what the VLM judge is told, its rubric."""
-    return _dispatch("judge", {"rubric": judge_rubric}, argv, _sentence(judge))
+    """Check the VLM judge of a config, serve it, or print its rubric."""
+    commands = {"check": check_judge, "serve": serve_judge, "rubric": judge_rubric}
+    return _dispatch("judge", commands, argv, _sentence(judge))
+
+
+@_fails_in_one_line
+def check_judge(argv: Sequence[str]) -> int:
+    """Ask the judge about sessions whose grades are known; exit code 1 if it cannot be used."""
+    parser = cli.settings_parser(f"{_program('judge')} check", _sentence(check_judge), JUDGE_USAGE)
+    parser.add_argument("--num_sessions", type=int, default=8, help="half of them good, half bad")
+    v = cli.parse(parser, argv)
+    config = cli.to_config(v)
+    cli.print_if_asked(v, config)
+    from mteditflow.judge.check import check_judge as check_by_sessions
+
+    return check_by_sessions(config, v.num_sessions)
+
+
+@_fails_in_one_line
+def serve_judge(argv: Sequence[str]) -> int:
+    """Print the command that serves the judge at reward.url."""
+    parser = cli.settings_parser(f"{_program('judge')} serve", _sentence(serve_judge), JUDGE_USAGE)
+    parser.add_argument("--start", action="store_true", help="run it, where vLLM or SGLang is installed")
+    v = cli.parse(parser, argv)
+    config = cli.to_config(v)
+    cli.print_if_asked(v, config)
+    from mteditflow.judge.serve import serve_judge as serve_by_command
+
+    return serve_by_command(config, is_started=v.start)
 
 
 @_fails_in_one_line

@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 from mteditflow.config.ranges import Count, Range, Share, Weight, check_ranges, require
 
@@ -58,6 +59,25 @@ def parse_also(text: str) -> AlsoReward:
     )  # fmt: skip
 
 
+def check_url(url: str) -> None:
+    """Raise ValueError where a server's address is none, or holds what is secret."""
+    if not url:
+        return
+    try:
+        parts = urlsplit(url)
+        is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number, a bracket that is not closed
+        raise ValueError("reward.url is no address: write http://host:8000/v1, or leave it empty") from None
+    if "@" in url or parts.query or parts.fragment:  # not quoted: it may hold a password
+        raise ValueError(
+            "reward.url must hold no user, password or question mark, it is written into the run's folder: the key "
+            "goes into the environment variable MTEDITFLOW_API_KEY"
+        )
+    is_plain = url.isascii() and url.isprintable() and " " not in url
+    remedy = "must begin with http:// or https://, such as http://host:8000/v1, or be empty"
+    require(is_address and is_plain, "reward.url", url, remedy)
+
+
 @dataclass(frozen=True, kw_only=True)
 class RewardConfig:
     """What training is rewarded for. On the embedded world, evaluation always sees the exact verifier."""
@@ -93,7 +113,10 @@ class RewardConfig:
     num_parallel: Count = 16
     """VLM judge: trajectories in one batch; with url, questions on their way at once."""
     timeout_s: Annotated[float, Range(0, 86400, is_above=True)] = 120.0
-    """VLM judge with url: seconds to wait for an answer."""
+    """VLM judge with url: seconds that a question may take there, all in all; a later answer is none. Ours."""
+    max_wait_s: Annotated[float, Range(0, 86400)] = 300.0
+    """VLM judge with url: seconds to wait for a server that restarts or is busy before the run ends, and for its first
+    answer; under several ranks below torch's 600. Ours."""
     overlap: Literal["off", "on", "green"] = "on"
     """Whether a wave of trajectories is scored while the next is made: by a worker with its own CUDA stream, or one
     with multiprocessors of its own (green, torch >= 2.12); off: in turn, with the same results."""
@@ -117,9 +140,7 @@ class RewardConfig:
             require(is_had, f"reward.{name}", value, f"judge {self.judge!r} has none: must be 0, or judge another")
         for name in ("vlm", "consistency"):
             require(getattr(self, name) != "", f"reward.{name}", "", "must be a hub name or a folder")
-        is_address = self.url == "" or self.url.startswith(("http://", "https://"))
-        remedy = "must begin with http:// or https://, such as http://host:8000/v1, or be empty"
-        require(is_address, "reward.url", self.url, remedy)
+        check_url(self.url)
         remedy = f"judge {self.judge!r} reads none: must be empty, or judge 'vlm'"
         require(self.rubric == "" or self.judge == "vlm", "reward.rubric", self.rubric, remedy)
         is_sampled = self.temperature > 0 or self.num_retries == 0

@@ -42,7 +42,8 @@ class Card:
 
 
 def write_card(card: Card, run: Path, out: Path) -> None:
-    """Write README.md, and strips.png where the run has drawn some."""
+    """Write README.md, and strips.png where the run has drawn some. It names no path of this machine and no server."""
+    card = replace(card, config=public_config(card.config), source=public_path(card.source))
     strips = sorted((run / "strips").glob("iteration-*.png"))
     (out / "strips.png").unlink(missing_ok=True)  # of an export that this one replaces
     if strips:
@@ -66,18 +67,38 @@ def write_card(card: Card, run: Path, out: Path) -> None:
     write_page("export/card.md.jinja", values, out / "README.md")
 
 
-def read_usage(out: Path) -> str:
-    """Read the Python of an export's card; empty where there is no card, or one without Python."""
+def read_usage(out: Path, base: str) -> str:
+    """Read the Python of an export's card, as it runs on this machine: with the paths of the export and of the base
+    pipeline. Empty where there is no card, or one without Python.
+    """
     path = out / "README.md"
     found = re.search(r"^```python\n(.*?)\n```$", path.read_text() if path.is_file() else "", re.DOTALL | re.MULTILINE)
-    return found[1] if found else ""
+    code = found[1] if found else ""
+    for local in (str(out), base):
+        code = code.replace(f'"{public_path(local)}"', f'"{local}"')
+    return code
+
+
+def public_config(config: Config) -> Config:
+    """The config as others may see it: a path of this machine is its last name alone, a server has no address."""
+    sections = {}
+    for name, section in vars(config).items():
+        texts = {key: public_path(text) for key, text in vars(section).items() if isinstance(text, str)}
+        sections[name] = replace(section, **texts | ({"url": ""} if name == "reward" else {}))
+    return replace(config, **sections)
+
+
+def public_path(path: str) -> str:
+    """The last name of a path of this machine; what is none, such as a hub name, as it is."""
+    is_hub_name = path.count("/") < 2 and not path.startswith((".", "/", "~")) and not Path(path).exists()
+    return path if is_hub_name else Path(path).name
 
 
 def front_matter(card: Card) -> dict[str, Any]:
     """Say in the hub's words what the export is; the base is named where it has a hub name."""
     path = card.config.model.path
     matter: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "image-to-image"}
-    if path.count("/") == 1 and not Path(path).exists() and not path.startswith((".", "/", "~")):
+    if path.count("/") == 1 and public_path(path) == path:
         relation = "adapter" if card.is_lora else "finetune" if card.config.lora.is_full else "merge"
         matter |= {"base_model": path, "base_model_relation": relation}
     tags = ["lora"] if card.is_lora else []

@@ -113,7 +113,7 @@ def _contents(folder: Path) -> dict[str, Any]:
     config, problem = _read_config(folder / "config.yaml")
     charts = {spec: _chart(spec, lines) for spec in CHARTS}
     before, after, gain = reports = [read_json(folder / f"{name}.json") for name in RESULTS]
-    newest, judged = after or before, read_seen(folder)
+    newest, judged, base = after or before, read_seen(folder), config.model.path if config else ""
     return {
         "title": f"MT-EditFlow: {config.run.folder if config else folder.resolve().name}",
         "config": config,
@@ -134,7 +134,7 @@ def _contents(folder: Path) -> dict[str, Any]:
         "is_judged": config is None or config.run.num_judged > 0,
         "has_truth": any(session["truth"] for part in judged for session in part["sessions"]),
         "edit_types": edit_types({"before": before, "after": after}),
-        "code": next(filter(None, map(read_usage, _exports(folder))), ""),
+        "code": next(filter(None, (read_usage(out, base) for out in _exports(folder))), ""),
     }
 
 

@@ -8,7 +8,7 @@ of a rollout, and its score of one does not depend on the others.
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -17,12 +17,15 @@ from mteditflow.advantage import advantages
 from mteditflow.config import EMBEDDED, Config
 from mteditflow.config.reward import RewardConfig
 from mteditflow.config.rubric import check_rubric
+from mteditflow.data import training_tasks
 from mteditflow.distributed import Ranks, local_device
 from mteditflow.guards import MAX_INVALID_SHARE, GuardError
-from mteditflow.reward.exact import ExactConsistency, ExactInstruction
-from mteditflow.reward.simulated import SimulatedJudge
+from mteditflow.reward.exact import ExactConsistency, ExactInstruction, SimulatedJudge
 from mteditflow.reward.user_function import build_also
 from mteditflow.types import FAULTS, Rollout, Score, Scores
+
+if TYPE_CHECKING:
+    from mteditflow.reward.vlm import Ask, Question
 
 INSTRUCTION, CONSISTENCY = "instruction", "consistency"
 
@@ -74,7 +77,7 @@ def build_reward(config: Config) -> Rewards:
     # nor the extra 'judge'.
     check_rubric(config)
     device = local_device()
-    rewards: dict[str, Reward] = {INSTRUCTION: _build_judge(config.reward, device)}
+    rewards: dict[str, Reward] = {INSTRUCTION: _build_judge(config, device)}
     match config.reward.consistency_measure:
         case "none":
             pass
@@ -90,26 +93,43 @@ def build_reward(config: Config) -> Rewards:
     return Rewards(rewards=rewards, weights={name: weights[name] for name in rewards})
 
 
-def _build_judge(config: RewardConfig, device: torch.device) -> Reward:
-    match config.judge:
+def _build_judge(config: Config, device: torch.device) -> Reward:
+    reward = config.reward
+    match reward.judge:
         case "exact":
-            return ExactInstruction(config.scale)
+            return ExactInstruction(reward.scale)
         case "vlm":
-            from mteditflow.reward.vlm import VlmJudge
+            from mteditflow.reward.vlm import VlmJudge, sample_question
 
-            if not config.url:
-                from mteditflow.reward.vlm_local import LocalVlm
-
-                return VlmJudge(config, LocalVlm(config, device))
-            try:
-                from mteditflow.reward.vlm_server import RemoteVlm
-            except ModuleNotFoundError as error:
-                raise ValueError(
-                    f"reward.url needs the package {error.name}: pip install 'mteditflow[judge]'"
-                ) from error
-            return VlmJudge(config, RemoteVlm(config))
+            num_turns = config.data.num_turns
+            if config.data.path != EMBEDDED:  # whose evaluation is the verifier's
+                num_turns = max(num_turns, config.num_held_out_turns)
+            task = training_tasks(config, 0, Ranks(rank=0, world_size=1, device=device))[0]
+            ask = build_ask(reward, device, sample_question(task, num_turns, reward))
+            return VlmJudge(reward, ask)
         case _:
-            return SimulatedJudge(config)
+            return SimulatedJudge(reward)
+
+
+def build_ask(config: RewardConfig, device: torch.device, sample: "Question") -> "Ask":
+    """The VLM of a config, in this process or behind its url, which is asked the sample. ValueError: it is not there,
+    or no VLM.
+    """
+    if not config.url:
+        from mteditflow.reward.vlm_local import LocalVlm
+
+        return LocalVlm(config, device)
+    try:
+        from mteditflow.reward.vlm_server import RemoteVlm
+    except ModuleNotFoundError as error:
+        raise ValueError(f"reward.url needs the package {error.name}: pip install 'mteditflow[judge]'") from error
+    ask = RemoteVlm(config)
+    try:
+        ask.check(sample)
+    except BaseException:
+        ask.close()
+        raise
+    return ask
 
 
 def check_judge(config: Config) -> None:

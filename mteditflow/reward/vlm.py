@@ -23,10 +23,12 @@ from mteditflow.config.rubric import fill_rubric, form_of, read_rubric
 from mteditflow.noise import Place
 from mteditflow.pictures import to_uint8
 from mteditflow.reward.exact import ExactInstruction, quality
-from mteditflow.types import FAULTS, Rollout, Score
+from mteditflow.types import FAULTS, EditTask, Rollout, Score
 
 IMAGE_SIZE = 512  # longest side of the images that the judge is shown, pixels; larger ones are shrunk. Ours
-SCORE = re.compile(r"<Turn(\d)Score>\s*([1-5])\s*</Turn\1Score>")
+SCORE = re.compile(r"<Turn(\d)Score>[\s*_`]*([1-5])[\s*_`]*</Turn\1Score>")  # some write it bold
+THOUGHT_ENDS = ("</Thought>", "</think>")  # ours, and that of models that think unasked
+MAX_OFF_MASS = 0.5  # of the probability at a turn's place, read-out 'expected': above it the answer is no score
 
 RUBRIC = """You judge the work of an image editor. You see a source image and then, turn by turn, an instruction and \
 the image after it. Each turn edits the image of the turn before, so compare each image with the one before it.
@@ -89,24 +91,54 @@ class Ask(Protocol):
 
 
 def read_answer(text: str, num_turns: int) -> list[int] | None:
-    """The scores of turns 1 to K after the last </Thought>, each there once; None where the answer has another form.
+    """The scores of turns 1 to K after the last thought, each there once; None where the answer has another form.
 
     The closing tag keeps 4.5 or 10 from being read as 4 or 1. A thought that was cut off holds no scores.
     """
-    rest = text.rpartition("</Thought>")[2]
+    rest = after_thought(text)
     found = [(int(turn), int(score)) for turn, score in SCORE.findall(rest)]
-    if "<Thought>" in rest or sorted(turn for turn, _ in found) != list(range(1, num_turns + 1)):
+    if is_thought(rest) or sorted(turn for turn, _ in found) != list(range(1, num_turns + 1)):
         return None
     return [score for _, score in sorted(found)]
 
 
+def after_thought(text: str) -> str:
+    """The end of an answer, behind the last thought."""
+    for end in THOUGHT_ENDS:
+        text = text.rpartition(end)[2]
+    return text
+
+
+def is_thought(rest: str) -> bool:
+    """Whether what `after_thought` gives begins another thought, which is not closed."""
+    return any(end.replace("/", "") in rest for end in THOUGHT_ENDS)
+
+
 def closed_at(text: str, num_turns: int) -> int | None:
     """Where the tags of all turns have been closed, after the thought; None: not yet."""
-    start = text.rfind("</Thought>") + 1
+    rest = after_thought(text)
     tags = [f"</Turn{turn}Score>" for turn in range(1, num_turns + 1)]
-    if "<Thought>" in text[start:] or any(tag not in text[start:] for tag in tags):
+    if is_thought(rest) or any(tag not in rest for tag in tags):
         return None
-    return max(text.index(tag, start) + len(tag) for tag in tags)
+    return len(text) - len(rest) + max(rest.index(tag) + len(tag) for tag in tags)
+
+
+def rubric_of(config: RewardConfig, num_turns: int) -> str:
+    """What a judge is told of sessions of K turns."""
+    return fill_rubric(read_rubric(config.rubric) if config.rubric else RUBRIC, num_turns)
+
+
+def sample_question(task: EditTask, num_turns: int, config: RewardConfig) -> Question:
+    """A question about a task whose edits are all its source, to try a judge with before there is a rollout."""
+    source = to_judge_size(task.source[None], IMAGE_SIZE)[0]
+    instructions = [task.instructions[turn % len(task.instructions)] for turn in range(num_turns)]
+    return Question(
+        images=(source,) * (num_turns + 1),
+        instructions=tuple(instructions),
+        readout=config.readout,
+        key=torch.zeros(5, dtype=torch.int64),
+        rubric=rubric_of(config, num_turns),
+    )
 
 
 def answer_of(text: str, num_turns: int) -> Answer:

@@ -24,10 +24,9 @@ from mteditflow.config.reward import RewardConfig
 from mteditflow.pictures import to_pil
 from mteditflow.reward.decode import CHECK_EVERY, Decoder, draw, gumbel
 from mteditflow.reward.qwen3_vl import Encoder, Prompt, make_prompt, prefill
-from mteditflow.reward.vlm import Answer, Question, answer_of, closed_at
+from mteditflow.reward.vlm import MAX_OFF_MASS, Answer, Question, answer_of, closed_at
 
 NEUTRAL = 3  # what the turns before were scored, where 'expected' reads a turn's score
-MAX_OFF_MASS = 0.5  # of the probability at a turn's place: above it the answer is no score
 MAX_TURNS = 9
 TAG_TOKENS = 16  # of a closing tag, at most: one for each byte
 
@@ -243,8 +242,8 @@ def _load(path: str, dtype: torch.dtype) -> tuple[Any, Any]:
     name = f"reward.vlm {path!r}"
     disable_progress_bar()  # the run has its own
     try:
-        processor: Any = AutoProcessor.from_pretrained(path)
-        model: Any = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
+        processor: Any = AutoProcessor.from_pretrained(path, trust_remote_code=False)  # nor asked about on the terminal
+        model: Any = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, trust_remote_code=False)
     except ImportError as error:
         raise ValueError(f"{name} needs a package that is missing ({first_line(error)}): install it") from error
     except (OSError, ValueError) as error:
