@@ -12,6 +12,8 @@ import torch
 from mteditflow_kernels import counter_uniform
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, LogitsProcessorList
+from transformers.processing_utils import ProcessorMixin
+from transformers.utils.import_utils import is_torchvision_available
 from transformers.utils.logging import disable_progress_bar
 
 from mteditflow.config.errors import first_line
@@ -98,10 +100,20 @@ def _messages(question: Question) -> list[dict[str, Any]]:
     return [{"role": "system", "content": [{"type": "text", "text": RUBRIC}]}, {"role": "user", "content": content}]
 
 
+_parts = ProcessorMixin.get_attributes.__func__
+
+
+def _parts_but_videos(cls: type) -> list[str]:
+    """Name the parts of a processor without the one for videos, which wants torchvision and which no judge needs."""
+    return [name for name in _parts(cls) if name != "video_processor"]
+
+
 def _load(path: str, dtype: torch.dtype) -> tuple[Any, Any]:
     """Processor and model of a folder or a hub name."""
     name = f"reward.vlm {path!r}"
     disable_progress_bar()  # the run has its own
+    if not is_torchvision_available():
+        ProcessorMixin.get_attributes = classmethod(_parts_but_videos)  # pyright: ignore[reportAttributeAccessIssue]
     try:
         processor: Any = AutoProcessor.from_pretrained(path)
         model: Any = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)

@@ -1,0 +1,1 @@
+"""Judges as programs: the small VLM judge of the embedded world and how it is made."""
