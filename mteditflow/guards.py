@@ -1,10 +1,12 @@
 """What stops a run: a ratio that is not 1, scores that are not there, an adapter that reaches nothing."""
 
+from collections import Counter
+
 import torch
 
 from mteditflow.config import Config
 from mteditflow.policy import Policy
-from mteditflow.types import Rollout, Scores
+from mteditflow.types import FAULTS, Rollout, Scores
 
 MAX_INVALID_SHARE = 0.5  # of trajectories, or of held-out sessions, that may be without a score
 
@@ -29,8 +31,18 @@ def check_scores(scores: Scores, config: Config) -> None:
     if share > MAX_INVALID_SHARE:
         raise GuardError(
             f"{share:.0%} of the trajectories could not be scored, more than {MAX_INVALID_SHARE:.0%}: look at the "
-            f"reward, judge {config.reward.judge!r}"
+            f"reward, judge {config.reward.judge!r}{_reasons(scores)}"
         )
+
+
+def _reasons(scores: Scores) -> str:
+    """What a judge's faults were, and the last of its words that gave no score, in brackets."""
+    if scores.faults is None:
+        return ""
+    counts = Counter(FAULTS[fault] for fault in scores.faults.tolist() if fault)
+    said = [word for word, valid in zip(scores.words, scores.valid.tolist(), strict=False) if word and not valid]
+    quoted = f"; the last answer without a score ends {' '.join(said[-1].split())[-120:]!r}" if said else ""
+    return f" ({', '.join(f'{name} {count}' for name, count in counts.most_common())}{quoted})"
 
 
 @torch.no_grad()

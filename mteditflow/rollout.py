@@ -113,7 +113,10 @@ def roll_out(
 
     Of the config: hand_off, microbatch_size, cuda_graph.
     """
-    schedule, num_steps, ids = schedule.to(policy.device), len(schedule.table), [task.id for task in tasks]
+    schedule, num_steps = schedule.to(policy.device), len(schedule.table)
+    rows = torch.arange(len(tasks) * group_size)
+    group, member = rows // group_size, rows % group_size
+    ids = [task.id for task in tasks for _ in range(group_size)]
     image = torch.stack([task.source for task in tasks])
     image_latents = policy.encode_image(image).repeat_interleave(group_size, dim=0)
     turns = []
@@ -123,7 +126,7 @@ def roll_out(
         condition = Condition(text=text, image=image_latents, cfg_scale=cfg_scale)
 
         def keys(place: Place, number: int = 0, turn: int = turn) -> Tensor:
-            return row_keys(ids, group_size, noise, turn=turn, place=place, number=number).to(policy.device)
+            return row_keys(ids, member, noise, turn=turn, place=place, number=number).to(policy.device)
 
         shape = (policy.num_tokens, policy.num_channels)
         start = counter_normal(keys(Place.INITIAL_LATENTS), shape).to(image_latents)
@@ -139,8 +142,7 @@ def roll_out(
         turns.append(Turn(condition=condition, latents=latents, old_log_prob=log_prob, image=image))
         if turn + 1 < num_turns:
             image_latents = policy.encode_image(image) if config.hand_off == "pixels" else latents[-1]
-    group = torch.arange(len(tasks)).repeat_interleave(group_size)
-    return Rollout(tasks=tasks, turns=turns, group=group, schedule=schedule, noise=noise)
+    return Rollout(tasks=tasks, turns=turns, group=group, member=member, schedule=schedule, noise=noise)
 
 
 def sample_rollout(

@@ -69,6 +69,7 @@ class Rollout:
     tasks: list[EditTask]
     turns: list[Turn]
     group: Tensor  # (N,) int64: the task's place in `tasks`
+    member: Tensor  # (N,) int64: the trajectory's number in its group
     schedule: Schedule  # made the denoising steps
     noise: NoiseSource  # made all that was random, and makes what is drawn from this rollout later
 
@@ -84,8 +85,8 @@ class Rollout:
 
     def keys(self, *, turn: int, place: Place, number: int = 0) -> Tensor:
         """Noise keys (N, 5) of the trajectories, at a draw of a place within a turn."""
-        task_ids, group_size = [task.id for task in self.tasks], len(self.group) // len(self.tasks)
-        return row_keys(task_ids, group_size, self.noise, turn=turn, place=place, number=number)
+        task_ids = [self.tasks[g].id for g in self.group.tolist()]
+        return row_keys(task_ids, self.member, self.noise, turn=turn, place=place, number=number)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +95,14 @@ class Score:
 
     values: Tensor  # (N, K); NaN where undefined
     truth: Tensor | None = None  # (N, K): what the values should be, where that is known and may differ
+    words: tuple[str, ...] = ()  # N: a judge's own, '' where it had none; (): no such judge
+    faults: Tensor | None = None  # (N,) int64: why there are no values, a place in FAULTS; None: no such judge
+    off_mass: Tensor | None = None  # (N,): probability that a judge gave to what is no score, read-out 'expected'
+
+
+FAULTS = ("", "not_finite", "form", "cut", "refused", "empty", "status", "late", "too_large", "mass")
+"""Why a trajectory has no score: '' it has one; a pixel is not finite; the answer has another form, was cut, is a
+refusal, or empty; the server refused the question, answered too late or too much; the mass is on other tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +112,10 @@ class Scores:
     rewards: dict[str, Tensor]  # (N, K) each; NaN where undefined
     weights: dict[str, float]
     valid: Tensor  # (N,) bool; False where the instruction score is undefined
-    truth: Tensor | None = None  # (N, K): what the instruction score should be, where that is known and may differ
+    truth: Tensor | None = None  # as in the instruction score's `Score`; so the rest
+    words: tuple[str, ...] = ()
+    faults: Tensor | None = None
+    off_mass: Tensor | None = None
 
     @property
     def instruction(self) -> Tensor:

@@ -5,12 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from rollouts import rollout_of
 
 from mteditflow.config import Config
 from mteditflow.data import training_tasks
 from mteditflow.distributed import Ranks
-from mteditflow.flow import make_schedule
-from mteditflow.noise import NoiseSource
 from mteditflow.pictures import round_to_8_bit
 from mteditflow.record.alarms import (
     ALARMS,
@@ -22,7 +21,7 @@ from mteditflow.record.alarms import (
     rollout_figures,
     saturation,
 )
-from mteditflow.types import Condition, Rollout, Scores, Turn
+from mteditflow.types import Condition, Rollout, Scores
 from mteditflow.world.render import render
 
 NOTHING = Condition(text={}, image=torch.zeros(0))
@@ -31,15 +30,8 @@ NOTHING = Condition(text={}, image=torch.zeros(0))
 def made(pictures: list[torch.Tensor], config: Config) -> tuple[Rollout, Scores]:
     """A rollout of two trajectories per task that made these pictures (N, 3, 64, 64), turn by turn."""
     tasks = training_tasks(config, 0, Ranks(rank=0, world_size=1, device=torch.device("cpu")))
-    turns = [
-        Turn(condition=NOTHING, latents=torch.zeros(0), old_log_prob=torch.zeros(0), image=picture)
-        for picture in pictures
-    ]
-    group = torch.arange(len(tasks)).repeat_interleave(2)
-    schedule = make_schedule(torch.linspace(1, 0, 3))
-    rollout = Rollout(tasks=tasks, turns=turns, group=group, schedule=schedule, noise=NoiseSource(seed=0, step=0))
-    kept = torch.full((len(group), len(turns)), 0.9)
-    return rollout, scores_of(kept)
+    rollout = rollout_of(tasks, torch.stack(pictures))
+    return rollout, scores_of(torch.full((len(rollout.group), len(pictures)), 0.9))
 
 
 def scores_of(consistency: torch.Tensor) -> Scores:

@@ -52,7 +52,8 @@ def test_answers_have_the_stated_distribution(name: str) -> None:
     """Rounding and clipping included: 20,000 answers to each grade, each frequency within 5 standard deviations."""
     tasks = training_tasks(Config(), 0, ONE_RANK)
     source = NoiseSource(seed=3, step=0)
-    keys = row_keys([task.id for task in tasks], 2500, source, turn=0, place=Place.JUDGE_ANSWER)
+    ids, members = [task.id for task in tasks for _ in range(2500)], torch.arange(2500).repeat(len(tasks))
+    keys = row_keys(ids, members, source, turn=0, place=Place.JUDGE_ANSWER)
     noise = counter_normal(keys, (1,))
     for grade in range(1, 6):
         given = answer_with_faults(torch.full_like(noise, grade), torch.zeros(()), noise, PROFILES[name], leniency=0.0)

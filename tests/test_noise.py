@@ -29,7 +29,7 @@ def test_keys_differ_in_everything_that_they_depend_on() -> None:
     """Every key of a small run is another, and so are the numbers that it counts."""
     sources = [NoiseSource(seed=seed, step=step) for seed in (0, 1) for step in (0, 1)] + [EVALUATION]
     keys = torch.cat([
-        row_keys([4, 7], 3, source, turn=turn, place=place, number=number)
+        row_keys([4, 4, 4, 7, 7, 7], torch.arange(6) % 3, source, turn=turn, place=place, number=number)
         for source in sources for turn in (0, 1) for place in Place for number in range(min(2, place.value[1]))
     ])  # fmt: skip
     assert len(torch.unique(keys, dim=0)) == len(keys)
@@ -38,6 +38,9 @@ def test_keys_differ_in_everything_that_they_depend_on() -> None:
 
 def test_a_row_does_not_depend_on_the_other_tasks() -> None:
     source = NoiseSource(seed=3, step=5)
-    both, alone = (row_keys(ids, 2, source, turn=1, place=Place.NFT_NOISE, number=9) for ids in ([8, 2], [2]))
+    both, alone = (
+        row_keys(ids, torch.arange(len(ids)) % 2, source, turn=1, place=Place.NFT_NOISE, number=9)
+        for ids in ([8, 8, 2, 2], [2, 2])
+    )
     assert torch.equal(both[2:], alone)
     assert both[:, 3].tolist() == [0, 1, 0, 1] and both[:, 4].tolist() == [8, 8, 2, 2]

@@ -17,16 +17,16 @@ import pytest
 import torch
 from conftest import TINY_MAX_TEXT_TOKENS
 from PIL import Image
+from rollouts import rollout_of
 from tiny_judge import colour_question, save_dino
 
 from mteditflow.config import Config, RewardConfig
 from mteditflow.config.command import train as main
-from mteditflow.noise import NoiseSource
 from mteditflow.record.metrics import read_lines
 from mteditflow.reward import build_reward
 from mteditflow.reward.vlm import RUBRIC, VlmJudge
 from mteditflow.reward.vlm_server import API_KEY, NUM_ATTEMPTS, RemoteVlm
-from mteditflow.types import EditTask
+from mteditflow.types import FAULTS, EditTask
 
 Reply = tuple[int, Any]  # status and body: JSON, or text as it is
 SCORES = "<Turn1Score>4</Turn1Score><Turn2Score>2</Turn2Score>"
@@ -114,7 +114,7 @@ def test_what_the_server_is_sent(server: Server, monkeypatch: pytest.MonkeyPatch
     first = colour_question([0, 2], ["make it red", "make it blue"])
     second = replace(first, key=first.key + 1)
     vlm = ask(server, temperature=0.3, max_answer_tokens=77, num_parallel=1)
-    assert vlm([first, second, first]) == [SCORES] * 3
+    assert [answer.text for answer in vlm([first, second, first])] == [SCORES] * 3
     body = server.bodies[0]
     assert (body["model"], body["temperature"], body["max_tokens"]) == ("judge", 0.3, 77)
     assert server.bodies[0] == server.bodies[2] and server.bodies[0]["seed"] != server.bodies[1]["seed"]
@@ -140,14 +140,15 @@ def test_answers_keep_their_order_and_the_server_its_limit(server: Server) -> No
     server.reply = reply
     questions = [colour_question([0], [str(i)]) for i in range(9)]
     answers = ask(server, num_parallel=3)(questions)
-    assert answers == [f"Turn 1. Instruction: {i}\nImage after turn 1:" for i in range(9)]
+    assert [answer.text for answer in answers] == [f"Turn 1. Instruction: {i}\nImage after turn 1:" for i in range(9)]
     assert server.most_open == 3
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
 def test_a_busy_server_is_asked_again(server: Server, status: int) -> None:
     server.reply = lambda number, _: (status, "busy") if number < NUM_ATTEMPTS - 1 else (200, completion("done"))
-    assert ask(server)([colour_question([0], ["a"])]) == ["done"] and len(server.bodies) == NUM_ATTEMPTS
+    (answer,) = ask(server)([colour_question([0], ["a"])])
+    assert answer.text == "done" and len(server.bodies) == NUM_ATTEMPTS
 
 
 def test_a_server_that_stays_busy_stops_the_run(server: Server) -> None:
@@ -222,9 +223,11 @@ def test_scores_and_answers_that_cannot_be_read(server: Server) -> None:
     tasks = [
         EditTask(id=i, source=torch.zeros(3, 8, 8), instructions=(f"a{i}", "b"), edit_types=("", "")) for i in range(4)
     ]
-    scores = judge.score(tasks, torch.zeros(2, 4, 3, 8, 8), NoiseSource(seed=0, step=0))
-    assert scores[[0, 2]].tolist() == [[0.75, 0.25]] * 2
-    assert scores[[1, 3]].isnan().all() and len(server.bodies) == 4 + 2 + 2
+    score = judge(rollout_of(tasks, torch.zeros(2, 4, 3, 8, 8)))
+    assert score.values[[0, 2]].tolist() == [[0.75, 0.25]] * 2
+    assert score.values[[1, 3]].isnan().all() and len(server.bodies) == 4 + 2 + 2
+    assert score.words == (SCORES, "", SCORES, "<Turn1Score>4</Turn1Sc") and score.faults is not None
+    assert [FAULTS[fault] for fault in score.faults] == ["", "form", "", "form"]
     seeds = {body["seed"] for body in server.bodies}
     assert len(seeds) == len(server.bodies)  # a retry has another seed
 
@@ -253,7 +256,7 @@ def test_a_run_with_a_judge_behind_a_server(
         "evaluation.num_sessions": 2, "evaluation.num_sessions_short": 1, "evaluation.num_strips": 1,
         "evaluation.num_steps": 1, "evaluation.every": 0, "reward.judge": "vlm", "reward.vlm": "judge",
         "reward.url": server.config.url, "reward.num_retries": 0, "reward.consistency": tmp_path / "dino",
-        "reward.is_thinking": "false", "run.num_iterations": 2, "run.folder": tmp_path / "run",
+        "reward.readout": "direct", "run.num_iterations": 2, "run.folder": tmp_path / "run",
     }  # fmt: skip
     arguments = [word for name, value in values.items() for word in (f"--{name}", str(value))]
     main(arguments)

@@ -78,11 +78,12 @@ def test_noise_is_that_of_the_keys(policy: Policy, config: Config) -> None:
     rollout = roll(policy, config, tasks, 3)
     shape, source = (policy.num_tokens, policy.num_channels), NoiseSource(seed=config.run.seed, step=3)
     assert [task.id for task in tasks] == [6, 7]
+    ids, members = [6, 6, 7, 7], torch.tensor([0, 1, 0, 1])
     for number, turn in enumerate(rollout.turns):
-        keys = row_keys([6, 7], 2, source, turn=number, place=Place.INITIAL_LATENTS)
+        keys = row_keys(ids, members, source, turn=number, place=Place.INITIAL_LATENTS)
         assert torch.equal(turn.latents[0], counter_normal(keys, shape))
         for step, row in enumerate(rollout.schedule.table):
-            keys = row_keys([6, 7], 2, source, turn=number, place=Place.DENOISING_STEP, number=step)
+            keys = row_keys(ids, members, source, turn=number, place=Place.DENOISING_STEP, number=step)
             with torch.no_grad():
                 sigma = rollout.schedule.sigmas[step].expand(4)
                 velocity = policy.velocity(turn.latents[step], sigma, turn.condition)

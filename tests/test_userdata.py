@@ -14,6 +14,7 @@ import pytest
 import torch
 from photos import PHOTOS, copy_photos, photo
 from PIL import Image
+from rollouts import rollout_of
 
 from mteditflow.config import Config, DataConfig, EvaluationConfig, ModelConfig, RolloutConfig, cli
 from mteditflow.config.command import check, train
@@ -21,8 +22,6 @@ from mteditflow.data import check_data, held_out_tasks, training_tasks
 from mteditflow.data.images import fit_picture, read_picture
 from mteditflow.data.userdata import is_held_out_image
 from mteditflow.distributed import Ranks
-from mteditflow.flow import make_schedule
-from mteditflow.noise import NoiseSource
 from mteditflow.record.metrics import read_lines
 from mteditflow.reward.exact import ExactInstruction
 from mteditflow.types import EditTask, Rollout, Scores
@@ -309,8 +308,7 @@ def test_the_worlds_judges_cannot_score_it(
         assert err.startswith(f"mteditflow: reward.judge is '{judge}': knows only the embedded world's pictures")
     assert not (tmp_path / "run").exists()
     task = replace(training_tasks(make(RECORDS), 0, ranks())[0], source=torch.zeros(3, 64, 64))
-    schedule, noise = make_schedule(torch.linspace(1, 0, 3)), NoiseSource(seed=0, step=0)
-    rollout = Rollout(tasks=[task], turns=[turn()], group=torch.zeros(1).long(), schedule=schedule, noise=noise)
+    rollout = rollout_of([task], torch.zeros(3, 1, 3, 64, 64))
     with pytest.raises(ValueError, match=r"a task has no truth to compare with: take another reward.judge"):
         ExactInstruction()(rollout)
 

@@ -9,16 +9,18 @@ from typing import Any
 
 import pytest
 import torch
+from rollouts import rollout_of
 from tiny_judge import COLOUR_SCORES, colour_question, plain, save_vlm, small_tokenizer, teach, without_video
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mteditflow.config import AdvantageConfig, Config, DataConfig, RewardConfig
+from mteditflow.guards import GuardError, check_scores
 from mteditflow.noise import NoiseSource
-from mteditflow.reward import build_reward
-from mteditflow.reward.vlm import DIRECT, THINKING, Question, VlmJudge, read_answer, to_judge_size
+from mteditflow.reward import Rewards, build_reward
+from mteditflow.reward.vlm import DIRECT, THINKING, Answer, Question, VlmJudge, answer_of, read_answer, to_judge_size
 from mteditflow.reward.vlm_local import CountedSampling, LocalVlm
-from mteditflow.types import EditTask
+from mteditflow.types import FAULTS, EditTask
 
 CPU = torch.device("cpu")
 GOOD = "<Turn1Score>4</Turn1Score>\n<Turn2Score>2</Turn2Score>"
@@ -64,7 +66,7 @@ def test_the_question_shows_source_instructions_and_edits_in_order() -> None:
         image = parts[place]
         assert isinstance(image, Tensor) and torch.equal(image, plain(colour))
     assert parts[6] == f"{DIRECT}\n<Turn1Score>X</Turn1Score>\n<Turn2Score>X</Turn2Score>" and len(parts) == 7
-    assert str(replace(question, is_thinking=True).parts[6]).startswith(THINKING)
+    assert str(replace(question, readout="thinking").parts[6]).startswith(THINKING)
 
 
 def test_what_the_judge_is_to_judge_size() -> None:
@@ -111,13 +113,17 @@ def numbered(num_rows: int, num_turns: int = 2) -> Tensor:
 class Script:
     """Answers by try and row; keeps what it was asked."""
 
+    is_remote = False
+
     def __init__(self, answers: Sequence[dict[int, str]]) -> None:
         self.answers, self.asked = list(answers), list[Sequence[Question]]()
 
-    def __call__(self, questions: Sequence[Question]) -> list[str]:
+    def __call__(self, questions: Sequence[Question]) -> list[Answer]:
         answers = self.answers[len(self.asked)]
         self.asked.append(questions)
-        return [answers.get(int(question.images[1].max()), "no") for question in questions]
+        return [answer_of(answers.get(int(question.images[1].max()), "no"), 2) for question in questions]
+
+    def close(self) -> None: ...
 
 
 def test_scores_retries_and_invalid_trajectories() -> None:
@@ -126,7 +132,10 @@ def test_scores_retries_and_invalid_trajectories() -> None:
     pictures = numbered(4).clone()
     pictures[1, 1, 0, 3, 3] = torch.nan
     config = RewardConfig(judge="vlm", consistency="none")
-    scores = VlmJudge(config, script).score(tasks_of(2), pictures, source(5))
+    score = VlmJudge(config, script)(rollout_of(tasks_of(2), pictures, source(5)))
+    scores, faults = score.values, score.faults
+    assert faults is not None and [FAULTS[fault] for fault in faults] == ["", "not_finite", "", "form"]
+    assert score.words == (GOOD, "", GOOD.replace("4", "5"), "no")
     assert scores[[0, 2]].tolist() == [[0.75, 0.25], [1.0, 0.25]] and scores[[1, 3]].isnan().all()
     rows = [[int(question.images[1].max()) for question in questions] for questions in script.asked]
     assert rows == [[0, 2, 3], [2, 3], [3]]
@@ -136,7 +145,7 @@ def test_scores_retries_and_invalid_trajectories() -> None:
     keys = torch.stack([question.key for questions in script.asked for question in questions])
     assert len(keys.unique(dim=0)) == 6  # each try of each row has a chance of its own
     binary = VlmJudge(replace(config, scale="binary"), Script([{0: GOOD}, {}, {}]))
-    found = binary.score(tasks_of(1), numbered(2), source(0))
+    found = binary(rollout_of(tasks_of(1), numbered(2))).values
     assert found[0].tolist() == [1.0, 0.0] and found[1].isnan().all()
 
 
@@ -144,8 +153,7 @@ def test_a_key_depends_on_the_trajectory_alone() -> None:
     first, other = Script([{}]), Script([{}])
     config = RewardConfig(judge="vlm", num_retries=0)
     for script, tasks in ((first, tasks_of(2)), (other, tasks_of(2)[::-1])):
-        with pytest.raises(ValueError, match="none of 4"):
-            VlmJudge(config, script).score(tasks, numbered(4), source(7))
+        VlmJudge(config, script)(rollout_of(tasks, numbered(4), source(7)))
     assert torch.equal(
         torch.stack([question.key for question in first.asked[0]]),
         torch.stack([question.key for question in other.asked[0]])[[2, 3, 0, 1]],
@@ -153,10 +161,12 @@ def test_a_key_depends_on_the_trajectory_alone() -> None:
 
 
 def test_a_judge_that_never_answers_stops_the_run_with_one_line() -> None:
-    judge = VlmJudge(RewardConfig(judge="vlm", num_retries=1), Script([{}, {}]))
-    message = r"none of 4 trajectories .* asked 2 times each; the last answer ends 'no': raise reward.max_answer_tokens"
-    with pytest.raises(ValueError, match=message) as caught:
-        judge.score(tasks_of(2), numbered(4), source(0))
+    config = RewardConfig(judge="vlm", num_retries=1)
+    rewards = Rewards(rewards={"instruction": VlmJudge(config, Script([{}, {}]))}, weights={"instruction": 1.0})
+    scores = rewards(rollout_of(tasks_of(2), numbered(4)))
+    message = r"100% of the trajectories .*judge 'vlm' \(form 4; the last answer without a score ends 'no'\)"
+    with pytest.raises(GuardError, match=message) as caught:
+        check_scores(scores, Config(reward=config))
     assert "\n" not in str(caught.value)
 
 
@@ -199,7 +209,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def local_config(folder: Path, **values: object) -> RewardConfig:
-    fields = {"temperature": 0.0, "num_retries": 0, "max_answer_tokens": 20, "is_thinking": False, **values}
+    fields = {"temperature": 0.0, "num_retries": 0, "max_answer_tokens": 20, "readout": "direct", **values}
     return RewardConfig(judge="vlm", vlm=str(folder), consistency="none", **fields)  # pyright: ignore[reportArgumentType]
 
 
@@ -209,7 +219,7 @@ def test_scores_of_a_model_are_those_of_the_images_in_their_turns(folder: Path) 
     task = EditTask(id=0, source=plain(1) / 127.5 - 1, instructions=("first", "second"), edit_types=("", ""))
     colours = [(2, 0), (0, 2), (0, 0), (2, 2), (2, 0)]
     pictures = torch.stack([torch.stack([plain(pair[turn]) for pair in colours]) for turn in range(2)]) / 127.5 - 1
-    scores = judge.score([task], pictures, source(0))
+    scores = judge(rollout_of([task], pictures)).values
     expected = [[(COLOUR_SCORES[colour] - 1) / 4 for colour in pair] for pair in colours]
     assert scores.tolist() == expected
 

@@ -103,7 +103,7 @@ def colour_question(colours: Sequence[int], instructions: Sequence[str] = ("firs
     return Question(
         images=(plain(1), *(plain(colour) for colour in colours)),
         instructions=tuple(instructions),
-        is_thinking=False,
+        readout="direct",
         key=torch.zeros(5, dtype=torch.int64),
     )
 

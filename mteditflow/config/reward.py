@@ -58,8 +58,9 @@ class RewardConfig:
     url: str = ""
     """VLM judge: OpenAI-compatible endpoint that serves it, such as http://host:8000/v1; empty: loaded in this
     process."""
-    is_thinking: bool = True
-    """VLM judge: it reasons about every turn before it scores (paper's choice), or scores at once."""
+    readout: Literal["thinking", "direct", "expected"] = "thinking"
+    """VLM judge: it reasons about every turn before it scores (paper's choice), scores at once, or is not asked to
+    write: the expectation of its score by the probabilities of the digits 1 to 5."""
     num_retries: Annotated[int, Range(0, 9)] = 2
     """VLM judge: times that it is asked again, with another seed, where its answer cannot be read; then the trajectory
     is invalid. Ours."""

@@ -112,7 +112,7 @@ def first_microbatch(policy: Policy, tasks: list[EditTask], config: Config) -> t
     images = torch.stack([task.source for task in rows])
     text = policy.encode_text([task.instructions[0] for task in rows], images, has_cfg=has_cfg)
     image = policy.encode_image(images)
-    keys = row_keys([task.id for task in tasks], size, NoiseSource(seed=config.run.seed, step=0), turn=0,
-                    place=Place.INITIAL_LATENTS)[: len(rows)]  # fmt: skip
+    keys = row_keys([task.id for task in rows], torch.arange(len(rows)) % size,
+                    NoiseSource(seed=config.run.seed, step=0), turn=0, place=Place.INITIAL_LATENTS)  # fmt: skip
     latents = counter_normal(keys.to(policy.device), (policy.num_tokens, policy.num_channels))
     return Condition(text=text, image=image, cfg_scale=config.model.cfg_scale if has_cfg else 1.0), latents

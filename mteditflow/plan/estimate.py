@@ -162,7 +162,7 @@ def _judge_seconds(config: Config, judge_gib: float, gpu: Gpu, end: int) -> floa
     rows = min(reward.num_parallel, math.ceil(trajectories / config.run.num_gpus))
     tokens = QUESTION_TOKENS + IMAGE_TOKENS * (turns + 1)
     question = judge_gib * GIB * tokens / (gpu.shares.eager[end] * gpu.bf16 * TERA)  # 2 a weight, of 2 bytes
-    num_tokens = SCORE_TOKENS * turns + (THOUGHT_TOKENS[end] if reward.is_thinking else 0)
+    num_tokens = SCORE_TOKENS * turns + (THOUGHT_TOKENS[end] if reward.readout == "thinking" else 0)
     return question + num_tokens * max(TOKEN_S, judge_gib * GIB / (gpu.bandwidth * TERA)) / rows
 
 

@@ -117,7 +117,10 @@ class ReferenceLoop:
         self.transformer.set_adapter(TRAINED)
         schedule = make_schedule(self.policy.sigmas(config.num_steps)).to(self.policy.device)
         source = NoiseSource(seed=self.config.run.seed, step=0)
-        return Rollout(tasks=list(self.tasks), turns=turns, group=rows // group_size, schedule=schedule, noise=source)
+        return Rollout(
+            tasks=list(self.tasks), turns=turns, group=rows // group_size, member=rows % group_size, schedule=schedule,
+            noise=source,
+        )  # fmt: skip
 
     def _batch(self, rows: Tensor, noise: Noise) -> list[Turn]:
         config, editor, turns = self.config, self.policy.editor, []

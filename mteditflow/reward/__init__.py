@@ -42,7 +42,10 @@ class Rewards:
         scores = {name: reward(rollout) for name, reward in self.rewards.items()}
         first, values = scores[INSTRUCTION], {name: score.values for name, score in scores.items()}
         valid = ~first.values.isnan().any(1)
-        return Scores(rewards=values, weights=self.weights, valid=valid, truth=first.truth)
+        return Scores(
+            rewards=values, weights=self.weights, valid=valid, truth=first.truth, words=first.words,
+            faults=first.faults, off_mass=first.off_mass,
+        )  # fmt: skip
 
 
 def build_reward(config: Config) -> Rewards:

@@ -5,9 +5,10 @@ after reasoning ('thinking', which the paper finds better) or at once. The rubri
 paper's; the words around them are ours. An answer that does not have that form is asked for again with another seed;
 after the last try the trajectory is invalid, and gets no number.
 
-Scoring needs tasks and images alone, no policy: `VlmJudge.score`.
+Scoring needs tasks and images alone, no policy.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,10 +19,10 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from mteditflow.config.reward import RewardConfig
-from mteditflow.noise import NoiseSource, Place, row_keys
+from mteditflow.noise import Place
 from mteditflow.pictures import to_uint8
 from mteditflow.reward.exact import quality
-from mteditflow.types import EditTask, Rollout, Score
+from mteditflow.types import FAULTS, Rollout, Score
 
 IMAGE_SIZE = 512  # longest side of the images that the judge is shown, pixels; larger ones are shrunk. Ours
 SCORE = re.compile(r"<Turn(\d)Score>\s*([1-5])\s*</Turn\1Score>")
@@ -46,8 +47,9 @@ class Question:
 
     images: tuple[Tensor, ...]  # K + 1 of (3, h, w) uint8 on the host: the source, then the edits
     instructions: tuple[str, ...]  # K
-    is_thinking: bool
+    readout: str  # as in RewardConfig
     key: Tensor  # (5,) int64: what the sampling of the answer depends on
+    rubric: str = RUBRIC  # the system's text
 
     @property
     def parts(self) -> list[str | Tensor]:
@@ -56,14 +58,33 @@ class Question:
         for turn, (instruction, image) in enumerate(zip(self.instructions, self.images[1:], strict=True), start=1):
             parts += [f"Turn {turn}. Instruction: {instruction}\nImage after turn {turn}:", image]
         form = "\n".join(f"<Turn{turn}Score>X</Turn{turn}Score>" for turn in range(1, len(self.instructions) + 1))
-        return [*parts, f"{THINKING if self.is_thinking else DIRECT}\n{form}"]
+        return [*parts, f"{THINKING if self.readout == 'thinking' else DIRECT}\n{form}"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What the judge said to one question."""
+
+    text: str  # its own words, whatever their form
+    grades: tuple[float, ...] | None  # K in [1, 5]; None: it gave none that can be used
+    fault: str = ""  # why there are none: one of FAULTS, and after a colon what more there is to say
+    off_mass: float = 0.0  # read-out 'expected': the largest probability at a turn's place of what is no score
 
 
 class Ask(Protocol):
     """A VLM: questions -> answers, in order. An answer depends on its own question alone, its key included."""
 
-    def __call__(self, questions: Sequence[Question]) -> list[str]:
-        """One text per question. ValueError, one line, where no VLM can be asked at all."""
+    is_remote: bool
+    """Whether several threads may ask at once; else one does, and it is always the same."""
+
+    def __call__(self, questions: Sequence[Question]) -> list[Answer]:
+        """One answer per question; what is wrong with one question alone is an answer with a fault. ValueError, one
+        line, where no VLM can be asked at all.
+        """
+        ...
+
+    def close(self) -> None:
+        """Have what is on its way end soon."""
         ...
 
 
@@ -77,6 +98,12 @@ def read_answer(text: str, num_turns: int) -> list[int] | None:
     if "<Thought>" in rest or sorted(turn for turn, _ in found) != list(range(1, num_turns + 1)):
         return None
     return [score for _, score in sorted(found)]
+
+
+def answer_of(text: str, num_turns: int) -> Answer:
+    """The answer that a text is."""
+    grades = read_answer(text, num_turns)
+    return Answer(text=text, grades=tuple(grades) if grades else None, fault="" if grades else "form")
 
 
 def to_judge_size(pictures: Tensor, size: int) -> Tensor:
@@ -94,49 +121,45 @@ class VlmJudge:
 
     def __init__(self, config: RewardConfig, ask: Ask) -> None:
         self.config, self.ask = config, ask
+        self.is_remote = ask.is_remote
+
+    def close(self) -> None:
+        """Have what is on its way end soon."""
+        self.ask.close()
 
     def __call__(self, rollout: Rollout) -> Score:
-        """Instruction scores (N, K)."""
-        return Score(values=self.score(rollout.tasks, rollout.pictures, rollout.noise))
+        """Instruction scores (N, K).
 
-    def score(self, tasks: Sequence[EditTask], pictures: Tensor, noise: NoiseSource) -> Tensor:
-        """Score pictures (K, N, 3, H, W) in [-1, 1], the same number of trajectories for each task, in order: (N, K).
-
-        A trajectory without a score is NaN at every turn; one with a non-finite pixel is not asked about. ValueError:
-        no answer at all could be read.
+        A trajectory without a score is NaN at every turn; one with a non-finite pixel is not asked about.
         """
-        num_turns, num_rows = pictures.shape[:2]
-        is_finite = pictures.isfinite().flatten(2).all(2).all(0).cpu()  # (N,)
-        grades = torch.full((num_rows, num_turns), torch.nan)
-        rows, answers = is_finite.nonzero()[:, 0].tolist(), [""]  # those that still need scores
+        num_turns, num_rows = rollout.pictures.shape[:2]
+        is_finite = rollout.pictures.isfinite().flatten(2).all(2).all(0).cpu()  # (N,)
+        answers = [Answer(text="", grades=None, fault="not_finite")] * num_rows
+        rows = is_finite.nonzero()[:, 0].tolist()  # those that still need scores
         for attempt in range(self.config.num_retries + 1):
             if not rows:
                 break
-            answers = self.ask(self._questions(tasks, pictures, rows, noise, attempt))
-            for row, answer in zip(rows, answers, strict=True):
-                grades[row] = torch.tensor(read_answer(answer, num_turns) or [torch.nan] * num_turns)
-            rows = [row for row in rows if grades[row].isnan().any()]
-        if is_finite.any() and grades.isnan().all():
-            raise ValueError(
-                f"reward.vlm {self.config.vlm!r}: none of {int(is_finite.sum())} trajectories got scores that can be "
-                f"read, asked {self.config.num_retries + 1} times each; the last answer ends {answers[-1][-120:]!r}: "
-                f"raise reward.max_answer_tokens, or take a VLM that keeps to the form"
-            )
-        return quality(grades, self.config.scale).masked_fill(grades.isnan(), torch.nan)
+            for row, answer in zip(rows, self.ask(self._questions(rollout, rows, attempt)), strict=True):
+                answers[row] = answer
+            rows = [row for row in rows if answers[row].grades is None]
+        grades = torch.tensor([answer.grades or (math.nan,) * num_turns for answer in answers])
+        return Score(
+            values=quality(grades, self.config.scale).masked_fill(grades.isnan(), math.nan),
+            words=tuple(answer.text for answer in answers),
+            faults=torch.tensor([FAULTS.index(answer.fault.partition(":")[0]) for answer in answers]),
+            off_mass=torch.tensor([answer.off_mass for answer in answers]),
+        )
 
-    def _questions(
-        self, tasks: Sequence[EditTask], pictures: Tensor, rows: list[int], noise: NoiseSource, attempt: int
-    ) -> list[Question]:
-        group_size = pictures.shape[1] // len(tasks)
-        ids, size = [task.id for task in tasks], IMAGE_SIZE
-        keys = row_keys(ids, group_size, noise, turn=0, place=Place.VLM_QUESTION, number=attempt)
-        sources = {g: to_judge_size(tasks[g].source[None], size)[0] for g in {row // group_size for row in rows}}
-        edits = [to_judge_size(picture[rows], size) for picture in pictures]
+    def _questions(self, rollout: Rollout, rows: list[int], attempt: int) -> list[Question]:
+        keys = rollout.keys(turn=0, place=Place.VLM_QUESTION, number=attempt)
+        group = rollout.group.tolist()
+        sources = {g: to_judge_size(rollout.tasks[g].source[None], IMAGE_SIZE)[0] for g in {group[row] for row in rows}}
+        edits = [to_judge_size(picture[rows], IMAGE_SIZE) for picture in rollout.pictures]
         return [
             Question(
-                images=(sources[row // group_size], *(edit[place] for edit in edits)),
-                instructions=tasks[row // group_size].instructions[: len(edits)],
-                is_thinking=self.config.is_thinking,
+                images=(sources[group[row]], *(edit[place] for edit in edits)),
+                instructions=rollout.tasks[group[row]].instructions[: len(edits)],
+                readout=self.config.readout,
                 key=keys[row],
             )
             for place, row in enumerate(rows)

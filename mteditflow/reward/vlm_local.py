@@ -20,7 +20,7 @@ from mteditflow.config.errors import first_line
 from mteditflow.config.reward import RewardConfig
 from mteditflow.noise import TURN_SHIFT
 from mteditflow.pictures import to_pil
-from mteditflow.reward.vlm import RUBRIC, Question
+from mteditflow.reward.vlm import Answer, Question, answer_of
 
 TOP_K = 20  # likeliest tokens among which one is drawn, as in Qwen3-VL's own generation config
 
@@ -47,6 +47,8 @@ class CountedSampling:
 class LocalVlm:
     """`config.vlm` by transformers, bfloat16 on a GPU and float32 on a CPU. ValueError: it is no VLM, or not there."""
 
+    is_remote = False
+
     def __init__(self, config: RewardConfig, device: torch.device) -> None:
         self.config, self.device = config, device
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -63,14 +65,16 @@ class LocalVlm:
         # What `generate` is not told it takes from here; Qwen's own file has it sample.
         self.model.generation_config = self._generation
 
-    def __call__(self, questions: Sequence[Question]) -> list[str]:
+    def __call__(self, questions: Sequence[Question]) -> list[Answer]:
         """One answer per question, `config.num_parallel` at a time."""
         size = self.config.num_parallel
-        return [
-            answer
-            for start in range(0, len(questions), size)
-            for answer in self._generate(questions[start : start + size])
+        texts = [
+            text for start in range(0, len(questions), size) for text in self._generate(questions[start : start + size])
         ]
+        return [answer_of(text, len(q.instructions)) for text, q in zip(texts, questions, strict=True)]
+
+    def close(self) -> None:
+        """A batch is short, and ends by itself."""
 
     @torch.inference_mode()
     def _generate(self, questions: Sequence[Question]) -> list[str]:
@@ -97,7 +101,10 @@ def _messages(question: Question) -> list[dict[str, Any]]:
     content = [
         {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in question.parts
     ]
-    return [{"role": "system", "content": [{"type": "text", "text": RUBRIC}]}, {"role": "user", "content": content}]
+    return [
+        {"role": "system", "content": [{"type": "text", "text": question.rubric}]},
+        {"role": "user", "content": content},
+    ]
 
 
 _parts = ProcessorMixin.get_attributes.__func__

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mteditflow.config.reward import RewardConfig
 from mteditflow.pictures import png_bytes, to_pil
-from mteditflow.reward.vlm import RUBRIC, Question
+from mteditflow.reward.vlm import Answer, Question, answer_of
 
 API_KEY = "MTEDITFLOW_API_KEY"
 """Environment variable of the key, where the server wants one."""
@@ -30,6 +30,8 @@ class UnavailableError(RuntimeError):
 
 class RemoteVlm:
     """`config.vlm` at `config.url`. ValueError, one line: no such model or no server there."""
+
+    is_remote = True
 
     def __init__(self, config: RewardConfig, backoff_s: float = 1.0) -> None:
         """backoff_s: seconds before the second attempt; they double with each."""
@@ -48,13 +50,18 @@ class RemoteVlm:
         )
         self._check_model()
 
-    def __call__(self, questions: Sequence[Question]) -> list[str]:
-        """One answer per question, `config.num_parallel` on their way at once; '' where the message is empty."""
+    def __call__(self, questions: Sequence[Question]) -> list[Answer]:
+        """One answer per question, `config.num_parallel` on their way at once."""
         pool = ThreadPoolExecutor(self.config.num_parallel)
         try:
-            return list(pool.map(self._ask, questions))
+            texts = list(pool.map(self._ask, questions))
         finally:
             pool.shutdown(cancel_futures=True)
+        return [answer_of(text, len(q.instructions)) for text, q in zip(texts, questions, strict=True)]
+
+    def close(self) -> None:
+        """Have what is on its way fail."""
+        self._client.close()
 
     def request(self, question: Question) -> dict[str, Any]:
         """The body of a chat completion."""
@@ -66,7 +73,7 @@ class RemoteVlm:
         ]
         return {
             "model": self.config.vlm,
-            "messages": [{"role": "system", "content": RUBRIC}, {"role": "user", "content": content}],
+            "messages": [{"role": "system", "content": question.rubric}, {"role": "user", "content": content}],
             "max_tokens": self.config.max_answer_tokens,
             "temperature": self.config.temperature,
             "seed": int(counter_uniform(question.key[None], 1).item() * 2**24),
