@@ -11,7 +11,6 @@ of every session would take hours on a CPU.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from pathlib import Path
 from random import Random
 
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor
 from mteditflow.config.model import EMBEDDED_FOLDER
 from mteditflow.flow import sigma_schedule
 from mteditflow.pictures import to_uint8
-from mteditflow.world.edits import ATTRIBUTE_OF, EDIT_TYPES, Edit, Session, make_session
+from mteditflow.world.edits import ATTRIBUTE_OF, Edit, Session, make_session
 from mteditflow.world.pretrain import TOKENS, Editor, decode, encode, tokenize
 from mteditflow.world.render import atlas, compose, render
 from mteditflow.world.scenes import ATTRIBUTES, BACKGROUNDS, KINDS, Item, Scene, sample_item
@@ -38,15 +37,22 @@ class Judged:
     """A session with its pictures (K+1, 3, 64, 64) uint8, what is read in them (K+1), and the grades of its turns."""
 
     edits: tuple[Edit, ...]
-    pictures: Tensor
+    pictures: Tensor | None  # None: to be drawn of what is read
     readings: tuple[Reading, ...]
     grades: tuple[int, ...]
+
+    @classmethod
+    def graded(cls, edits: tuple[Edit, ...], pictures: Tensor | None, readings: Sequence[Reading]) -> "Judged":
+        """Grade the K turns by the verifier."""
+        grades = grade(list(edits), list(readings[:-1]), list(readings[1:]))
+        return cls(edits=edits, pictures=pictures, readings=tuple(readings), grades=tuple(grades))
 
     def part(self, first: int, last: int) -> "Judged":
         """Cut out turns `first` to `last` (from 0, `last` not included), a session of its own."""
         seen = slice(first, last + 1)
+        pictures = None if self.pictures is None else self.pictures[seen]
         edits, grades = self.edits[first:last], self.grades[first:last]
-        return Judged(edits=edits, pictures=self.pictures[seen], readings=self.readings[seen], grades=grades)
+        return Judged(edits=edits, pictures=pictures, readings=self.readings[seen], grades=grades)
 
 
 @torch.no_grad()
@@ -69,14 +75,8 @@ def roll_out_editor(sessions: Sequence[Session], seed: int, chunk: int = 64) -> 
             pictures.append(to_uint8(decode(pipeline.vae, latents)))
         readings = zip(*(read(picture / 127.5 - 1) for picture in pictures), strict=True)
         rows = zip(part, torch.stack(pictures, 1), readings, strict=True)
-        judged += [judge_exactly(session.edits, seen, found) for session, seen, found in rows]
+        judged += [Judged.graded(session.edits, seen, found) for session, seen, found in rows]
     return judged
-
-
-def judge_exactly(edits: tuple[Edit, ...], pictures: Tensor, readings: Sequence[Reading]) -> Judged:
-    """Grade the K turns by the verifier."""
-    grades = grade(list(edits), list(readings[:-1]), list(readings[1:]))
-    return Judged(edits=edits, pictures=pictures, readings=tuple(readings), grades=tuple(grades))
 
 
 @torch.no_grad()
@@ -97,11 +97,10 @@ def make_cells(seed: int, chunk: int = 64, num_backgrounds: int = len(BACKGROUND
     return cells
 
 
-def draw_cells(cells: Tensor, scenes: list[Scene]) -> Tensor:
-    """Draw scenes of such cells, (N, 3, 64, 64) uint8."""
-    items, places = atlas().rows(scenes), torch.arange(4)
-    backgrounds = torch.tensor([BACKGROUNDS.index(scene.background) for scene in scenes])
-    return rearrange(cells[backgrounds[:, None], places, items], "n (y x) c h w -> n c (y h) (x w)", y=2)
+def draw_cells(cells: Tensor, items: Tensor, backgrounds: Tensor) -> Tensor:
+    """Draw pictures (N, 3, 64, 64) uint8 of such cells: `items` (N, 4) on `backgrounds` (N,), as `compose` has them."""
+    drawn = cells[backgrounds[:, None], torch.arange(4), items]
+    return rearrange(drawn, "n (y x) c h w -> n c (y h) (x w)", y=2)
 
 
 def see(scene: Scene) -> Reading:
@@ -109,11 +108,8 @@ def see(scene: Scene) -> Reading:
     return Reading(background=scene.background, cells=scene.cells)
 
 
-def compose_session(cells: Tensor, session: Session, random: Random) -> Judged:
-    """Put a session together whose turns have grades drawn from 1 to 5, where the edit allows the one that is drawn.
-
-    The source is the clean drawing, as it is in a run.
-    """
+def compose_session(session: Session, random: Random) -> Judged:
+    """Put a session together whose turns have grades drawn from 1 to 5, where the edit allows the one that is drawn."""
     scenes = [session.source]
     for edit in session.edits:
         wanted, found = random.choice(GRADES), scenes[-1]
@@ -122,8 +118,7 @@ def compose_session(cells: Tensor, session: Session, random: Random) -> Judged:
             if grade([edit], [see(scenes[-1])], [see(found)]) == [wanted]:
                 break
         scenes.append(found)
-    pictures = torch.cat([to_uint8(render(scenes[:1])), draw_cells(cells, scenes[1:])])
-    return judge_exactly(session.edits, pictures, [see(scene) for scene in scenes])
+    return Judged.graded(session.edits, None, [see(scene) for scene in scenes])
 
 
 def draw_outcome(edit: Edit, scene: Scene, random: Random) -> Scene:
@@ -217,14 +212,6 @@ def lose(scene: Scene, lost: int, random: Random) -> Scene:
     return scene.with_cell(place, None if is_empty else sample_item(random, list(KINDS)))
 
 
-def edit_type_shares(judged: Sequence[Judged]) -> dict[str, int]:
-    """Count the turns of each edit type."""
-    found = [edit.edit_type for session in judged for edit in session.edits]
-    return {name: found.count(name) for name in EDIT_TYPES}
-
-
-def training_sessions(name: str, num_sessions: int, num_turns: int, *, held_out: bool = False) -> list[Session]:
+def judge_sessions(name: str, num_sessions: int, num_turns: int, *, held_out: bool = False) -> list[Session]:
     """Draw sessions that no run trains on or is evaluated on."""
     return [make_session(f"judge/{name}/{i}", num_turns, held_out=held_out) for i in range(num_sessions)]
-
-

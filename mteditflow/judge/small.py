@@ -34,6 +34,7 @@ def build_tokenizer(texts: Sequence[str]) -> Any:
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=END, pad_token=PAD, additional_special_tokens=special
     )
+    fast.chat_template = CHAT_TEMPLATE
     fast.add_tokens([AddedToken(text, normalized=False) for text in texts])
     return fast
 
@@ -41,14 +42,19 @@ def build_tokenizer(texts: Sequence[str]) -> Any:
 def save_processor(folder: Path, tokenizer: Any, patch_size: int, picture_size: int) -> None:
     """Write the processor of square pictures of that size; others are resized to as many pixels.
 
-    The files are written one by one, as in Qwen's own repository, and not by Qwen3VLProcessor: that wants a processor of
-    videos, which torchvision alone can make, and is then loaded where there is none, and the other way round.
+    The files are written one by one, as in Qwen's own repository, and not by Qwen3VLProcessor: that wants a processor
+    of videos, which torchvision alone can make. So the folder is the same with torchvision and without, and loads.
     """
     pixels, sizes = picture_size**2, {"patch_size": patch_size, "merge_size": 2, "temporal_patch_size": 2}
     size = {"shortest_edge": pixels, "longest_edge": pixels}
     norm = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     files = {
-        "preprocessor_config.json": {"image_processor_type": "Qwen2VLImageProcessorFast", **sizes, **norm, "size": size},
+        "preprocessor_config.json": {
+            "image_processor_type": "Qwen2VLImageProcessorFast",
+            **sizes,
+            **norm,
+            "size": size,
+        },
         "video_preprocessor_config.json": {"video_processor_type": "Qwen3VLVideoProcessor", **sizes, **norm},
     }
     for name, content in files.items():

@@ -90,14 +90,15 @@ class LocalVlm:
     def prepare(self, questions: Sequence[Question]) -> Any:
         """The model's inputs, on the host."""
         texts = [
-            self.processor.apply_chat_template(_messages(question), tokenize=False, add_generation_prompt=True)
+            self.processor.apply_chat_template(messages(question), tokenize=False, add_generation_prompt=True)
             for question in questions
         ]
         images = [[to_pil(image) for image in question.images] for question in questions]
         return self.processor(text=texts, images=images, padding=True, return_tensors="pt")
 
 
-def _messages(question: Question) -> list[dict[str, Any]]:
+def messages(question: Question) -> list[dict[str, Any]]:
+    """Make the chat that a question is, for a processor's template."""
     content = [
         {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in question.parts
     ]
