@@ -16,7 +16,7 @@ from mteditflow_kernels import reference
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "mteditflow"
 LIST = """
-    pictures config flow noise types distributed world data advantage record transformer policy objective rollout reward
+    pictures config flow noise types distributed world data advantage record transformer policy objective rollout reward judge
     guards update export report evaluate plan profile run train study
 """
 ORDER: list[str] = [*LIST.split()]

@@ -75,7 +75,7 @@ def dependencies(policy: Policy, tasks: list[EditTask], config: Config) -> dict[
         reward, measure = config.reward, config.reward.consistency_measure
         if reward.url:
             return None
-        contents["judge"] = content_of(reward.vlm)
+        contents["judge"] = content_of(reward.vlm_path)
         if measure != "none":
             contents["consistency"] = content_of(measure)
         fields |= {f"reward.{key}": value for key, value in asdict(reward).items() if key not in ("also", "vlm")}

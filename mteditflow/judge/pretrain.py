@@ -8,15 +8,18 @@ What ships is FOLDER/judge, copied to mteditflow/judge/small; docs/judge.md says
 import json
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jsonargparse import Namespace
 from torch import Tensor
 
+from mteditflow.config.reward import RewardConfig
+from mteditflow.distributed import local_device
+from mteditflow.judge.agreement import held_out_sessions, measure, table
 from mteditflow.judge.lessons import Batch, Teacher, draw_pictures, draw_readings, item_targets, make_batch, to_patches
 from mteditflow.judge.sessions import (
     Judged,
@@ -27,6 +30,7 @@ from mteditflow.judge.sessions import (
 )
 from mteditflow.judge.small import build_model, build_tokenizer, save_processor
 from mteditflow.reward.vlm import DIRECT, RUBRIC, THINKING
+from mteditflow.reward.vlm_local import LocalVlm
 from mteditflow.world.edits import vocabulary
 from mteditflow.world.render import atlas
 from mteditflow.world.scenes import BACKGROUNDS
@@ -44,6 +48,8 @@ VISION = {
 NUM_TURNS = 5  # of the sessions that are made; lessons take turns out of them
 TURNS = {1: 0.2, 2: 0.2, 3: 0.4, 4: 0.1, 5: 0.1}  # how often a lesson has so many turns
 JOINT_SHARE = 0.3  # of the lessons, the last, in which the vision part learns too
+READOUTS: tuple[Literal["direct", "expected", "thinking"], ...] = ("direct", "expected", "thinking")
+ARGUMENTS = ("seed", "num_rollouts", "num_composed", "look_batches", "batches", "batch_size", "learning_rate")
 WEIGHTS = {"answer": 1.0, "digits": 0.0, "change": 0.5, "outcome": 0.5, "items": 0.2}  # of the losses
 EMPTY_SHARE = 0.35  # of the places of a composed picture to look at
 EDITOR_SHARE, THINKING_SHARE = 0.5, 0.15  # of lessons: sessions of the editor, read-out thinking
@@ -187,6 +193,23 @@ def pretrain(args: Namespace) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer(question_texts())
     vlm = build_model(tokenizer, TEXT, VISION, args.seed)
-    print(f"{sum(p.numel() for p in vlm.parameters())} parameters, {len(tokenizer)} tokens", flush=True)
-    curve = train(vlm, tokenizer, args)
-    (args.output / "curve.json").write_text(json.dumps(curve))
+    num_weights = sum(weight.numel() for weight in vlm.parameters())
+    print(f"{num_weights} weights, {len(tokenizer)} tokens", flush=True)
+    curve, folder = train(vlm, tokenizer, args), args.output / "judge"
+    found = measure_judge(str(folder), args.num_sessions)
+    said = {name: getattr(args, name) for name in ARGUMENTS}
+    record = {"arguments": said, "weights": num_weights, "curve": curve, "agreement": found}
+    (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def measure_judge(name: str, num_sessions: int) -> dict[str, dict[str, dict[str, float]]]:
+    """Print how far a judge (`reward.vlm`) agrees with the verifier, by each of its read-outs, and give the numbers."""
+    sessions, found = held_out_sessions(num_sessions), {}
+    for readout in READOUTS:
+        started = time.monotonic()
+        config = RewardConfig(judge="vlm", vlm=name, readout=readout, temperature=0, num_retries=0)
+        agreement = measure(LocalVlm(config, local_device()), sessions, readout)
+        seconds = time.monotonic() - started
+        print(f"\n{readout}, {seconds / num_sessions * 1000:.0f} ms a session:\n{table(agreement)}", flush=True)
+        found[readout] = {name: asdict(part) for name, part in agreement.items()}
+    return found

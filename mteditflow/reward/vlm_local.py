@@ -52,7 +52,7 @@ class LocalVlm:
     def __init__(self, config: RewardConfig, device: torch.device) -> None:
         self.config, self.device = config, device
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        self.processor, self.model = _load(config.vlm, self.dtype)
+        self.processor, self.model = _load(config, self.dtype)
         self.processor.tokenizer.padding_side = "left"
         self.model.requires_grad_(False).eval().to(device)
         defaults = self.model.generation_config
@@ -116,9 +116,9 @@ def _parts_but_videos(cls: type) -> list[str]:
     return [name for name in _parts(cls) if name != "video_processor"]
 
 
-def _load(path: str, dtype: torch.dtype) -> tuple[Any, Any]:
+def _load(config: RewardConfig, dtype: torch.dtype) -> tuple[Any, Any]:
     """Processor and model of a folder or a hub name."""
-    name = f"reward.vlm {path!r}"
+    name, path = f"reward.vlm {config.vlm!r}", config.vlm_path
     disable_progress_bar()  # the run has its own
     if not is_torchvision_available():
         ProcessorMixin.get_attributes = classmethod(_parts_but_videos)  # pyright: ignore[reportAttributeAccessIssue]
