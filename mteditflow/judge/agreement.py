@@ -10,6 +10,7 @@ from random import Random
 from typing import Any
 
 import torch
+from diffusers.pipelines.flux.pipeline_flux_kontext import FluxKontextPipeline
 from torch import Tensor
 
 from mteditflow.config.model import EMBEDDED_FOLDER
@@ -20,7 +21,6 @@ from mteditflow.world.edits import EDIT_TYPES
 from mteditflow.world.pretrain import decode, encode
 from mteditflow.world.render import render
 from mteditflow.world.scenes import Scene
-from mteditflow.world.tiny_kontext import FluxKontextPipeline
 from mteditflow.world.verify import read
 
 NUM_TURNS = 3
@@ -41,7 +41,7 @@ class Agreement:
 
 def rank_correlation(a: Tensor, b: Tensor) -> float:
     """Spearman's: the correlation of ranks, equal numbers having the mean of theirs."""
-    ranks = torch.stack([_ranks(a), _ranks(b)])
+    ranks = torch.stack([_ranks(a), _ranks(b)]).double()
     return torch.corrcoef(ranks)[0, 1].item()
 
 

@@ -14,6 +14,8 @@ from itertools import pairwise
 from random import Random
 
 import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.pipelines.flux.pipeline_flux_kontext import FluxKontextPipeline
 from einops import rearrange
 from torch import Tensor
 
@@ -23,8 +25,7 @@ from mteditflow.pictures import to_uint8
 from mteditflow.world.edits import ATTRIBUTE_OF, Edit, Session, make_session
 from mteditflow.world.pretrain import TOKENS, Editor, decode, encode, tokenize
 from mteditflow.world.render import atlas, compose, render
-from mteditflow.world.scenes import ATTRIBUTES, BACKGROUNDS, KINDS, Item, Scene, sample_item
-from mteditflow.world.tiny_kontext import FluxKontextPipeline
+from mteditflow.world.scenes import ATTRIBUTES, BACKGROUNDS, CELL, KINDS, Item, Scene, sample_item
 from mteditflow.world.verify import Reading, grade, read
 
 NUM_STEPS = 4  # denoising steps of a turn: rollout.num_steps of the miniature
@@ -79,22 +80,27 @@ def roll_out_editor(sessions: Sequence[Session], seed: int, chunk: int = 64) -> 
     return judged
 
 
-@torch.no_grad()
-def make_cells(seed: int, chunk: int = 64, num_backgrounds: int = len(BACKGROUNDS)) -> Tensor:
+def make_cells(seed: int, chunk: int = 64) -> Tensor:
     """Put every object on every background, in every place, through the editor's autoencoder: cells as it shows them,
     (8 backgrounds, 4 places, M objects, 3, 32, 32) uint8. Neighbours are drawn at random.
     """
     vae, generator = FluxKontextPipeline.from_pretrained(EMBEDDED_FOLDER).vae, torch.Generator().manual_seed(seed)
     num_items = len(atlas().items)
-    cells = torch.zeros(len(BACKGROUNDS), 4, num_items, 3, 32, 32, dtype=torch.uint8)
-    for background in range(num_backgrounds):
+    cells = torch.zeros(len(BACKGROUNDS), 4, num_items, 3, CELL, CELL, dtype=torch.uint8)
+    for background in range(len(BACKGROUNDS)):
         items = torch.stack([torch.randperm(num_items, generator=generator) for _ in range(4)], 1)  # (M, 4)
         for rows in items.split(chunk):
-            pictures = compose(rows, torch.full((len(rows),), background))
-            seen = to_uint8(decode(vae, encode(vae, pictures)))
-            for place, cell in enumerate(rearrange(seen, "n c (y h) (x w) -> (y x) n c h w", y=2, x=2)):
-                cells[background, place, rows[:, place]] = cell
+            paint_cells(vae, cells, rows, background)
     return cells
+
+
+@torch.no_grad()
+def paint_cells(vae: AutoencoderKL, cells: Tensor, items: Tensor, background: int) -> None:
+    """Write what the autoencoder makes of objects (N, 4) on a background into their places in `cells`."""
+    pictures = compose(items, torch.full((len(items),), background))
+    seen = to_uint8(decode(vae, encode(vae, pictures)))
+    for place, cell in enumerate(rearrange(seen, "n c (y h) (x w) -> (y x) n c h w", y=2, x=2)):
+        cells[background, place, items[:, place]] = cell
 
 
 def draw_cells(cells: Tensor, items: Tensor, backgrounds: Tensor) -> Tensor:
