@@ -30,7 +30,7 @@ from mteditflow.world.verify import Reading, differences, find_outcome
 
 PATCH, CELLS = 16, 4  # pixels of a patch; tokens of a picture
 DAMAGED = len(KINDS) + 1  # among kinds: 0 empty, 1 to 9 as in KINDS
-SIZES = (len(KINDS) + 2, len(COLORS), len(MATERIALS), len(COUNTS), len(TEXTS), len(BACKGROUNDS))
+SIZES = (len(KINDS) + 2, len(COLORS), len(MATERIALS), len(COUNTS), len(TEXTS), len(BACKGROUNDS), CELLS)
 OUTCOMES = ("done", "partly", "tried", "no")
 CLEAN_SHARE = 0.7  # of composed sessions, whose source is clean, as in a run
 NOTHING = -100  # a target that is not asked for
@@ -83,18 +83,22 @@ def prompt_text(tokenizer: Any, judged: Judged, readout: str) -> str:
 
 
 def item_targets(readings: Sequence[Reading]) -> Tensor:
-    """What is in each place of N pictures, (N, 4, 6) int64: classes of SIZES, NOTHING where it has none."""
-    return torch.tensor([[_cell_target(cell, r.background) for cell in r.cells] for r in readings])
+    """What is in each place of N pictures, (N, 4, 7) int64: classes of SIZES, NOTHING where it has none.
+
+    The place itself is among them, so that a token says where it is and can be compared with that place's in another
+    picture.
+    """
+    return torch.tensor([[[*_cell_target(cell, r.background), p] for p, cell in enumerate(r.cells)] for r in readings])
 
 
 def _cell_target(cell: Any, background: str) -> list[int]:
-    place = BACKGROUNDS.index(background)
+    behind = BACKGROUNDS.index(background)
     if cell is None or isinstance(cell, str):
-        return [DAMAGED if cell else 0, *[NOTHING] * 4, place]
+        return [DAMAGED if cell else 0, *[NOTHING] * 4, behind]
     text = TEXTS.index(cell.text) if cell.text else NOTHING
     count = NOTHING if cell.text else COUNTS.index(cell.count)
     kind = KINDS.index(cell.kind) + 1
-    return [kind, COLORS.index(cell.color), MATERIALS.index(cell.material), count, text, place]
+    return [kind, COLORS.index(cell.color), MATERIALS.index(cell.material), count, text, behind]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +111,7 @@ class Batch:
     weight: Tensor  # (B, A) of each of them in the loss
     target: Tensor  # (B, A)
     is_digit: Tensor  # (B, A) bool
-    items: Tensor  # (B (K+1), 4, 6): what is in the places
+    items: Tensor  # (B (K+1), 4, 7): what is in the places
     change: Tensor  # (B, K+1, 4): how far the places have changed since the picture before; NOTHING for the source
     outcome: Tensor  # (B, K+1)
     damage: Tensor  # (B, K+1): 0, 1, 2 to 4, 5 to 7, more

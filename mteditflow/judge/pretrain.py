@@ -46,11 +46,12 @@ VISION = {
     "num_position_embeddings": 16, "deepstack_visual_indexes": [1], "initializer_range": 0.04,
 }  # fmt: skip
 NUM_TURNS = 5  # of the sessions that are made; lessons take turns out of them
-TURNS = {1: 0.2, 2: 0.2, 3: 0.4, 4: 0.1, 5: 0.1}  # how often a lesson has so many turns
-JOINT_SHARE = 0.3  # of the lessons, the last, in which the vision part learns too
+TURNS = {1: 0.2, 2: 0.3, 3: 0.4, 4: 0.05, 5: 0.05}  # how often a lesson has so many turns
+FIRST_SHARE = 0.4  # of the lessons, the first, which have one turn: there is one picture to compare with
+JOINT_SHARE = 0.15  # of the lessons, the last, in which the vision part learns too
 READOUTS: tuple[Literal["direct", "expected", "thinking"], ...] = ("direct", "expected", "thinking")
 ARGUMENTS = ("seed", "num_rollouts", "num_composed", "look_batches", "batches", "batch_size", "learning_rate")
-WEIGHTS = {"answer": 1.0, "digits": 0.0, "change": 0.5, "outcome": 0.5, "items": 0.2}  # of the losses
+WEIGHTS = {"answer": 1.0, "digits": 0.0, "change": 1.0, "outcome": 0.5, "items": 0.2}  # of the losses
 EMPTY_SHARE = 0.35  # of the places of a composed picture to look at
 EDITOR_SHARE, THINKING_SHARE = 0.5, 0.15  # of lessons: sessions of the editor, read-out thinking
 
@@ -74,9 +75,9 @@ class Lessons:
     composed: list[Judged]
     tokenizer: Any
 
-    def draw(self, size: int, random: Random) -> Batch:
-        """Draw `size` sessions of one length and read-out, about half of them the editor's."""
-        num_turns = random.choices(list(TURNS), list(TURNS.values()))[0]
+    def draw(self, size: int, random: Random, *, is_first: bool) -> Batch:
+        """Draw `size` sessions of one length and read-out, about half of them the editor's; first of one turn."""
+        num_turns = 1 if is_first else random.choices(list(TURNS), list(TURNS.values()))[0]
         readout = "thinking" if random.random() < THINKING_SHARE else "direct"
         sessions = []
         for _ in range(size):
@@ -86,7 +87,7 @@ class Lessons:
         return make_batch(self.tokenizer, sessions, draw_pictures(sessions, self.cells, random), readout, random)
 
     def draw_look(self, size: int, random: Random) -> tuple[Tensor, Tensor]:
-        """Draw N pictures to read, (16 N, 1536), and what is in them, (N, 4, 6): composed and the editor's."""
+        """Draw N pictures to read, (16 N, 1536), and what is in them, (N, 4, 7): composed and the editor's."""
         objects, readings, pictures = atlas().items, list[Reading](), list[Tensor]()
         for _ in range(size // 2):
             cells = tuple(None if random.random() < EMPTY_SHARE else random.choice(objects) for _ in range(4))
@@ -111,9 +112,10 @@ def make_lessons(tokenizer: Any, args: Namespace) -> Lessons:
         _save(made, file)
         print(f"pictures made in {time.monotonic() - started:.0f} s", flush=True)
     made = torch.load(file, weights_only=True)
+    found = read(made["editor"].flatten(0, 1) / 127.5 - 1)
     editor = [
-        Judged.graded(session.edits, pictures, read(pictures / 127.5 - 1))
-        for session, pictures in zip(sessions, made["editor"], strict=True)
+        Judged.graded(session.edits, pictures, found[(NUM_TURNS + 1) * i : (NUM_TURNS + 1) * (i + 1)])
+        for i, (session, pictures) in enumerate(zip(sessions, made["editor"], strict=True))
     ]
     random = Random(f"judge/{args.seed}")
     composed = [
@@ -154,8 +156,9 @@ def train(vlm: Any, tokenizer: Any, args: Namespace) -> list[dict[str, float]]:
         if batch < args.look_batches:
             losses = {"items": teacher.look(*lessons.draw_look(4 * args.batch_size, random))}
         else:
-            is_looking = batch - args.look_batches >= (1 - JOINT_SHARE) * args.batches
-            losses = teacher.losses(lessons.draw(args.batch_size, random), is_looking=is_looking)
+            progress = (batch - args.look_batches) / args.batches
+            lesson = lessons.draw(args.batch_size, random, is_first=progress < FIRST_SHARE)
+            losses = teacher.losses(lesson, is_looking=progress >= 1 - JOINT_SHARE)
         _step(optimizer, sum((WEIGHTS[name] * loss for name, loss in losses.items()), torch.zeros(())), args, batch)
         for name, loss in losses.items():
             smooth[name] = 0.98 * smooth.get(name, loss.item()) + 0.02 * loss.item()
