@@ -1,11 +1,14 @@
 """K turns of S denoising steps: every turn edits the image that the model itself made in the turn before.
 
+Trajectories are made wave by wave, K turns each, so that one wave can be scored while the next is made.
+
 Rows go through the model in chunks of `microbatch_size`, always cut at the same places, and training cuts where the
 rollout cut: a matrix product may give a row other bits in a batch of another size, and the ratio before the first
 update has to be exactly 1.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,6 +22,7 @@ from mteditflow.objective import Objective
 from mteditflow.pictures import round_to_8_bit
 from mteditflow.policy import Policy
 from mteditflow.policy.cuda_graph import Graphs, is_captured
+from mteditflow.policy.encoding import rows_at_a_time
 from mteditflow.record.clock import phase, traced
 from mteditflow.types import Condition, EditTask, Rollout, Turn
 
@@ -82,19 +86,92 @@ def chunks(condition: Condition, noise: Tensor, keys: Keys, size: int) -> Iterat
         yield condition.rows(rows), noise[rows], [None if key is None else key[rows] for key in keys]
 
 
-def _encode_text(
-    policy: Policy, instructions: list[str], images: Tensor, group_size: int, *, has_cfg: bool
-) -> dict[str, Tensor]:
-    """The text of N trajectories: encoded once per task where all of its trajectories have it in common.
+def cut_waves(num_rows: int, config: RolloutConfig) -> list[Tensor]:
+    """The trajectories (W,) of each wave: whole microbatches, the fewest that have wave_size rows, or a group's."""
+    size = config.wave_size or config.group_size
+    size = math.ceil(size / config.microbatch_size) * config.microbatch_size
+    return list(torch.arange(num_rows).split(size))
 
-    `instructions` (P); `images` of the P tasks, or of the N trajectories from the second turn on.
+
+class Sampler:
+    """K turns of every trajectory of some tasks, of any rows at a time: what they start from is encoded once, and noise
+    is counted, so a row is the same to the bit in every wave of whole microbatches.
     """
-    is_of_tasks = len(images) == len(instructions)
-    if policy.family.is_text_of_image and not is_of_tasks:
-        repeated = [instruction for instruction in instructions for _ in range(group_size)]
-        return policy.encode_text(repeated, images, has_cfg=has_cfg)
-    text = policy.encode_text(instructions, images if is_of_tasks else images[::group_size], has_cfg=has_cfg)
-    return {name: value.repeat_interleave(group_size, dim=0) for name, value in text.items()}
+
+    def __init__(
+        self,
+        policy: Policy,
+        tasks: list[EditTask],
+        schedule: Schedule,
+        noise: NoiseSource,
+        config: RolloutConfig,
+        *,
+        num_turns: int,
+        group_size: int,
+        cfg_scale: float = 1.0,
+    ) -> None:
+        """Encode the sources, and each text that does not depend on what the model makes. Of the config: hand_off,
+        microbatch_size, cuda_graph.
+        """
+        self.policy, self.tasks, self.noise, self.config = policy, tasks, noise, config
+        self.schedule, self.num_turns, self.cfg_scale = schedule.to(policy.device), num_turns, cfg_scale
+        sizes = policy.config.condition_size, (policy.config.height, policy.config.width)
+        self.to_encode, self.to_decode = (min(config.microbatch_size, rows_at_a_time(*size)) for size in sizes)
+        every = torch.arange(len(tasks) * group_size)
+        self.group, self.member = every // group_size, every % group_size
+        images = torch.stack([task.source for task in tasks])
+        self.source_latents = policy.encode_image(images, self.to_encode)
+        num_texts = 1 if policy.family.is_text_of_image else num_turns
+        self.texts = [
+            policy.encode_text([task.instructions[turn] for task in tasks], images, has_cfg=cfg_scale != 1)
+            for turn in range(num_texts)
+        ]
+
+    @torch.no_grad()
+    def __call__(self, rows: Tensor) -> Rollout:
+        """Roll out the trajectories `rows` (W,), with the adapter that is selected."""
+        policy, config, schedule = self.policy, self.config, self.schedule
+        group, member = self.group[rows], self.member[rows]
+        ids = [self.tasks[g].id for g in group.tolist()]
+        on_device = group.to(policy.device)
+        image, image_latents, turns = torch.zeros(0), self.source_latents[on_device], list[Turn]()
+        for turn in traced("turn", range(self.num_turns)):
+            text = self._text(turn, group, image)
+            condition = Condition(text=text, image=image_latents, cfg_scale=self.cfg_scale)
+
+            def keys(place: Place, number: int = 0, turn: int = turn) -> Tensor:
+                return row_keys(ids, member, self.noise, turn=turn, place=place, number=number).to(policy.device)
+
+            shape = (policy.num_tokens, policy.num_channels)
+            start = counter_normal(keys(Place.INITIAL_LATENTS), shape).to(image_latents)
+            step_keys = [
+                keys(Place.DENOISING_STEP, step) if is_noisy else None
+                for step, is_noisy in enumerate(schedule.is_noisy)
+            ]
+            is_by_graph = is_captured(policy, min(config.microbatch_size, len(start)), condition, config.cuda_graph)
+            run = denoise_by_graph if is_by_graph else denoise
+            parts = [
+                run(policy, chunk, latents, schedule, chunk_keys)
+                for chunk, latents, chunk_keys in chunks(condition, start, step_keys, config.microbatch_size)
+            ]
+            latents, log_prob = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
+            image = round_to_8_bit(policy.decode(latents[-1], self.to_decode))
+            turns.append(Turn(condition=condition, latents=latents, old_log_prob=log_prob, image=image))
+            if turn + 1 < self.num_turns:
+                image_latents = latents[-1]
+                if config.hand_off == "pixels":
+                    image_latents = policy.encode_image(image, self.to_encode)
+        return Rollout(
+            tasks=self.tasks, turns=turns, group=group, member=member, schedule=schedule, noise=self.noise
+        )  # fmt: skip
+
+    def _text(self, turn: int, group: Tensor, image: Tensor) -> dict[str, Tensor]:
+        """The text of a turn: of the tasks, or where the encoder sees the picture of the trajectories."""
+        if turn < len(self.texts):
+            at = group.to(self.policy.device)
+            return {name: value[at] for name, value in self.texts[turn].items()}
+        instructions = [self.tasks[g].instructions[turn] for g in group.tolist()]
+        return self.policy.encode_text(instructions, image, has_cfg=self.cfg_scale != 1)
 
 
 @torch.no_grad()
@@ -109,50 +186,58 @@ def roll_out(
     group_size: int,
     cfg_scale: float = 1.0,
 ) -> Rollout:
-    """Roll out G trajectories of K turns for each task, with the adapter that is selected.
+    """Roll out G trajectories of K turns for each task at once, as `Sampler` does."""
+    sampler = Sampler(
+        policy, tasks, schedule, noise, config, num_turns=num_turns, group_size=group_size, cfg_scale=cfg_scale
+    )
+    return sampler(torch.arange(len(tasks) * group_size))
 
-    Of the config: hand_off, microbatch_size, cuda_graph.
+
+def sample_waves(
+    policy: Policy, objective: Objective, tasks: list[EditTask], config: Config, iteration: int
+) -> Iterator[Rollout]:
+    """Roll out a training iteration wave by wave, group after group, under the old policy and on the steps of the
+    objective.
     """
-    schedule, num_steps = schedule.to(policy.device), len(schedule.table)
-    rows = torch.arange(len(tasks) * group_size)
-    group, member = rows // group_size, rows % group_size
-    ids = [task.id for task in tasks for _ in range(group_size)]
-    image = torch.stack([task.source for task in tasks])
-    image_latents = policy.encode_image(image).repeat_interleave(group_size, dim=0)
-    turns = []
-    for turn in traced("turn", range(num_turns)):
-        instructions = [task.instructions[turn] for task in tasks]
-        text = _encode_text(policy, instructions, image, group_size, has_cfg=cfg_scale != 1)
-        condition = Condition(text=text, image=image_latents, cfg_scale=cfg_scale)
+    schedule = objective.schedule(policy.sigmas(config.rollout.num_steps), iteration)
+    sampler = Sampler(
+        policy, tasks, schedule, NoiseSource(seed=config.run.seed, step=iteration), config.rollout,
+        num_turns=config.data.num_turns, group_size=config.rollout.group_size,
+        cfg_scale=config.model.cfg_scale if config.rollout.is_guided else 1.0,
+    )  # fmt: skip
+    for rows in cut_waves(len(sampler.group), config.rollout):
+        with policy.adapters.use(objective.rollout_adapter):
+            wave = sampler(rows)
+        yield wave
 
-        def keys(place: Place, number: int = 0, turn: int = turn) -> Tensor:
-            return row_keys(ids, member, noise, turn=turn, place=place, number=number).to(policy.device)
 
-        shape = (policy.num_tokens, policy.num_channels)
-        start = counter_normal(keys(Place.INITIAL_LATENTS), shape).to(image_latents)
-        step_keys = [keys(Place.DENOISING_STEP, step) if schedule.is_noisy[step] else None for step in range(num_steps)]
-        is_by_graph = is_captured(policy, min(config.microbatch_size, len(start)), condition, config.cuda_graph)
-        run = denoise_by_graph if is_by_graph else denoise
-        parts = [
-            run(policy, rows, latents, schedule, chunk_keys)
-            for rows, latents, chunk_keys in chunks(condition, start, step_keys, config.microbatch_size)
-        ]
-        latents, log_prob = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
-        image = round_to_8_bit(policy.decode(latents[-1]))
-        turns.append(Turn(condition=condition, latents=latents, old_log_prob=log_prob, image=image))
-        if turn + 1 < num_turns:
-            image_latents = policy.encode_image(image) if config.hand_off == "pixels" else latents[-1]
-    return Rollout(tasks=tasks, turns=turns, group=group, member=member, schedule=schedule, noise=noise)
+def join(waves: Iterable[Rollout]) -> Rollout:
+    """One rollout of all waves."""
+    first, *others = waves = list(waves)
+    if not others:
+        return first
+    turns = [
+        Turn(
+            condition=Condition(
+                text={name: torch.cat([turn.condition.text[name] for turn in parts]) for name in text},
+                image=torch.cat([turn.condition.image for turn in parts]),
+                cfg_scale=parts[0].condition.cfg_scale,
+            ),
+            latents=torch.cat([turn.latents for turn in parts], dim=1),
+            old_log_prob=torch.cat([turn.old_log_prob for turn in parts], dim=1),
+            image=torch.cat([turn.image for turn in parts]),
+        )
+        for parts in zip(*(wave.turns for wave in waves), strict=True)
+        for text in [parts[0].condition.text]
+    ]
+    group, member = (torch.cat([getattr(wave, name) for wave in waves]) for name in ("group", "member"))
+    return Rollout(
+        tasks=first.tasks, turns=turns, group=group, member=member, schedule=first.schedule, noise=first.noise
+    )
 
 
 def sample_rollout(
     policy: Policy, objective: Objective, tasks: list[EditTask], config: Config, iteration: int
 ) -> Rollout:
-    """The rollout of a training iteration, under the old policy and on the steps of the objective."""
-    schedule = objective.schedule(policy.sigmas(config.rollout.num_steps), iteration)
-    with policy.adapters.use(objective.rollout_adapter):
-        return roll_out(
-            policy, tasks, schedule, NoiseSource(seed=config.run.seed, step=iteration), config.rollout,
-            num_turns=config.data.num_turns, group_size=config.rollout.group_size,
-            cfg_scale=config.model.cfg_scale if config.rollout.is_guided else 1.0,
-        )  # fmt: skip
+    """The whole rollout of a training iteration."""
+    return join(sample_waves(policy, objective, tasks, config, iteration))

@@ -30,7 +30,7 @@ from mteditflow.objective import Objective
 from mteditflow.plan.compiling import choose_compile, first_microbatch, settle_bits
 from mteditflow.policy import build_policy
 from mteditflow.policy.pipelines import is_slow_in_bfloat16
-from mteditflow.profile.account import Account
+from mteditflow.profile.account import Account, step_seconds
 from mteditflow.record import alarms, checkpoint
 from mteditflow.record.clock import phase
 from mteditflow.record.figures import METRICS
@@ -38,6 +38,7 @@ from mteditflow.record.metrics import Reporter, reduce_mean
 from mteditflow.report.run_report import write_report
 from mteditflow.report.strips import save_strips
 from mteditflow.reward import build_reward, check_judge
+from mteditflow.reward.overlap import Overlap, efficiency
 from mteditflow.transformer.compiled import count_graphs
 from mteditflow.update import build_optimizer
 
@@ -67,7 +68,9 @@ class Run:
         config = self.config
         check_judge(config)
         check_data(config, is_speaking=self.ranks.is_main)
-        self.reward = build_reward(config)  # first: a judge that is not there is found at once
+        # first: a judge that is not there is found at once
+        self.judge = Overlap(build_reward(config), config.reward, self.ranks.device)
+        stack.enter_context(self.judge)
         if self.ranks.is_main:
             stack.enter_context(checkpoint.lock(self.folder))
         stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, self._on_sigterm))
@@ -124,7 +127,7 @@ class Run:
         if before is None or not is_comparable(before, config):
             before = kept_evaluation(
                 self.policy, self.tasks, config,
-                lambda: evaluate(self.policy, self.tasks, config, "off", self.reward), self.reporter.say,
+                lambda: evaluate(self.policy, self.tasks, config, "off", self.judge), self.reporter.say,
             )  # fmt: skip
             save_evaluation(self.folder, "before", before)
         self.before: Evaluation = before
@@ -155,6 +158,7 @@ class Run:
     def record(self, iteration: int, values: dict[str, float]) -> None:
         """The end of an iteration: metrics, evaluation, checkpoint. The metrics' line comes before the checkpoint."""
         config, done, num_transitions = self.config, iteration + 1, values["update/num_transitions"]
+        judged = self.judge.read()
         values = reduce_mean(values) | {"update/learning_rate": self.optimizer.param_groups[0]["lr"]}
         self._agree_to_stop()
         if not self.ranks.is_main:
@@ -167,7 +171,9 @@ class Run:
         self._warn(alarms.find_alarms(values), values, done)
         self._say_graphs(f"iteration {done}")
         drift = self.drift if iteration == 0 else {}
-        self.reporter.write(iteration, values | drift | self.account.read(num_transitions))
+        account = self.account.read(num_transitions)
+        judged["reward/overlap_efficiency"] = efficiency(judged, step_seconds(account))
+        self.reporter.write(iteration, values | drift | account | judged)
         if done % config.run.save_every == 0 or done == config.run.num_iterations or self.is_stopping:
             self._save(done)
         if self.is_stopping:
@@ -187,7 +193,7 @@ class Run:
     @phase("evaluate")
     def _short_evaluation(self, done: int) -> dict[str, float]:
         tasks = self.tasks[: self.config.evaluation.num_sessions_short]
-        now = evaluate(self.policy, tasks, self.config, "ema", self.reward)
+        now = evaluate(self.policy, tasks, self.config, "ema", self.judge)
         picture = save_strips(self.folder, done, self.tasks, self.before.images, now.images)
         self.reporter.image("strips", done, picture)
         point = point_metrics(now)
@@ -200,7 +206,7 @@ class Run:
     def finish(self) -> None:
         """Evaluation of the averaged adapter, export, report, and the table that the user came for."""
         if self.ranks.is_main:
-            after = evaluate(self.policy, self.tasks, self.config, "ema", self.reward)
+            after = evaluate(self.policy, self.tasks, self.config, "ema", self.judge)
             save_evaluation(self.folder, "after", after)
             save_comparison(self.folder, self.before, after)
             save_strips(self.folder, self.config.run.num_iterations, self.tasks, self.before.images, after.images)

@@ -4,6 +4,7 @@
         1. roll out: P tasks, G trajectories each, K turns on the model's own output                         rollout.py
         2. score every trajectory (was each instruction followed, was the rest left alone), fuse the rewards
            at the advantage level, and broadcast the one advantage to every turn and denoising step     advantage.py
+           (waves of trajectories are scored while the next are rolled out)                         reward/overlap.py
         3. update the adapter by GRPO or NFT                              update.py, objective/grpo.py, nft.py
 
 Departures from the paper, each a config field: SDE windows train 2 of the S steps (Flow-GRPO-Fast), by default the
@@ -20,17 +21,16 @@ if __name__ == "__main__":  # before torch is imported: --help and wrong argumen
 
 from mteditflow_kernels import use_backend
 
-from mteditflow.advantage import advantages
 from mteditflow.config import Config
 from mteditflow.data import training_tasks
 from mteditflow.distributed import Ranks
-from mteditflow.guards import check_adapter, check_scores
+from mteditflow.guards import check_adapter
 from mteditflow.objective import build_objective
 from mteditflow.record.alarms import rollout_figures
-from mteditflow.record.clock import phase, traced
+from mteditflow.record.clock import traced
 from mteditflow.record.metrics import score_figures
-from mteditflow.reward import gather_scores
-from mteditflow.rollout import sample_rollout
+from mteditflow.reward import Judged
+from mteditflow.rollout import join, sample_waves
 from mteditflow.run import Run
 from mteditflow.update import set_learning_rate, update
 
@@ -40,31 +40,27 @@ def train(config: Config, ranks: Ranks) -> None:
     use_backend(config.run.backend)
     objective, is_adapter_checked = build_objective(config), False
     with Run(config, objective, ranks) as run:
-        policy, optimizer, reward = run.policy, run.optimizer, run.reward
+        policy, optimizer, judge = run.policy, run.optimizer, run.judge
         for iteration in traced("iteration", range(run.first_iteration, config.run.num_iterations)):
-            # 1. Roll out K turns on the model's own output.
+            # 1. Roll out K turns on the model's own output, wave by wave; a wave is scored while the next is made.
             tasks = training_tasks(config, iteration, ranks)
-            rollout = sample_rollout(policy, objective, tasks, config, iteration)
+            rollout = join(judge.watch(sample_waves(policy, objective, tasks, config, iteration)))
 
-            # 2. Score every trajectory, and give it one advantage relative to its group.
-            with phase("score"):
-                scores, group = gather_scores(reward(rollout), rollout.group, ranks)
-            check_scores(scores, config)
-            advantage = advantages(scores, group, config.advantage)  # (N, K), of all ranks
+            # 2. Give every trajectory one advantage relative to its group, as soon as the group is scored.
+            judged = Judged(judge.scores(), rollout.group, config, ranks)
 
             # 3. Update the adapter; the old policy follows it.
             set_learning_rate(optimizer, config, iteration)
-            of_rank = advantage.chunk(ranks.world_size)[ranks.rank]
-            figures = update(policy, optimizer, objective, rollout, of_rank, config, ranks)
+            figures = update(policy, optimizer, objective, rollout, judged, config, ranks)
             if objective.has_old:
                 num_updates = (iteration + 1) * config.optimizer.num_updates
                 policy.adapters.copy("current", "old", decay=objective.old_decay(num_updates))
 
-            if not is_adapter_checked and advantage.any():
+            if not is_adapter_checked and judged.advantages.any():
                 check_adapter(policy, rollout, config)
                 is_adapter_checked = True
-            figures |= score_figures(scores, advantage, group, config.advantage) | rollout_figures(rollout, scores)
-            run.record(iteration, figures)
+            figures |= score_figures(judged.scores, judged.advantages, judged.group, config.advantage)
+            run.record(iteration, figures | rollout_figures(rollout, judged.scores))
             if run.is_stopping:
                 return
         run.finish()

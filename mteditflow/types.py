@@ -122,6 +122,13 @@ class Scores:
         """The first reward, (N, K)."""
         return next(iter(self.rewards.values()))
 
+    def rows(self, rows: slice) -> "Scores":
+        """Those of some trajectories."""
+        tensors = {name: getattr(self, name) for name in ("truth", "faults", "off_mass")}
+        cut = {name: value if value is None else value[rows] for name, value in tensors.items()}
+        rewards = {name: values[rows] for name, values in self.rewards.items()}
+        return Scores(rewards=rewards, weights=self.weights, valid=self.valid[rows], words=self.words[rows], **cut)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Transitions:

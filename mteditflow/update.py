@@ -3,10 +3,12 @@
 A microbatch is rows of the rollout at one draw of one turn, as many as a chunk of the rollout has, so that the forward
 pass that is trained on has the geometry of the one that sampled it. Rows of advantage 0 (groups without spread,
 trajectories without a score) carry no gradient: they are left out, and the microbatches filled up with others. The loss
-is normalised by the count of all transitions of all ranks, so leaving them out changes nothing.
+is normalised by the count of all transitions of all ranks, so leaving them out changes nothing. Groups are trained on
+in their order, the first while the last are still being scored.
 """
 
 import math
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -40,36 +42,50 @@ def learning_rate(config: Config, iteration: int) -> float:
     return optimizer.learning_rate * share
 
 
-def fill_microbatches(is_wanted: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
-    """Cut the wanted rows, `is_wanted` (N,) bool, into microbatches of `size` with their weights, 1.
+class Microbatches:
+    """Cuts the rows of a rollout into what goes through the model together, as their advantages become known.
 
-    Repetitions of a wanted row, of weight 0, make the last microbatch whole: rows without a score may hold NaN. What is
-    left of N after whole microbatches is one of its own, as in the rollout.
+    Rows of advantage 0 are left out. A microbatch is as large as a chunk of the rollout; what is left of N after whole
+    chunks has one of its own size, as there. Repetitions of a wanted row, of weight 0, make the last one whole: rows
+    without a score may hold NaN. The order is that of groups, whenever and however many at once they come.
     """
-    num_whole = len(is_wanted) // size * size
-    parts = []
-    for start, stop, length in ((0, num_whole, size), (num_whole, len(is_wanted), len(is_wanted) - num_whole)):
-        wanted = start + is_wanted[start:stop].nonzero().flatten()
-        for rows in wanted.split(length) if len(wanted) else ():
-            padding = rows[:1].expand(length - len(rows))
-            parts.append((torch.cat([rows, padding]), (torch.arange(length) < len(rows)).float()))
-    return parts
 
+    def __init__(self, rollout: Rollout, objective: Objective, config: Config, num_ranks: int = 1) -> None:
+        self.num_rows, self.num_turns = len(rollout.group), len(rollout.turns)
+        self.size, self.draws = config.optimizer.microbatch_size, objective.draws(rollout.schedule)
+        num_transitions = self.num_rows * self.num_turns * len(self.draws) * num_ranks
+        self.scale = config.optimizer.num_updates / num_transitions
+        self.advantages = torch.zeros(self.num_rows, self.num_turns)  # so far
 
-def minibatches(
-    rollout: Rollout, advantages: Tensor, objective: Objective, config: Config, num_ranks: int = 1
-) -> list[list[Microbatch]]:
-    """The microbatches of each optimizer step of an iteration. `advantages` (N, K)."""
-    size, num_updates = config.optimizer.microbatch_size, config.optimizer.num_updates
-    draws = objective.draws(rollout.schedule)
-    scale = num_updates / (advantages.numel() * len(draws) * num_ranks)
-    microbatches = [
-        Microbatch(turn=turn, draw=draw, rows=rows, weight=scale * weight)
-        for turn, parts in enumerate(fill_microbatches(is_wanted, size) for is_wanted in (advantages.cpu() != 0).T)
-        for draw in draws
-        for rows, weight in parts
-    ]
-    return [microbatches[update::num_updates] for update in range(num_updates)]
+    def __call__(self, parts: Iterable[Tensor]) -> Iterator[Microbatch]:
+        """Yield the microbatches of the advantages (M, K) of the first M rows, the next, and so on to the last."""
+        num_whole, start = self.num_rows // self.size * self.size, 0
+        regions = [(0, num_whole, self.size), (num_whole, self.num_rows, self.num_rows - num_whole)]
+        waiting: list[list[Tensor]] = [[torch.zeros(0, dtype=torch.int64)] * self.num_turns for _ in regions]
+        for part in parts:
+            stop = start + len(part)
+            self.advantages[start:stop] = part
+            for (first, last, size), rows_by_turn in zip(regions, waiting, strict=True):
+                for turn in range(self.num_turns):
+                    inside = torch.arange(max(start, first), max(start, first, min(stop, last)))
+                    wanted = inside[self.advantages[inside, turn] != 0]
+                    rows = torch.cat([rows_by_turn[turn], wanted])
+                    while len(rows) >= size > 0:
+                        yield from self._at_every_draw(turn, rows[:size], size)
+                        rows = rows[size:]
+                    rows_by_turn[turn] = rows
+            start = stop
+        assert start == self.num_rows, (start, self.num_rows)
+        for (_, _, size), rows_by_turn in zip(regions, waiting, strict=True):
+            for turn, rows in enumerate(rows_by_turn):
+                if len(rows):
+                    yield from self._at_every_draw(turn, rows, size)
+
+    def _at_every_draw(self, turn: int, rows: Tensor, size: int) -> Iterator[Microbatch]:
+        weight = self.scale * (torch.arange(size) < len(rows)).float()
+        filled = torch.cat([rows, rows[:1].expand(size - len(rows))])
+        for draw in self.draws:
+            yield Microbatch(turn=turn, draw=draw, rows=filled, weight=weight)
 
 
 def update(
@@ -77,21 +93,35 @@ def update(
     optimizer: torch.optim.Optimizer,
     objective: Objective,
     rollout: Rollout,
-    advantages: Tensor,
+    advantages: Tensor | Iterable[Tensor],
     config: Config,
     ranks: Ranks,
 ) -> dict[str, float]:
     """Make the optimizer steps of an iteration; returns diagnostics over the microbatches, and how many transitions
     this rank trained on.
 
-    Every rank has all the keys: they are NaN where no microbatch was run. Raises GuardError before any harm is done.
+    advantages: (N, K), or those of group after group as they become known: what is known is trained on while the rest
+    is awaited. With several updates their microbatches are dealt out in turn. Every rank has all the keys: they are
+    NaN where no microbatch was run. Raises GuardError before any harm is done.
     """
-    figures: dict[str, list[Tensor]] = {}
-    for number, microbatches in enumerate(minibatches(rollout, advantages, objective, config, ranks.world_size)):
+    num_updates, figures = config.optimizer.num_updates, dict[str, list[Tensor]]()
+    microbatches = Microbatches(rollout, objective, config, ranks.world_size)
+    later: list[list[Microbatch]] = [[] for _ in range(num_updates)]
+
+    def first_update() -> Iterator[Microbatch]:
+        for i, microbatch in enumerate(microbatches([advantages] if isinstance(advantages, Tensor) else advantages)):
+            if i % num_updates:
+                later[i % num_updates].append(microbatch)
+            else:
+                yield microbatch
+
+    for number in range(num_updates):
         losses = [torch.zeros((), device=policy.device)]
-        for microbatch in microbatches:
+        for microbatch in later[number] if number else first_update():
             with phase("forward, backward"):
-                loss, diagnostics = objective.loss(policy, rollout, advantages, microbatch, is_first_update=number == 0)
+                loss, diagnostics = objective.loss(
+                    policy, rollout, microbatches.advantages, microbatch, is_first_update=number == 0
+                )
                 loss.backward()
             losses.append(loss.detach())
             for name, value in diagnostics.items():
@@ -107,7 +137,7 @@ def update(
     for name, parts in figures.items():
         together = torch.stack(parts)
         values[name] = (together.max() if name in objective.worst_figures else together.mean()).item()
-    values["num_transitions"] = float((advantages != 0).sum()) * objective.num_draws
+    values["num_transitions"] = float((microbatches.advantages != 0).sum()) * objective.num_draws
     return {f"update/{name}": value for name, value in values.items()}
 
 

@@ -3,14 +3,13 @@
 import pytest
 import torch
 from mteditflow_kernels import C_V, KL_PUBLISHED, counter_normal, counter_uniform
-from update_parts import ADVANTAGE, as_nft, build, change, roll
+from update_parts import ADVANTAGE, as_nft, build, change, minibatches, roll
 
 from mteditflow.config import Config
 from mteditflow.noise import Place
 from mteditflow.objective import build_objective
 from mteditflow.objective.grpo import transitions
 from mteditflow.objective.nft import noised
-from mteditflow.update import minibatches
 
 
 @pytest.fixture(scope="module")

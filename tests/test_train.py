@@ -57,6 +57,10 @@ def arguments(tiny_pipeline_folder: Path) -> Callable[..., list[str]]:
             "rollout.num_tasks": 1,
             "rollout.group_size": 4,
             "rollout.num_steps": 3,
+            "advantage.std": "group",
+            "rollout.microbatch_size": 2,
+            "rollout.wave_size": 2,  # two waves, beside which the first is scored
+            "optimizer.microbatch_size": 2,
             "optimizer.num_updates": 2,
             "optimizer.learning_rate": 1e-3,
             "optimizer.schedule": "linear",
@@ -140,7 +144,8 @@ def test_metrics_have_a_line_per_iteration(whole: Path) -> None:
     promised |= ALARMS.keys() - {"alarm/held_out_gap"}
     timed = {metric("time", phase) for phase in (*PHASES, OTHER)} | {"memory/rss_gib"}
     timed |= {f"speed/{name}_images_per_second" for name in ("turn", "rollout")} | {"speed/ceiling_tflop_per_second"}
-    timed |= {f"speed/{name}_{what}" for name in ("denoise", "training") for what in RATES}
+    timed |= {f"speed/{name}_{what}" for name in ("denoise", "training") for what in RATES} | {"beside/score_s"}
+    timed |= {f"reward/{name}" for name in ("exposed_s", "judge_s", "overlap_efficiency")}
     for n, line in enumerate(lines):
         assert {key for key in line if not is_timed(key)} == promised | (HELD_OUT_KEYS if n == 2 else set())
         assert {key for key in line if is_timed(key)} == timed  # no GPU: nothing of one
@@ -166,7 +171,8 @@ def test_the_same_command_again_gives_the_same_bits(arguments: Arguments, whole:
 def test_the_default_backend_of_a_cpu_has_the_bits_of_the_reference(
     arguments: Arguments, whole: Path, tmp_path: Path
 ) -> None:
-    main(arguments(tmp_path, run__backend="reference"))
+    """Whatever the size of a wave, and whether it is scored beside the next."""
+    main(arguments(tmp_path, run__backend="reference", rollout__wave_size=4, reward__overlap="off"))
     assert_same_run(tmp_path, whole)
 
 

@@ -1,6 +1,8 @@
 """From advantages to optimizer steps: ratio, gradients, guards, and the sign of the whole thing."""
 
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from update_parts import (
     change,
     counted,
     in_chunks,
+    minibatches,
     roll,
     step,
 )
@@ -31,7 +34,7 @@ from mteditflow.objective.grpo import transitions
 from mteditflow.objective.nft import noised
 from mteditflow.policy import Policy
 from mteditflow.types import Rollout
-from mteditflow.update import fill_microbatches, learning_rate, minibatches, update
+from mteditflow.update import Microbatches, learning_rate, update
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +216,15 @@ def test_rows_of_zero_advantage_are_not_run(config: Config, name: str, monkeypat
 )
 def test_microbatches_are_filled(wanted: list[int], size: int, expected: list[tuple[list[int], list[int]]]) -> None:
     """Whole ones keep the rollout's size: a repeated row of weight 0 fills them up."""
-    parts = fill_microbatches(torch.tensor(wanted).bool(), size)
+    rollout: Any = SimpleNamespace(group=wanted, turns=[None], schedule=None)
+    objective: Any = SimpleNamespace(draws=lambda schedule: [0])
+    config = change(Config(), "optimizer", microbatch_size=size)
+    advantages = torch.tensor(wanted).float()[:, None]
+    microbatches = list(Microbatches(rollout, objective, config)([advantages]))
+    parts = [(chunk.rows, chunk.weight * len(wanted)) for chunk in microbatches]
+    for cuts in ([1] * len(wanted), [2, len(wanted) - 2]):  # as they become known
+        again = Microbatches(rollout, objective, config)(advantages.split(cuts))
+        assert all(torch.equal(a.rows, b.rows) for a, b in zip(microbatches, again, strict=True))
     assert [(rows[weight > 0].tolist(), weight[weight > 0].tolist()) for rows, weight in parts] == expected
     tail = len(wanted) % size
     assert all(len(rows) == len(weight) and len(rows) in (size, tail) for rows, weight in parts)

@@ -17,10 +17,8 @@ from mteditflow.distributed import Ranks
 from mteditflow.objective import build_objective
 from mteditflow.policy import Policy, build_policy
 from mteditflow.rollout import sample_rollout
-from mteditflow.types import Condition, Rollout
-from mteditflow.update import (
-    update,
-)
+from mteditflow.types import Condition, Microbatch, Rollout
+from mteditflow.update import Microbatches, update
 
 ONE_RANK = Ranks(rank=0, world_size=1, device=torch.device("cpu"))
 # (N, K): every trajectory and turn another one
@@ -53,6 +51,12 @@ def build(config: Config, is_moved: bool = True) -> Policy:
 
 def roll(policy: Policy, config: Config) -> Rollout:
     return sample_rollout(policy, build_objective(config), training_tasks(config, 0, ONE_RANK), config, 0)
+
+
+def minibatches(rollout: Rollout, advantages: Tensor, objective: Any, config: Config) -> list[list[Microbatch]]:
+    """The microbatches of each optimizer step."""
+    every = list(Microbatches(rollout, objective, config)([advantages]))
+    return [every[number :: config.optimizer.num_updates] for number in range(config.optimizer.num_updates)]
 
 
 class KeepsGradients(torch.optim.SGD):

@@ -128,6 +128,8 @@ def profile(argv: Sequence[str]) -> int:
     parser = cli.run_parser(_program("profile"), _sentence(profile))
     compare = "time our path beside the loop that users write with diffusers and peft, and stop"
     parser.add_argument("--compare", action="store_true", help=compare)
+    overlap = "time the judge beside the rollout against the judge after each wave, and stop"
+    parser.add_argument("--overlap", action="store_true", help=overlap)
     config, values = _read_run(argv, parser)
     if _is_planned(config, values):
         return 0
@@ -135,6 +137,11 @@ def profile(argv: Sequence[str]) -> int:
         from mteditflow.profile.compare import write_comparison
 
         write_comparison(config)
+        return 0
+    if values.overlap:
+        from mteditflow.profile.overlap import write_overlap
+
+        write_overlap(config)
         return 0
     from mteditflow.profile.command import write_profile
 

@@ -12,7 +12,10 @@ EDIVAL_DINO = "facebook/dinov3-vitb16-pretrain-lvd1689m"
 SMALL = "small"
 SMALL_FOLDER = Path(__file__).parent.parent / "judge" / "small"
 _ALSO = re.compile(r"(?P<module>[\w.]+):(?P<function>[A-Za-z_]\w*)(=(?P<weight>.+))?")
-TAKEN = re.compile(r"instruction|consistency|mean|std|valid_share|zero_spread_share|(?:turn|success)_\d+")
+TAKEN = re.compile(
+    r"instruction|consistency|mean|std|valid_share|zero_spread_share|exposed_s|judge_s|overlap_efficiency|"
+    r"(?:turn|success)_\d+"
+)
 """Names that metrics have already."""
 
 
@@ -76,6 +79,11 @@ class RewardConfig:
     """VLM judge: trajectories in one batch; with url, questions on their way at once."""
     timeout_s: Annotated[float, Range(0, 86400, is_above=True)] = 120.0
     """VLM judge with url: seconds to wait for an answer."""
+    overlap: Literal["off", "on", "green"] = "on"
+    """Whether a wave of trajectories is scored while the next is made: by a worker with its own CUDA stream, or one
+    with multiprocessors of its own (green, torch >= 2.12); off: in turn, with the same results."""
+    green_sms: Annotated[int, Range(1, 1024)] = 16
+    """Multiprocessors that overlap 'green' gives the judge (an H100 has 132)."""
     consistency: str = "auto"
     """What measures consistency, beside any judge: exact (the embedded world's), the hub name or folder of a DINOv2 or
     DINOv3, or none; auto: EdiVal's, DINOv3 ViT-B/16 (facebook/dinov3-vitb16-pretrain-lvd1689m), beside a VLM judge,

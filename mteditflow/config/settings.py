@@ -62,6 +62,9 @@ class RolloutConfig:
     """What the next turn edits: the decoded 8-bit image (what a user gets), or the latents as they are. Ours."""
     microbatch_size: Count = 32
     """Trajectories per forward pass of the rollout; changes memory and, to rounding, results."""
+    wave_size: Annotated[int, Range(0, 65536)] = 0
+    """Trajectories that are made, and then scored, together, rounded up to whole microbatches; 0: a group's. Changes
+    no result, only what of a judge's time the rollout of the next wave hides (reward.overlap)."""
     is_guided: bool = True
     """Whether training rolls out, and learns, with model.cfg_scale; false: without guidance, at half the forward
     passes. Evaluation has it in any case."""

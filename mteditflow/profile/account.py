@@ -80,6 +80,11 @@ def metric(prefix: str, phase: str) -> str:
     return f"{prefix}/{re.sub(r'[^a-z]+', '_', phase)}_s"
 
 
+def step_seconds(account: Mapping[str, float]) -> float:
+    """The seconds of an iteration's step in an account, evaluations and checkpoints aside."""
+    return sum(account[metric("time", phase)] for phase in (*STEP, "other"))
+
+
 class Account:
     """Keeps the account of a run, from `with Account(...)` on; the ceiling is measured then."""
 

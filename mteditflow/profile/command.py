@@ -76,8 +76,12 @@ class Case:
 
 def praise(made: Rollout) -> Tensor:
     """Advantages (N, K) of 1 and -1 by turns, as if each group had spread."""
-    sign = 1.0 - 2.0 * (torch.arange(len(made.group)) % 2)
-    return sign[:, None].repeat(1, len(made.turns))
+    return alternate_signs(len(made.group), len(made.turns))
+
+
+def alternate_signs(num_rows: int, num_turns: int) -> Tensor:
+    """(N, K) of 1 in even rows and -1 in odd ones."""
+    return (1.0 - 2.0 * (torch.arange(num_rows) % 2))[:, None].repeat(1, num_turns)
 
 
 def build_case(config: Config) -> Case:

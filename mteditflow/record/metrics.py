@@ -25,10 +25,10 @@ from mteditflow.advantage import SUCCESS, mean_reward
 from mteditflow.config import AdvantageConfig
 from mteditflow.pictures import to_uint8
 from mteditflow.record.files import is_disk_full, replace_file
-from mteditflow.types import Scores
+from mteditflow.types import FAULTS, Scores
 
 FILE = "metrics.jsonl"
-TIMED = ("time/", "beside/", "speed/", "gpu/", "memory/")
+TIMED = ("time/", "beside/", "speed/", "gpu/", "memory/", "reward/exposed_s", "reward/judge_s", "reward/overlap")
 
 
 class Reporter:
@@ -182,6 +182,11 @@ def score_figures(scores: Scores, advantages: Tensor, group: Tensor, config: Adv
         "reward/valid_share": valid.float().mean(),
         "reward/zero_spread_share": torch.tensor(no_spread).float().mean(),
     }
+    if scores.faults is not None:  # trajectories, by why a judge gave them no score
+        counts = scores.faults.bincount(minlength=len(FAULTS))
+        values |= {f"judge/fault_{name}": count for name, count in zip(FAULTS[1:], counts[1:], strict=True)}
+    if scores.off_mass is not None:
+        values["judge/off_mass"] = scores.off_mass[valid].mean()
     for turn, score in enumerate(instruction.T, start=1):
         values |= {f"reward/turn_{turn}": score.mean(), f"reward/success_{turn}": (score >= SUCCESS).float().mean()}
     if scores.truth is not None:

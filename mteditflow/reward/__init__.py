@@ -4,16 +4,19 @@ The instruction score comes first: a trajectory without one is not valid, and ne
 and the user's functions (`reward.also`) go with any of them.
 """
 
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from mteditflow.advantage import advantages
 from mteditflow.config import EMBEDDED, Config
 from mteditflow.config.reward import RewardConfig
 from mteditflow.data import training_tasks
 from mteditflow.distributed import Ranks, local_device
+from mteditflow.guards import check_scores
 from mteditflow.reward.exact import ExactConsistency, ExactInstruction
 from mteditflow.reward.simulated import SimulatedJudge
 from mteditflow.reward.user_function import UserReward
@@ -24,6 +27,9 @@ INSTRUCTION, CONSISTENCY = "instruction", "consistency"
 
 class Reward(Protocol):
     """One named reward."""
+
+    is_remote: bool
+    """Whether another machine computes it, so that several threads may ask at once."""
 
     def __call__(self, rollout: Rollout) -> Score:
         """Score N trajectories; a reward's own chance depends on `rollout.noise`."""
@@ -39,7 +45,16 @@ class Rewards:
 
     def __call__(self, rollout: Rollout) -> Scores:
         """Scores of the N trajectories."""
-        scores = {name: reward(rollout) for name, reward in self.rewards.items()}
+        return self.combine({name: reward(rollout) for name, reward in self.rewards.items()})
+
+    def close(self) -> None:
+        """Have what is on its way to a server end soon."""
+        for reward in self.rewards.values():
+            if close := getattr(reward, "close", None):
+                close()
+
+    def combine(self, scores: dict[str, Score]) -> Scores:
+        """The scores of all rewards of the same trajectories."""
         first, values = scores[INSTRUCTION], {name: score.values for name, score in scores.items()}
         valid = ~first.values.isnan().any(1)
         return Scores(
@@ -113,14 +128,71 @@ def check_judge(config: Config) -> None:
             )
 
 
+class Judged:
+    """What the trajectories of an iteration are worth, group after group as their scores come in.
+
+    Once iterated to its end: `scores`, `group` and `advantages` of all ranks.
+    """
+
+    scores: Scores
+    group: Tensor  # (N of all ranks,), numbered through
+    advantages: Tensor  # (N of all ranks, K)
+
+    def __init__(self, scores: Iterable[Scores], group: Tensor, config: Config, ranks: Ranks) -> None:
+        """scores: of one wave after another. group (N,): of this rank's trajectories."""
+        self._waves, self._group, self._config, self._ranks = scores, group, config, ranks
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Yield the advantages (G, K) of this rank's groups in order; those of a group need its own scores, or with
+        advantage.std 'global' all. GuardError, before the last is used, where too many trajectories have no score.
+        """
+        waves, sizes, num_yielded = list[Scores](), self._group.bincount().tolist(), 0
+        for wave in self._waves:
+            waves.append(wave)
+            if self._config.advantage.std != "group":
+                continue
+            so_far = join_scores(waves)
+            while sizes and num_yielded + sizes[0] <= len(so_far.valid):
+                rows = slice(num_yielded, num_yielded + sizes.pop(0))
+                num_yielded = rows.stop
+                one = torch.zeros(rows.stop - rows.start, dtype=torch.int64)
+                yield advantages(so_far.rows(rows), one, self._config.advantage)
+        self.scores, self.group = gather_scores(join_scores(waves), self._group, self._ranks)
+        check_scores(self.scores, self._config)
+        self.advantages = advantages(self.scores, self.group, self._config.advantage)
+        if sizes:
+            yield from self.advantages.chunk(self._ranks.world_size)[self._ranks.rank].split(sizes)
+
+
+def join_scores(waves: Sequence[Scores]) -> Scores:
+    """The scores of several waves as one."""
+    first = waves[0]
+
+    def joined(name: str) -> Tensor | None:
+        parts = [getattr(wave, name) for wave in waves]
+        return None if parts[0] is None else torch.cat(parts)
+
+    return Scores(
+        rewards={name: torch.cat([wave.rewards[name] for wave in waves]) for name in first.rewards},
+        weights=first.weights, valid=torch.cat([wave.valid for wave in waves]), truth=joined("truth"),
+        words=tuple(word for wave in waves for word in wave.words), faults=joined("faults"),
+        off_mass=joined("off_mass"),
+    )  # fmt: skip
+
+
 def gather_scores(scores: Scores, group: Tensor, ranks: Ranks) -> tuple[Scores, Tensor]:
-    """The scores and groups (N,) of every rank's trajectories, on every rank; groups are numbered through."""
+    """The scores and groups (N,) of every rank's trajectories, on every rank; groups are numbered through, and a
+    judge's words stay this rank's.
+    """
     num_groups, num_rows = int(group.max()) + 1, len(group)
-    gathered = Scores(
+
+    def gathered(values: Tensor | None) -> Tensor | None:
+        return None if values is None else ranks.gather(values)
+
+    every = Scores(
         rewards={name: ranks.gather(values) for name, values in scores.rewards.items()},
-        weights=scores.weights,
-        valid=ranks.gather(scores.valid),
-        truth=None if scores.truth is None else ranks.gather(scores.truth),
-    )
+        weights=scores.weights, valid=ranks.gather(scores.valid), truth=gathered(scores.truth), words=scores.words,
+        faults=gathered(scores.faults), off_mass=gathered(scores.off_mass),
+    )  # fmt: skip
     rank = torch.arange(ranks.world_size * num_rows, device=group.device) // num_rows
-    return gathered, ranks.gather(group) + rank * num_groups
+    return every, ranks.gather(group) + rank * num_groups

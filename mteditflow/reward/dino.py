@@ -40,6 +40,8 @@ BACKGROUND_CHANGE = "background_change"
 class DinoConsistency:
     """The features' model, resident on its device in float32. ValueError: it is none that can be had."""
 
+    is_remote = False
+
     def __init__(self, path: str, device: torch.device, *, is_edival_compat: bool = False) -> None:
         self.device = device
         self.model, preparation = _load(path)

@@ -47,6 +47,8 @@ def read_rollout(rollout: Rollout) -> tuple[list[Session], Tensor, Tensor]:
 class ExactInstruction:
     """The verifier's grades; a trajectory with a non-finite pixel gets none."""
 
+    is_remote = False
+
     def __init__(self, scale: str = "five") -> None:
         self.scale = scale
 
@@ -60,6 +62,8 @@ class ExactInstruction:
 
 class ExactConsistency:
     """The verifier's comparison of what no edit has touched with the source."""
+
+    is_remote = False
 
     def __call__(self, rollout: Rollout) -> Score:
         """Consistency (N, K) in [0, 1]."""

@@ -61,6 +61,8 @@ def answer_with_faults(grades: Tensor, damage: Tensor, noise: Tensor, profile: P
 class SimulatedJudge:
     """The exact verifier behind a profile; a trajectory whose question fails gets no score."""
 
+    is_remote = False
+
     def __init__(self, config: RewardConfig) -> None:
         self.config, self.verifier = config, ExactInstruction()
 

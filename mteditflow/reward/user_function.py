@@ -17,6 +17,8 @@ from mteditflow.types import EditTask, Rollout, Score
 class UserReward:
     """The function that an entry of reward.also names. ValueError, one line: there is none that can be called."""
 
+    is_remote = False
+
     def __init__(self, also: AlsoReward) -> None:
         self.field = f"reward.also is {also.text!r}"
         if os.getcwd() not in sys.path and "" not in sys.path:

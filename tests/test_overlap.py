@@ -1,0 +1,247 @@
+"""Waves of a rollout, scored while the next is made: the same bits whatever is hidden, and nothing left running."""
+
+import random
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from rollouts import rollout_of
+from update_parts import change
+
+from mteditflow.advantage import advantages
+from mteditflow.config import AdvantageConfig, Config, RewardConfig
+from mteditflow.data import training_tasks
+from mteditflow.distributed import Ranks
+from mteditflow.guards import GuardError
+from mteditflow.objective import build_objective
+from mteditflow.policy import Policy, build_policy
+from mteditflow.reward import Judged, Rewards
+from mteditflow.reward.overlap import Busy, Overlap, efficiency
+from mteditflow.rollout import cut_waves, join, sample_rollout, sample_waves
+from mteditflow.types import EditTask, Rollout, Score, Scores
+
+CPU = torch.device("cpu")
+ONE_RANK = Ranks(rank=0, world_size=1, device=CPU)
+
+
+class Judge:
+    """Scores by a trajectory's place in its group, after a random while; `is_remote` as told."""
+
+    def __init__(self, is_remote: bool, most_s: float = 0.0, fails_at: int = -1) -> None:
+        self.is_remote, self.most_s, self.fails_at = is_remote, most_s, fails_at
+        self.threads: list[int] = []
+        self.num_now = self.most_now = 0
+
+    def __call__(self, rollout: Rollout) -> Score:
+        self.num_now += 1
+        self.most_now = max(self.most_now, self.num_now)
+        self.threads.append(threading.get_ident())
+        assert not torch.is_grad_enabled() or threading.current_thread() is threading.main_thread()
+        time.sleep(random.SystemRandom().uniform(0, self.most_s))
+        self.num_now -= 1
+        if self.fails_at in rollout.member.tolist():
+            raise ValueError("the judge fell over")
+        return Score(values=(rollout.member * 7 % 5 / 4)[:, None].expand(-1, len(rollout.turns)).clone())
+
+
+def rewards_of(judge: Any) -> Rewards:
+    return Rewards(rewards={"instruction": judge}, weights={"instruction": 1.0})
+
+
+def wave_of(num_rows: int, first: int = 0) -> Rollout:
+    task = EditTask(id=0, source=torch.zeros(3, 4, 4), instructions=("a", "b"), edit_types=("", ""))
+    made = rollout_of([task], torch.zeros(2, num_rows, 3, 4, 4))
+    return replace(made, member=torch.arange(first, first + num_rows))
+
+
+@pytest.mark.parametrize(
+    ("wave_size", "microbatch", "expected"),
+    [(0, 2, [4, 4, 4]), (0, 3, [6, 6]), (0, 32, [12]), (1, 2, [2] * 6), (3, 2, [4, 4, 4]), (5, 5, [5, 5, 2]),
+     (100, 1, [12])],
+)  # fmt: skip
+def test_waves_are_whole_microbatches(wave_size: int, microbatch: int, expected: list[int]) -> None:
+    config = replace(Config().rollout, group_size=4, wave_size=wave_size, microbatch_size=microbatch)
+    waves = cut_waves(12, config)
+    assert [len(wave) for wave in waves] == expected and torch.equal(torch.cat(waves), torch.arange(12))
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_config: Config) -> Policy:
+    return build_policy(tiny_config.model, tiny_config.lora, seed=0, has_old=False)
+
+
+@pytest.mark.parametrize(("hand_off", "num_tasks", "num_ranks"), [("pixels", 2, 1), ("latents", 4, 2)])
+def test_a_row_is_the_same_in_every_wave(
+    policy: Policy, tiny_config: Config, hand_off: Any, num_tasks: int, num_ranks: int
+) -> None:
+    values = {"num_tasks": num_tasks, "group_size": 3, "microbatch_size": 2, "hand_off": hand_off}
+    config = change(tiny_config, "rollout", **values)
+    tasks = training_tasks(config, 0, Ranks(rank=num_ranks - 1, world_size=num_ranks, device=CPU))
+    whole = sample_rollout(policy, build_objective(config), tasks, change(config, "rollout", wave_size=100), 0)
+    assert len(whole.group) == 3 * len(tasks)
+    for wave_size in (0, 1, 4):
+        cut = change(config, "rollout", wave_size=wave_size)
+        waves = list(sample_waves(policy, build_objective(config), tasks, cut, 0))
+        made = join(waves)
+        assert len(waves) > 1 and torch.equal(made.group, whole.group) and torch.equal(made.member, whole.member)
+        for turn, expected in zip(made.turns, whole.turns, strict=True):
+            for name in ("latents", "image"):
+                assert torch.equal(getattr(turn, name), getattr(expected, name))
+            assert torch.equal(turn.old_log_prob.nan_to_num(), expected.old_log_prob.nan_to_num())
+            assert torch.equal(turn.condition.image, expected.condition.image)
+            for name, value in expected.condition.text.items():
+                assert torch.equal(turn.condition.text[name], value)
+
+
+@pytest.mark.parametrize("is_remote", [False, True])
+@pytest.mark.parametrize("overlap", ["off", "on"])
+def test_scores_come_in_the_order_of_the_waves(overlap: Any, is_remote: bool) -> None:
+    judge, waves = Judge(is_remote, most_s=0.03), [wave_of(2, first) for first in range(0, 12, 2)]
+    with Overlap(rewards_of(judge), RewardConfig(overlap=overlap), CPU) as beside:
+        assert list(beside.watch(waves)) == waves
+        scores = list(beside.scores())
+        again = beside(waves[1])
+    found = torch.cat([score.instruction[:, 0] for score in [*scores, again]])
+    assert torch.equal(found, torch.tensor([*range(12), 2, 3]) * 7 % 5 / 4)
+    is_here = [thread == threading.get_ident() for thread in judge.threads]
+    assert all(is_here) if overlap == "off" else not any(is_here)
+    if overlap == "on" and not is_remote:
+        assert len(set(judge.threads)) == 1 and judge.most_now == 1
+
+
+def test_a_server_is_asked_about_several_waves_at_once() -> None:
+    gate = threading.Barrier(3, timeout=20)  # opens when three waves are there at once
+
+    class Gated(Judge):
+        def __call__(self, rollout: Rollout) -> Score:
+            gate.wait()
+            return super().__call__(rollout)
+
+    with Overlap(rewards_of(Gated(is_remote=True)), RewardConfig(overlap="on"), CPU) as beside:
+        for first in (0, 2, 4):
+            beside.submit(wave_of(2, first))
+        assert len(list(beside.scores())) == 3
+
+
+@pytest.mark.parametrize("is_remote", [False, True])
+@pytest.mark.parametrize("overlap", ["off", "on"])
+def test_a_judge_that_falls_over_is_heard_within_the_wave(overlap: Any, is_remote: bool) -> None:
+    """The wave after is not begun, and no thread is left."""
+    num_made, before = 0, threading.active_count()
+
+    def waves() -> Iterator[Rollout]:
+        nonlocal num_made
+        for first in range(0, 12, 2):
+            num_made += 1
+            yield wave_of(2, first)
+            time.sleep(0.3)  # its rollout: long enough to hear of the wave before
+
+    judge = Judge(is_remote, fails_at=2)  # in the second wave
+    with (
+        pytest.raises(ValueError, match="the judge fell over"),
+        Overlap(rewards_of(judge), RewardConfig(overlap=overlap), CPU) as beside,
+    ):
+        for _ in beside.watch(waves()):
+            pass
+    assert num_made <= 3 and threading.active_count() == before
+
+
+def test_what_is_asked_over_http_is_ended_after_a_fault() -> None:
+    closed = threading.Event()
+
+    class Slow(Judge):
+        def __call__(self, rollout: Rollout) -> Score:
+            assert closed.wait(20)
+            raise ValueError("cut off")
+
+        def close(self) -> None:
+            closed.set()
+
+    with (
+        pytest.raises(RuntimeError, match="elsewhere"),
+        Overlap(rewards_of(Slow(is_remote=True)), RewardConfig(overlap="on"), CPU) as beside,
+    ):
+        beside.submit(wave_of(2))
+        raise RuntimeError("elsewhere")
+    assert closed.is_set()
+
+
+def random_scores(num_rows: int) -> Scores:
+    values = torch.rand(num_rows, 2, generator=torch.Generator().manual_seed(0))
+    valid = torch.arange(num_rows) % 7 != 3
+    kept = values.flip(0).masked_fill(values > 0.9, torch.nan)
+    rewards = {"instruction": values.masked_fill(~valid[:, None], torch.nan), "consistency": kept}
+    return Scores(rewards=rewards, weights={"instruction": 1.0, "consistency": 0.3}, valid=valid)
+
+
+def cut(scores: Scores, sizes: list[int]) -> Iterator[Scores]:
+    start = 0
+    for size in sizes:
+        yield scores.rows(slice(start, start + size))
+        start += size
+
+
+@pytest.mark.parametrize("sizes", [[12], [4, 4, 4], [2] * 6, [5, 5, 2]])
+@pytest.mark.parametrize("std", ["group", "global"])
+def test_advantages_by_group_are_those_of_all(std: Any, sizes: list[int]) -> None:
+    config, scores, group = Config(advantage=AdvantageConfig(std=std)), random_scores(12), torch.arange(12) // 4
+    judged = Judged(cut(scores, sizes), group, config, ONE_RANK)
+    parts = list(judged)
+    expected = advantages(scores, group, config.advantage)
+    assert [len(part) for part in parts] == [4, 4, 4] and torch.equal(torch.cat(parts), expected)
+    assert torch.equal(judged.advantages, expected) and torch.equal(judged.group, group)
+    assert torch.equal(judged.scores.instruction.nan_to_num(), scores.instruction.nan_to_num())
+
+
+def test_a_group_is_trained_on_before_the_last_is_scored() -> None:
+    """Unless every score is needed for one deviation."""
+    group, taken = torch.arange(12) // 4, 0
+
+    def waves() -> Iterator[Scores]:
+        nonlocal taken
+        for part in cut(random_scores(12), [4, 4, 4]):
+            taken += 1
+            yield part
+
+    for std, expected in (("group", 1), ("global", 3)):
+        taken = 0
+        config = Config(advantage=AdvantageConfig(std=std))  # pyright: ignore[reportArgumentType]
+        next(iter(Judged(waves(), group, config, ONE_RANK)))
+        assert taken == expected
+
+
+def test_too_few_scores_stop_before_the_last_group_is_used_up() -> None:
+    scores, config = random_scores(12), Config(advantage=AdvantageConfig(std="group"))
+    scores = replace(scores, valid=scores.valid & (torch.arange(12) < 5))
+    judged = Judged(cut(scores, [4, 4, 4]), torch.arange(12) // 4, config, ONE_RANK)
+    with pytest.raises(GuardError, match="67% of the trajectories could not be scored"):
+        list(judged)
+
+
+def test_busy_counts_a_second_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter([0.0, 5.0, 20.0, 21.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(now))
+    busy = Busy()
+    with busy, busy:
+        pass
+    with busy:
+        pass
+    assert busy.read() == 6.0 and busy.read() == 0.0
+
+
+@pytest.mark.parametrize(
+    ("exposed", "judge", "step", "expected"),
+    [(10.0, 10.0, 30.0, 0.0), (1.0, 10.0, 21.0, 0.9), (30.0, 40.0, 40.0, 1.0), (5.0, 10.0, 9.0, 1.25)],
+)
+def test_efficiency(exposed: float, judge: float, step: float, expected: float) -> None:
+    """(T_a + T_b - T_ab) / min(T_a, T_b) with T_a = step - exposed, T_b = judge, T_ab = step."""
+    assert efficiency({"reward/exposed_s": exposed, "reward/judge_s": judge}, step) == pytest.approx(expected)
+
+
+def test_green_is_refused_where_there_is_none() -> None:
+    with pytest.raises(ValueError, match=r"reward.overlap is 'green': cpu has no green contexts .*; take 'on'"):
+        Overlap(rewards_of(Judge(is_remote=False)), RewardConfig(overlap="green"), CPU)
