@@ -1,9 +1,10 @@
 """What the small judge learns: batches of sessions as tokens and patches, and the losses.
 
 The lesson that counts is the answer: cross-entropy at the digits, and lightly at the tags around them. From nothing
-that alone is learnt slowly, since a grade is one number for four places in two pictures. So linear heads, thrown away
-afterwards, are asked for the steps to it: the vision part what is in each place, the text part's last layer but one how
-far each place has changed, and how far the edit was carried out. What such a head must know, the layers after can use.
+that alone is not learnt on a CPU, since a grade is one number for four places in two pictures. So linear heads, thrown
+away afterwards, are asked for the steps to it: the vision part what is in each place; the text part, layer by layer,
+what was in that place before and what the instruction wants (both are copied by attention), how far the place has
+changed (now the two can be compared), and how far the edit was carried out. What a head must know, later layers use.
 
 Digits of other turns that the judge sees in its own answer are random in half of the batches, so that it scores every
 turn by the pictures and `expected` may put what it likes in their places.
@@ -24,6 +25,7 @@ from mteditflow.judge.small import IMAGE, VISION_END
 from mteditflow.pictures import to_uint8
 from mteditflow.reward.vlm import Question
 from mteditflow.reward.vlm_local import messages
+from mteditflow.world.edits import EDIT_TYPES, Edit
 from mteditflow.world.render import atlas, compose
 from mteditflow.world.scenes import BACKGROUNDS, COLORS, COUNTS, KINDS, MATERIALS, TEXTS
 from mteditflow.world.verify import Reading, differences, find_outcome
@@ -31,7 +33,14 @@ from mteditflow.world.verify import Reading, differences, find_outcome
 PATCH, CELLS = 16, 4  # pixels of a patch; tokens of a picture
 DAMAGED = len(KINDS) + 1  # among kinds: 0 empty, 1 to 9 as in KINDS
 SIZES = (len(KINDS) + 2, len(COLORS), len(MATERIALS), len(COUNTS), len(TEXTS), len(BACKGROUNDS), CELLS)
+KNOWN = {  # what an instruction says of what it wants, by place in SIZES; the last is the place in the picture
+    "subject_add": (0, 1, 2, 3, 4, 6), "subject_remove": (), "subject_replace": (0, 1, 2, 3, 4), "color_alter": (1,),
+    "material_alter": (2,), "count_change": (3,), "text_change": (4,), "background_change": (5,),
+    "position_change": (6,),
+}  # fmt: skip
+COPIED, COMPARED, JUDGED = 1, 2, 3  # layers of the text part whose outputs are asked
 OUTCOMES = ("done", "partly", "tried", "no")
+WANTED, JUDGEMENT = (len(EDIT_TYPES), len(KINDS) + 1, *SIZES), (len(OUTCOMES), 5)  # classes of such heads
 CLEAN_SHARE = 0.7  # of composed sessions, whose source is clean, as in a run
 NOTHING = -100  # a target that is not asked for
 WORDS = ("is done", "is half done", "is done wrongly", "is not done")
@@ -91,6 +100,13 @@ def item_targets(readings: Sequence[Reading]) -> Tensor:
     return torch.tensor([[[*_cell_target(cell, r.background), p] for p, cell in enumerate(r.cells)] for r in readings])
 
 
+def wanted_target(edit: Edit) -> list[int]:
+    """What an instruction says, (9,): the edit type, the kind that it names, and of SIZES what it wants."""
+    wanted = [*_cell_target(edit.after.cells[edit.place], edit.after.background), edit.place]
+    known = [value if i in KNOWN[edit.edit_type] else NOTHING for i, value in enumerate(wanted)]
+    return [EDIT_TYPES.index(edit.edit_type), KINDS.index(edit.kind) + 1 if edit.kind else 0, *known]
+
+
 def _cell_target(cell: Any, background: str) -> list[int]:
     behind = BACKGROUNDS.index(background)
     if cell is None or isinstance(cell, str):
@@ -113,6 +129,8 @@ class Batch:
     is_digit: Tensor  # (B, A) bool
     items: Tensor  # (B (K+1), 4, 7): what is in the places
     change: Tensor  # (B, K+1, 4): how far the places have changed since the picture before; NOTHING for the source
+    before: Tensor  # (B, K+1, 4, 7): what was in the places; NOTHING for the source
+    wanted: Tensor  # (B, K+1, 4, 9): what the instruction says, the same for all places; NOTHING for the source
     outcome: Tensor  # (B, K+1)
     damage: Tensor  # (B, K+1): 0, 1, 2 to 4, 5 to 7, more
 
@@ -162,9 +180,14 @@ def make_batch(tokenizer: Any, judged: Sequence[Judged], pictures: Tensor, reado
     readings = [reading for session in judged for reading in session.readings]
     found = [outcomes(session) for session in judged]
     first = [NOTHING]
+    items = item_targets(readings)
+    before = items.unflatten(0, (len(judged), -1)).roll(1, 1)
+    before[:, 0] = NOTHING
+    wanted = torch.tensor([[[NOTHING] * 9, *(wanted_target(edit) for edit in s.edits)] for s in judged])
     return Batch(
         ids=ids, pixels=to_patches(pictures), answer=answer, target=target, is_digit=is_digit,
-        weight=is_digit + 0.1 * ~is_digit, items=item_targets(readings),
+        weight=is_digit + 0.1 * ~is_digit, items=items,
+        before=before, wanted=wanted[:, :, None].expand(-1, -1, CELLS, -1),
         change=torch.tensor([[first * 4, *map(_changes, s.readings[:-1], s.readings[1:])] for s in judged]),
         outcome=torch.tensor([first + [OUTCOMES.index(outcome) for outcome, _ in turns] for turns in found]),
         damage=torch.tensor([first + [sum(d > most for most in (0, 1, 4, 7)) for _, d in turns] for turns in found]),
@@ -182,13 +205,15 @@ class Teacher(torch.nn.Module):
         super().__init__()
         self.vlm, width = vlm, vlm.config.text_config.hidden_size
         self.items = torch.nn.Linear(width, sum(SIZES))
-        self.change, self.outcome = torch.nn.Linear(width, 5), torch.nn.Linear(width, len(OUTCOMES) + 5)
+        self.before, self.wanted = torch.nn.Linear(width, sum(SIZES)), torch.nn.Linear(width, sum(WANTED))
+        self.change, self.outcome = torch.nn.Linear(width, 5), torch.nn.Linear(width, sum(JUDGEMENT))
         self.image, self.end = tokenizer.convert_tokens_to_ids([IMAGE, VISION_END])
         self._seen: dict[str, Tensor] = {}
         visual = vlm.model.visual
         for name, module in (("image", visual.merger), ("deep", visual.deepstack_merger_list[0])):
             module.register_forward_hook(self._keep(name))
-        vlm.model.language_model.layers[-2].register_forward_hook(self._keep("text"))
+        for layer in (COPIED, COMPARED, JUDGED):
+            vlm.model.language_model.layers[layer].register_forward_hook(self._keep(str(layer)))
 
     def _keep(self, name: str) -> Any:
         def hook(module: torch.nn.Module, inputs: Any, output: Tensor) -> None:
@@ -199,8 +224,7 @@ class Teacher(torch.nn.Module):
     def look(self, pixels: Tensor, items: Tensor) -> Tensor:
         """The loss of reading N pictures (16 N, 1536)."""
         self.vlm.model.visual(pixels, grid_thw=torch.tensor([[1, 4, 4]] * len(items)))
-        logits = self.items(self._seen["image"]).split(SIZES, dim=-1)
-        return sum((_loss(part, items[..., i]) for i, part in enumerate(logits)), torch.zeros(()))
+        return _losses(self.items(self._seen["image"]), items, SIZES)
 
     def losses(self, batch: Batch, *, is_looking: bool = True) -> dict[str, Tensor]:
         """The loss of each lesson; the vision part learns where `is_looking`, else it is as it was."""
@@ -215,16 +239,21 @@ class Teacher(torch.nn.Module):
         ).last_hidden_state  # fmt: skip
         logits = self.vlm.lm_head(hidden.gather(1, batch.answer[..., None].expand(-1, -1, hidden.shape[-1])))
         each = cross_entropy(logits.transpose(1, 2), batch.target, reduction="none", ignore_index=NOTHING)
-        text = self._seen["text"]
-        outcome, damage = self.outcome(text[batch.ids == self.end]).split((len(OUTCOMES), 5), dim=-1)
+        copied, compared, judged = (self._seen[str(layer)] for layer in (COPIED, COMPARED, JUDGED))
+        found = torch.stack([batch.outcome, batch.damage], -1)
         return {
             "answer": (each * batch.weight).sum() / batch.is_digit.sum(),
             "digits": (each * batch.is_digit).sum().detach() / batch.is_digit.sum(),
             "items": items,
-            "change": _loss(self.change(text[is_image]), batch.change),
-            "outcome": _loss(outcome, batch.outcome) + _loss(damage, batch.damage),
+            "before": _losses(self.before(copied[is_image]), batch.before, SIZES),
+            "wanted": _losses(self.wanted(copied[is_image]), batch.wanted, WANTED),
+            "change": _losses(self.change(compared[is_image]), batch.change[..., None], (5,)),
+            "outcome": _losses(self.outcome(judged[batch.ids == self.end]), found, JUDGEMENT),
         }
 
 
-def _loss(logits: Tensor, target: Tensor) -> Tensor:
-    return cross_entropy(logits, target.flatten(), ignore_index=NOTHING)
+def _losses(logits: Tensor, target: Tensor, sizes: Sequence[int]) -> Tensor:
+    """The sum of several cross-entropies: logits (M, sum of sizes), targets (..., number of sizes) of M rows."""
+    parts = zip(logits.split(list(sizes), dim=-1), target.flatten(0, -2).unbind(-1), strict=True)
+    losses = [cross_entropy(part, wanted, ignore_index=NOTHING) for part, wanted in parts if (wanted >= 0).any()]
+    return sum(losses, torch.zeros(()))

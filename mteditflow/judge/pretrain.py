@@ -51,7 +51,15 @@ FIRST_SHARE = 0.4  # of the lessons, the first, which have one turn: there is on
 JOINT_SHARE = 0.15  # of the lessons, the last, in which the vision part learns too
 READOUTS: tuple[Literal["direct", "expected", "thinking"], ...] = ("direct", "expected", "thinking")
 ARGUMENTS = ("seed", "num_rollouts", "num_composed", "look_batches", "batches", "batch_size", "learning_rate")
-WEIGHTS = {"answer": 1.0, "digits": 0.0, "change": 1.0, "outcome": 0.5, "items": 0.2}  # of the losses
+WEIGHTS = {
+    "answer": 1.0,
+    "digits": 0.0,
+    "before": 0.3,
+    "wanted": 0.3,
+    "change": 1.0,
+    "outcome": 0.5,
+    "items": 0.2,
+}  # of the losses
 EMPTY_SHARE = 0.35  # of the places of a composed picture to look at
 EDITOR_SHARE, THINKING_SHARE = 0.5, 0.15  # of lessons: sessions of the editor, read-out thinking
 
