@@ -84,7 +84,7 @@ class Run:
         if saved:
             self._restore(saved)
         self._graphs = count_graphs()
-        lines = [f"attention {self.policy.attention}, {compile_line}", *self._settle()]
+        lines = [f"attention {self.policy.attention}, {compile_line}", *self._settle(), *self._waits()]
         self.ranks.barrier()
         if self.ranks.is_main:
             self._open(stack, lines, is_resumed=saved is not None)
@@ -100,6 +100,17 @@ class Run:
         if settle_bits(policy, *microbatch, has_ratio="ratio_error" in self.objective.worst_figures):
             return ["training and rollout differ in bits: training replays the rollout's pass, at a third more time"]
         return []
+
+    def _waits(self) -> list[str]:
+        """Say where training cannot begin before the last trajectory is scored."""
+        config = self.config
+        is_slow, num_groups = config.reward.judge == "vlm", config.rollout.num_tasks // self.ranks.world_size
+        if config.reward.overlap == "off" or not is_slow or num_groups < 2 or config.advantage.std == "group":
+            return []
+        return [
+            "advantage.std is 'global', over the scores of all groups: training waits for the last of them; with "
+            "'group' it begins with the first group that is scored"
+        ]
 
     def _open(self, stack: ExitStack, lines: list[str], *, is_resumed: bool) -> None:
         config = self.config

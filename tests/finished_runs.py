@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from flux2_parts import MAX_TEXT_TOKENS, save_tiny
+from rollouts import GivenRewards
 
 from mteditflow import run
 from mteditflow.config import command
@@ -65,7 +66,9 @@ def judged_by_a_failing_reward(patch: pytest.MonkeyPatch, *modules: Any) -> None
     for module in (held_out, *modules):
         patch.setattr(module, "has_truth", lambda _: False, raising=False)
     for module in modules:
-        patch.setattr(module, "build_reward", lambda config, build=module.build_reward: failing(build(config)))
+        patch.setattr(
+            module, "build_reward", lambda config, build=module.build_reward: GivenRewards(failing(build(config)))
+        )
 
 
 def train(folder: Path, model: Path, **overrides: Any) -> Path:

@@ -15,6 +15,7 @@ import measure
 import pytest
 import test_blocks
 import test_iteration
+import test_judge
 import test_pairs
 import torch
 from fake_cuda import DEVICE, fake_cuda, walk
@@ -24,6 +25,7 @@ from mteditflow_kernels.static import BLOCK_VARIANTS, VARIANTS
 from near import draw
 from rich.console import Console
 from test_kernels import assert_parity, time_case
+from tiny_judge import small_processor, without_video
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorDeviceMismatchError
 from torch.utils.checkpoint import checkpoint
@@ -37,6 +39,8 @@ from mteditflow.objective import build_objective
 from mteditflow.policy import Policy
 from mteditflow.policy.published import FLUX_KONTEXT
 from mteditflow.profile import random_kontext
+from mteditflow.reward.decode import Decoder, gumbel
+from mteditflow.reward.qwen3_vl import Picture, make_prompt
 from mteditflow.rollout import roll_out
 from mteditflow.types import Microbatch
 
@@ -225,6 +229,39 @@ def test_a_pair_at_small_size(pair: test_pairs.Pair) -> None:
 
 def test_denoising_has_no_sync() -> None:
     test_pairs.test_denoising_has_no_sync()
+
+
+def test_the_judge_at_small_size() -> None:
+    row = test_judge.time_judge(test_judge.SMALL)
+    assert row["expected_s"] > 0 and row["eager_token_ms"] > 0 and row["judgements"] == 4
+
+
+def test_the_judge_at_true_shape() -> None:
+    """Two groups and one alone, read and followed by a token, on a GPU as far as devices, shapes and syncs go."""
+    with pytest.MonkeyPatch.context() as patch:
+        without_video(patch)
+        tokenizer = small_processor(16, (64, 4096)).tokenizer
+    config = test_judge.build_model(test_judge.TRUE, tokenizer, torch.device("meta"), torch.bfloat16)
+    grid, image = torch.tensor([1, 32, 32]), config.config.image_token_id
+
+    def picture(device: torch.device | str) -> Picture:
+        features = [torch.zeros(256, 4096, device=device, dtype=torch.bfloat16) for _ in range(4)]
+        return Picture(grid=grid, features=features[0], deep=tuple(features[1:]))
+
+    sources, ids = [picture("meta") for _ in range(3)], [*[5] * 99, image, 7, image, 7, image, *[7] * 50, image, 7]
+    pictures = [(sources[row // 2], *(picture("meta") for _ in range(3))) for row in range(5)]
+    prompts = [make_prompt([*ids, *[7] * row], of_row, config) for row, of_row in enumerate(pictures)]
+    use_backend("reference")
+    with torch.no_grad(), fake_cuda() as device:
+        model = test_judge.build_model(test_judge.TRUE, tokenizer, device, torch.bfloat16)
+        prompts = [replace(prompt, pictures=tuple(picture(device) for _ in range(4))) for prompt in prompts]
+        decoder = Decoder(model, 0.7)
+        logits = decoder._start(prompts, 200)
+        assert decoder._buffers and logits.shape == (5, 151936) and logits.device == device
+        chance = gumbel(torch.zeros(5, 5, dtype=torch.int64, device=device), 1, 8)
+        decoder._buffers.chance[:, :5] = chance
+        decoder._step(8, 1536)
+        assert decoder._buffers.cache.keys[35].shape == (8, 8, 1536, 128)
 
 
 def test_bytes_of_the_algorithm() -> None:

@@ -34,6 +34,8 @@ WITHOUT_USER = {
     "reward.max_answer_tokens": JUDGE,
     "reward.num_parallel": JUDGE,
     "reward.timeout_s": JUDGE,
+    "reward.overlap": "the switch of a speed-up, which `profile --overlap` and bench/ turn",
+    "reward.green_sms": "goes with reward.overlap green, which a GPU and torch 2.12 decide",
     "reward.also": "a user's function: docs/judge.md",
     "evaluation.num_strips": "must be at most num_sessions: lower in a run with few",
     "run.backend": "names the implementation where auto is not wanted",

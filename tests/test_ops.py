@@ -10,6 +10,7 @@ from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.normalization import RMSNorm
 from diffusers.models.transformers.transformer_qwenimage import apply_rotary_emb_qwen
 from mteditflow_kernels import (
+    attend_cache,
     counter_normal,
     grpo_loss,
     nft_loss,
@@ -31,6 +32,7 @@ KEYS = noise_keys(seed=0, step=0, task=ROWS, trajectory=ROWS, turn=0, denoising_
 TABLE = step_table(sigma_schedule(4, 16), noise_level=0.9)
 X = torch.randn(3, 4, 5)
 ROW = torch.zeros(3)
+CACHE = torch.zeros(3, 2, 7, 5)
 
 
 class _Calls(TorchDispatchMode):
@@ -69,6 +71,12 @@ def nft(**changed: object) -> Callable[[], object]:
     own = {"velocity": X, "old_velocity": X, "clean_latents": X, "noise": X, "sigma": ROW, "reward_probability": ROW}
     own |= {"beta": 1.0} | changed
     return lambda: nft_loss(**own)  # pyright: ignore[reportArgumentType]
+
+
+def attend(**changed: object) -> Callable[[], object]:
+    own = {"query": X, "key": X[:, :2], "value": X[:, :2], "keys": CACHE, "values": CACHE, "places": ROWS}
+    own |= {"weights": (X[0, 0], X[0, 0]), "angles": (X[:, 0], X[:, 0]), "eps": 1e-6} | changed
+    return lambda: attend_cache(**own)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize(
@@ -111,6 +119,11 @@ def nft(**changed: object) -> Callable[[], object]:
             lambda: norm_rope([(*parts_of(4)[0][:2], parts_of(5)[0][2])], 1e-6),
             r"angles are \(5, 16\): must be \(4, 16\)",
         ),
+        (attend(query=X[:, :3]), r"query is \(3, 3, 5\), key \(3, 2, 5\): must be \(B, H, D\) and \(B, h, D\)"),
+        (attend(values=CACHE[:, :, :6]), r"values are \(3, 2, 6, 5\): must be \(B, h, L, D\), alike in memory, here"),
+        (attend(keys=CACHE.mT, values=CACHE.mT), r"keys are \(3, 2, 5, 7\): must be \(B, h, L, D\)"),
+        (attend(places=ROW), r"places are torch.float32 \(3,\): must be int64 of shape \(3,\)"),
+        (attend(angles=(ROW, ROW)), r"weights must be \(5,\) and angles \(3, 5\)"),
         (lambda: quantise_rows(ROWS), r"x is torch.int64 \(3,\): must be floating-point of shape \(..., K\)"),
     ],
 )

@@ -5,10 +5,12 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from io import StringIO
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from rollouts import rollout_of
 from update_parts import change
 
@@ -19,6 +21,8 @@ from mteditflow.distributed import Ranks
 from mteditflow.guards import GuardError
 from mteditflow.objective import build_objective
 from mteditflow.policy import Policy, build_policy
+from mteditflow.profile.command import build_case
+from mteditflow.profile.overlap import compare, hidden_share, table
 from mteditflow.reward import Judged, Rewards
 from mteditflow.reward.overlap import Busy, Overlap, efficiency
 from mteditflow.rollout import cut_waves, join, sample_rollout, sample_waves
@@ -245,3 +249,20 @@ def test_efficiency(exposed: float, judge: float, step: float, expected: float) 
 def test_green_is_refused_where_there_is_none() -> None:
     with pytest.raises(ValueError, match=r"reward.overlap is 'green': cpu has no green contexts .*; take 'on'"):
         Overlap(rewards_of(Judge(is_remote=False)), RewardConfig(overlap="green"), CPU)
+
+
+def test_the_profile_measures_both_and_says_which_to_keep(tiny_config: Config) -> None:
+    """The shares by hand; a small run of its own, whose times say nothing."""
+    off, on = ({"total_s": total, "judge_s": 4.0, "exposed_s": 0.0} for total in (10.0, 7.0))
+    assert hidden_share(off, on) == 0.75 and hidden_share(on, off) == -1.0  # 3 of 4 s, and 3 of 3 lost
+    config = change(tiny_config, "rollout", microbatch_size=2)
+    case = build_case(change(config, "optimizer", microbatch_size=2))
+    figures = compare(case, rewards_of(Judge(is_remote=False)), num_rounds=1)
+    assert list(figures["medians"]) == ["off", "on"] == list(figures["times_off"]) and figures["advice"] in (
+        "off",
+        "on",
+    )
+    console = Console(file=StringIO(), width=120)
+    console.print(table(figures | {"advice": "off"}, "on"))
+    shown = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+    assert "take reward.overlap: off" in shown and "waited for it s" in shown

@@ -177,9 +177,7 @@ def test_training_goes_on_with_the_bits_it_would_have_had(
 def test_agreement_by_hand() -> None:
     grades, scores = torch.tensor([1, 5, 3, 4]), torch.tensor([2.0, 5.0, 2.6, torch.nan])
     found = compare(grades, scores)
-    expected = Agreement(
-        num=3, bias=0.2, std=0.52**0.5, rank=1.0, exact=2 / 3, faults=1
-    )
+    expected = Agreement(num=3, bias=0.2, std=0.52**0.5, rank=1.0, exact=2 / 3, faults=1)
     for name in ("num", "bias", "std", "exact", "faults"):
         assert getattr(found, name) == pytest.approx(getattr(expected, name), abs=1e-6)
     a, b = torch.randint(5, (200,)), torch.randint(3, (200,)) + torch.arange(200) / 50

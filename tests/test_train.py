@@ -19,6 +19,7 @@ import safetensors.torch
 import torch
 from conftest import TINY_MAX_TEXT_TOKENS
 from diffusers.pipelines.flux.pipeline_flux_kontext import FluxKontextPipeline
+from rollouts import GivenRewards
 from timed import is_timed
 from torch import Tensor
 
@@ -209,13 +210,13 @@ def test_sigterm_saves_and_the_rest_goes_on(
 
     def reward(rollout: Rollout) -> Scores:
         calls.append(len(calls))
-        if len(calls) == 2:
+        if len(calls) == 3:  # an iteration has two waves
             os.kill(os.getpid(), signal.SIGTERM)
         return build_reward(Config())(rollout)
 
     before = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
-        patch.setattr("mteditflow.run.build_reward", lambda *_: reward)
+        patch.setattr("mteditflow.run.build_reward", lambda *_: GivenRewards(reward))
         main(arguments(tmp_path, run__save_every=100))  # returns: exit code 0
     assert signal.getsignal(signal.SIGTERM) is before
     assert "stopped after iteration 2; the same command goes on from there" in capfd.readouterr().err
@@ -251,10 +252,10 @@ def test_all_groups_without_spread_say_so(
     arguments: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def constant(rollout: Rollout) -> Scores:
-        half = torch.full((4, 2), 0.5)
-        return Scores(rewards={"instruction": half}, weights={"instruction": 1}, valid=torch.ones(4, dtype=torch.bool))
+        half, valid = torch.full((len(rollout.group), 2), 0.5), torch.ones(len(rollout.group), dtype=torch.bool)
+        return Scores(rewards={"instruction": half}, weights={"instruction": 1}, valid=valid)
 
-    monkeypatch.setattr("mteditflow.run.build_reward", lambda *_: constant)
+    monkeypatch.setattr("mteditflow.run.build_reward", lambda *_: GivenRewards(constant))
     main(arguments(tmp_path, run__num_iterations=2, evaluation__every=0))
     said = capsys.readouterr().err
     for n in (1, 2):
@@ -276,13 +277,13 @@ def test_too_many_failures_of_the_reward_stop_the_run(
 
     def failing(rollout: Rollout) -> Scores:
         calls.append(len(calls))
-        scores, bad = build_reward(Config())(rollout), 1 if len(calls) == 1 else 3
-        valid = torch.arange(4) >= bad
+        scores, bad = build_reward(Config())(rollout), 1 if len(calls) <= 2 else 3  # an iteration has two waves
+        valid = rollout.member >= bad
         instruction = scores.instruction.masked_fill(~valid[:, None], math.nan)
         return replace(scores, rewards=scores.rewards | {"instruction": instruction}, valid=valid)
 
     with monkeypatch.context() as patch:
-        patch.setattr("mteditflow.run.build_reward", lambda *_: failing)
+        patch.setattr("mteditflow.run.build_reward", lambda *_: GivenRewards(failing))
         line = refused(capsys, arguments(tmp_path))
     assert "75% of the trajectories could not be scored" in line
     assert [line["reward/valid_share"] for line in metrics(tmp_path)] == [0.75]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from mteditflow_kernels.static import BLOCK_VARIANTS, LATENTS, VARIANTS, figures, is_target
+from mteditflow_kernels.static import BLOCK_VARIANTS, CACHE_VARIANTS, LATENTS, VARIANTS, figures, is_target
 from mteditflow_kernels.triton_common import tickets
 
 # SASS instructions of the whole kernel per element of a thread: what was reached, and a tenth more.
@@ -75,6 +75,18 @@ def test_what_the_compiler_made_for_the_blocks(name: str, capability: int) -> No
     assert f.stack == 0 and f.local == 0 and f.float64 == 0 and f.loads_narrow == 0
     assert f.registers <= registers and f.instructions_per_element <= instructions, f
     assert f.loads_128 == (loads or f.loads_128) and f.loads_128 >= 2 and f.stores_128 == stores
+
+
+@pytest.mark.parametrize("capability", [90, 100])
+@pytest.mark.parametrize("name", CACHE_VARIANTS)
+def test_what_the_compiler_made_for_a_cache(name: str, capability: int) -> None:
+    """No spill, and two programs of 128 threads in a multiprocessor's 65,536 registers, so that one loads while the
+    other computes.
+    """
+    if not is_target(capability):
+        pytest.skip(f"this Triton's assembler does not know sm_{capability}")
+    f = figures(CACHE_VARIANTS[name], capability)
+    assert f.stack == 0 and f.local == 0 and f.float64 == 0 and f.registers <= 128, f
 
 
 def test_sums_have_one_order() -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from photos import PHOTOS, copy_photos, photo
 from PIL import Image
-from rollouts import rollout_of
+from rollouts import GivenRewards, rollout_of
 
 from mteditflow.config import Config, DataConfig, EvaluationConfig, ModelConfig, RolloutConfig, cli
 from mteditflow.config.command import check, train
@@ -285,7 +285,7 @@ def test_a_run_on_users_data(
     make: Callable[..., Config], tmp_path: Path, tiny_pipeline_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make(RECORDS)
-    monkeypatch.setattr("mteditflow.run.build_reward", lambda config: redness)
+    monkeypatch.setattr("mteditflow.run.build_reward", lambda config: GivenRewards(redness))
     monkeypatch.setattr("mteditflow.run.check_judge", lambda config: None)
     train(arguments_of(tmp_path / "run", tiny_pipeline_folder, tmp_path / "a.jsonl"))
     (line,) = read_lines(tmp_path / "run" / "metrics.jsonl")

@@ -6,14 +6,31 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import Dinov2Config, Dinov2Model, DINOv3ViTConfig, DINOv3ViTModel
+from transformers import (
+    Dinov2Config,
+    Dinov2Model,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
+    Qwen2VLImageProcessor,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
+)
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.utils.import_utils import is_torchvision_available
 
-from mteditflow.judge.small import build_model, build_tokenizer, save_processor
+from mteditflow.judge.small import CHAT_TEMPLATE, SPECIAL, build_model, build_tokenizer, save_processor
 from mteditflow.reward.vlm import DIRECT, RUBRIC, THINKING, Question
 from mteditflow.reward.vlm_local import LocalVlm
+
+
+def without_video(patch: pytest.MonkeyPatch) -> None:
+    """Qwen3-VL's processor has a part for videos, which torchvision alone can make and a judge of images never asks."""
+    if not is_torchvision_available():
+        patch.setattr(Qwen3VLProcessor, "get_attributes", classmethod(lambda cls: ["image_processor", "tokenizer"]))
 
 
 def small_tokenizer() -> Any:
@@ -22,8 +39,23 @@ def small_tokenizer() -> Any:
     return build_tokenizer([*(f" {word}" for word in words), "<Turn", "</Turn", "Score>"])
 
 
+def small_processor(patch_size: int, num_pixels: tuple[int, int]) -> Any:
+    """Qwen3-VL's processor over the small tokenizer; pictures are resized to a number of pixels between two."""
+    process = Qwen2VLImageProcessor if is_torchvision_available() else Qwen2VLImageProcessorPil
+    size = {"shortest_edge": num_pixels[0], "longest_edge": num_pixels[1]}
+    images = process(patch_size=patch_size, merge_size=2, temporal_patch_size=2, size=size)
+    videos = Qwen3VLVideoProcessor() if is_torchvision_available() else None
+    return Qwen3VLProcessor(images, small_tokenizer(), videos, chat_template=CHAT_TEMPLATE)
+
+
+def token_ids(tokenizer: Any) -> dict[str, int]:
+    """The special tokens, as Qwen3VLConfig wants them."""
+    names = {"image": "<|image_pad|>", "video": "<|video_pad|>", "vision_start": SPECIAL[2], "vision_end": SPECIAL[3]}
+    return {f"{name}_token_id": tokenizer.convert_tokens_to_ids(token) for name, token in names.items()}
+
+
 def save_vlm(folder: Path) -> None:
-    """A Qwen3-VL of about 60 thousand parameters; an image of 16 x 16 pixels has 4 tokens."""
+    """A Qwen3-VL of about 60 thousand parameters; an image of 32 x 32 pixels has 16 tokens."""
     tokenizer = small_tokenizer()
     text = {
         "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -37,7 +69,7 @@ def save_vlm(folder: Path) -> None:
     model = build_model(tokenizer, text, vision, seed=0)
     for weight in model.parameters():  # far enough apart for the answers to differ from one another
         weight.data.mul_(4) if weight.ndim > 1 else None
-    save_processor(folder, tokenizer, patch_size=4, picture_size=16)
+    save_processor(folder, tokenizer, patch_size=4, num_pixels=(64, 4096))
     model.save_pretrained(folder)
 
 

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from mteditflow_kernels import (
     STD,
+    attend_cache,
     counter_normal,
     grpo_loss,
     nft_loss,
@@ -405,6 +406,58 @@ def test_norm_rope_is_registered() -> None:
     for op in (compiled, checkpointed):
         for own, other in zip(turn(norm_rope, parts, heads), turn(op, parts, heads), strict=True):
             assert torch.equal(own, other)
+
+
+def _exact_dot(
+    builder: Any, a: Any, b: Any, d: Any, *options: Any, known: Callable = InterpreterBuilder.create_dot
+) -> Any:
+    """Multiply bfloat16 as the hardware does: to the interpreter they are 16-bit integers."""
+    a, b = (
+        TensorHandle(torch.from_numpy(x.data.view("int16")).view(torch.bfloat16).float().numpy(), tl.float32)
+        if x.dtype.scalar == tl.bfloat16 else x
+        for x in (a, b)
+    )  # fmt: skip
+    return known(builder, a, b, d, *options)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "sizes"), zip(DTYPES, [(8, 2, 32, 530), (4, 2, 128, 300), (3, 3, 16, 64)], strict=True)
+)
+def test_attention_to_a_cache(dtype: torch.dtype, sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the first and the last place, and at the ends of a part; what lies behind a row's place is never read."""
+    if "TRITON_INTERPRET" in os.environ:
+        monkeypatch.setattr(InterpreterBuilder, "create_dot", _exact_dot)
+    heads, num, size, length = sizes
+    places = torch.tensor([0, length - 1, 255, 256, length // 2]).clamp(max=length - 1)
+    query, key, value = (draw(i, 5, n, size, dtype=dtype) for i, n in enumerate((heads, num, num)))
+    weights = (draw(3, size, dtype=dtype), draw(4, size, dtype=dtype))
+    angle = draw(5, 5, size // 2).repeat(1, 2)
+    angles = (angle.cos().to(dtype), angle.sin().to(dtype))
+    wider = [draw(6 + i, 6, num, length + 64, size, dtype=dtype) for i in range(2)]
+    caches = [part[:5, :, :length] for part in wider]
+    is_read = (torch.arange(length) < places[:, None])[:, None, :, None]
+    exact, eager = (
+        attend(query.to(kind), key.to(kind), value.to(kind), *(c.to(kind) * is_read for c in caches), places,
+               tuple(w.to(kind) for w in weights), tuple(a.to(kind) for a in angles), 1e-6)
+        for attend, kind in ((reference.attend_cache, torch.float64), (reference.attend_cache, dtype))
+    )  # fmt: skip
+    kept = [torch.where(is_read, part, torch.nan) for part in caches]
+    for cache, known in zip(caches, kept, strict=True):
+        cache.copy_(known)
+    found = attend_cache(query, key, value, caches[0], caches[1], places, weights, angles, 1e-6)
+    assert_near(found, eager, exact, ROUNDING[dtype])
+    rows = torch.arange(5)
+    assert torch.equal(caches[1][rows, :, places], value)
+    expected = reference.norm_turn(key, weights[1], angles, 1e-6)
+    assert_near(caches[0][rows, :, places], expected, expected.double(), ROUNDING[dtype])
+    for cache, known in zip(caches, kept, strict=True):
+        cache[rows, :, places] = known[rows, :, places]
+        assert torch.equal(cache.nan_to_num(), known.nan_to_num())  # nothing else is written
+    alone = attend_cache(
+        query[1:2], key[1:2], value[1:2], caches[0][1:2], caches[1][1:2], places[1:2], weights,
+        (angles[0][1:2], angles[1][1:2]), 1e-6,
+    )  # fmt: skip
+    assert torch.equal(alone[0], found[1])
 
 
 @pytest.mark.skipif("TRITON_INTERPRET" not in os.environ, reason="its models are on the host")

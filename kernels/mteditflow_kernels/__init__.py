@@ -1,7 +1,16 @@
 """The ops of the trainer. `backend` chooses the implementation, nothing else does; `reference` defines each."""
 
 from mteditflow_kernels.backend import use_backend
-from mteditflow_kernels.ops import counter_normal, grpo_loss, nft_loss, norm_rope, quantise_rows, sde_log_prob, sde_step
+from mteditflow_kernels.ops import (
+    attend_cache,
+    counter_normal,
+    grpo_loss,
+    nft_loss,
+    norm_rope,
+    quantise_rows,
+    sde_log_prob,
+    sde_step,
+)
 from mteditflow_kernels.philox import counter_uniform, noise_keys, philox_4x32
 from mteditflow_kernels.reference import (
     C_V,
@@ -24,6 +33,7 @@ __all__ = [
     "LOG_PROB_SCALE",
     "NUM_COLUMNS",
     "STD",
+    "attend_cache",
     "counter_normal",
     "counter_uniform",
     "grpo_loss",

@@ -215,3 +215,30 @@ def norm_rope(parts: Sequence[RopePart], eps: float) -> Tensor:
     if not (is_triton(first) and is_fit):
         return reference.norm_rope(parts, eps)
     return registered.norm_rope(*map(list, zip(*parts, strict=True)), eps)
+
+
+def attend_cache(
+    query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, places: Tensor,
+    weights: tuple[Tensor, Tensor], angles: tuple[Tensor, Tensor], eps: float,
+) -> Tensor:  # fmt: skip
+    """Compute `reference.attend_cache`, not differentiable, by two launches where D is a power of two.
+
+    Raises ValueError for arguments that do not go together.
+    """
+    num_rows, num_heads, size = key.shape
+    if value.shape != key.shape or query.shape != (num_rows, query.shape[1], size) or query.shape[1] % num_heads:
+        raise ValueError(f"query is {tuple(query.shape)}, key {tuple(key.shape)}: must be (B, H, D) and (B, h, D)")
+    for name, cache in (("keys", keys), ("values", values)):
+        if cache.shape != (num_rows, num_heads, keys.shape[2], size) or cache.stride() != keys.stride():
+            raise ValueError(f"{name} are {tuple(cache.shape)}: must be (B, h, L, D), alike in memory, here "
+                             f"{(num_rows, num_heads, keys.shape[2], size)}")  # fmt: skip
+        if cache.stride(2) != size or cache.stride(3) != 1:
+            raise ValueError(f"{name} have strides {cache.stride()}: a head's places must be contiguous")
+    if places.shape != (num_rows,) or places.dtype != torch.int64:
+        raise ValueError(f"places are {places.dtype} {tuple(places.shape)}: must be int64 of shape ({num_rows},)")
+    if any(weight.shape != (size,) for weight in weights) or any(a.shape != (num_rows, size) for a in angles):
+        raise ValueError(f"weights must be ({size},) and angles {(num_rows, size)}")
+    if not (is_triton(query) and size >= 16 and size & (size - 1) == 0):
+        return reference.attend_cache(query, key, value, keys, values, places, weights, angles, eps)
+    query, key, value, *turn = (part.contiguous() for part in (query, key, value, *angles))
+    return triton("attend").attend_cache(query, key, value, keys, values, places, weights, (turn[0], turn[1]), eps)

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from mteditflow_kernels.philox import counter_normal
 
@@ -271,3 +272,36 @@ def norm_rope(parts: Sequence[RopePart], eps: float) -> Tensor:
         pair = torch.stack([even * cosine - odd * sine, odd * cosine + even * sine], dim=-1)
         turned.append(pair.flatten(-2).to(x.dtype))
     return torch.cat(turned, dim=1)
+
+
+def norm_turn(x: Tensor, weight: Tensor, angles: tuple[Tensor, Tensor], eps: float) -> Tensor:
+    """Normalise heads x (B, H, D) and turn them by angles cos, sin (B, D), whose second half repeats the first.
+
+    n = x rsqrt(mean_d x^2 + eps) weight        y = n cos + (-n_2, n_1) sin,  n_1 and n_2 the halves of n
+    """
+    value, cosine, sine = _upcast(x, *(angle.unsqueeze(1) for angle in angles))
+    normal = value * torch.rsqrt(value.pow(2).mean(-1, keepdim=True) + eps) * weight.to(value.dtype)
+    first, second = normal.chunk(2, -1)
+    return (normal * cosine + torch.cat([-second, first], -1) * sine).to(x.dtype)
+
+
+def attend_cache(
+    query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, places: Tensor,
+    weights: tuple[Tensor, Tensor], angles: tuple[Tensor, Tensor], eps: float,
+) -> Tensor:  # fmt: skip
+    """Attend from one new token a row to those before it and itself: (B, H, D). Key and value are written at `places`.
+
+    query (B, H, D), key and value (B, h, D) are as projected: queries and keys go through `norm_turn` here, with
+    `weights` (D,) of their own and the row's angles cos, sin (B, D).
+    keys and values (B, h, L, D) hold places 0 to places[b] - 1 of row b, places (B,) int64 below L. H / h queries share
+    a key.
+    """
+    rows = torch.arange(len(key), device=key.device)
+    keys[rows, :, places] = norm_turn(key, weights[1], angles, eps)
+    values[rows, :, places] = value
+    is_read = torch.arange(keys.shape[2], device=key.device) <= places[:, None]  # (B, L)
+    grouped = norm_turn(query, weights[0], angles, eps).unflatten(
+        1, (key.shape[1], -1)
+    )  # (B, h, H / h, D): as if in time
+    found = scaled_dot_product_attention(grouped, keys, values, attn_mask=is_read[:, None, None])
+    return found.flatten(1, 2)

@@ -15,21 +15,23 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from mteditflow_kernels import triton_grpo, triton_nft, triton_rope, triton_rows, triton_sde
+from mteditflow_kernels import triton_attend, triton_grpo, triton_nft, triton_rope, triton_rows, triton_sde
 from mteditflow_kernels.triton_common import BLOCK, OPTIONS
 
 ROWS, BLOCKS = 16, 256
 NUM_HEADS, HEAD = 24, 128  # of FLUX.1 and Qwen-Image
 SCALARS = {
-    "i32": ("step", "num_elements", "num_blocks", "num_rows", "kl_column", "num_columns", "num_tokens"),
-    "fp32": ("clip_range", "kl_beta", "beta", "max_advantage", "eps"),
-    "*i64": ("steps", "keys"),
+    "i32": ("step", "num_elements", "num_blocks", "num_rows", "kl_column", "num_columns", "num_tokens", "num_splits"),
+    "fp32": ("clip_range", "kl_beta", "beta", "max_advantage", "eps", "softmax_scale"),
+    "*i64": ("steps", "keys", "places"),
     "*i32": ("tickets",),
     "*fp8e4nv": ("quantised",),
 }
 LATENTS = ("velocity", "latents", "next_latents", "ref_velocity", "old_velocity", "clean", "noise", "grad_velocity")
 IN_BLOCKS = ("x", "grad", "turned", "grad_x", "weight_of_norm")  # bfloat16 too, of the transformer's blocks
-STRIDES = ("x_batch", "x_token", "out_batch", "grad_batch", "grad_token", "grad_head")
+IN_CACHE = ("query", "key", "value", "cached_keys", "cached_values", "query_weight", "key_weight", "cosine", "sine",
+            "attended")  # fmt: skip
+STRIDES = ("cache_row", "cache_head", "x_batch", "x_token", "out_batch", "grad_batch", "grad_token", "grad_head")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,10 +90,20 @@ BLOCK_VARIANTS = {  # what runs inside the transformer's blocks, on heads and ro
     "norm and rope": _variant(triton_rope._norm_rope_kernel),
     "norm and rope, backward": _variant(triton_rope._norm_rope_backward_kernel),
 }
+CACHE_VARIANTS = {  # of a judge's answer: Qwen3-VL-8B's heads, 2,048 places
+    "attention to a cache": Variant(
+        kernel=triton_attend._attend_kernel,
+        constants={"NUM_HEADS": 8, "GROUP": 4, "HEADS": 16, "HEAD": 128, "SPLIT": triton_attend.SPLIT,
+                   "PLACES": triton_attend.PLACES},
+    ),
+    "attention to a cache, merged": Variant(
+        kernel=triton_attend._merge_kernel, constants={"GROUP": 4, "SPLITS": 8, "HEAD": 128}
+    ),
+}  # fmt: skip
 
 
 def _type(name: str) -> str:
-    if name in (*LATENTS, *IN_BLOCKS):
+    if name in (*LATENTS, *IN_BLOCKS, *IN_CACHE):
         return "*bf16"
     if name in STRIDES:
         return "i32"

@@ -33,7 +33,7 @@ from mteditflow.reward.vlm import DIRECT, RUBRIC, THINKING
 from mteditflow.reward.vlm_local import LocalVlm
 from mteditflow.world.edits import vocabulary
 from mteditflow.world.render import atlas
-from mteditflow.world.scenes import BACKGROUNDS
+from mteditflow.world.scenes import BACKGROUNDS, IMAGE
 from mteditflow.world.verify import Reading, read
 
 TEXT = {
@@ -196,7 +196,7 @@ def save(vlm: Any, tokenizer: Any, folder: Path) -> None:
     small = build_model(tokenizer, TEXT, VISION, 0)
     small.load_state_dict(vlm.state_dict())
     small.to(torch.bfloat16).save_pretrained(folder)
-    save_processor(folder, tokenizer, VISION["patch_size"], 64)
+    save_processor(folder, tokenizer, VISION["patch_size"], (IMAGE**2, IMAGE**2))
 
 
 def pretrain(args: Namespace) -> None:

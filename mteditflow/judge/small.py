@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForCondi
 
 START, END, VISION_START, VISION_END = "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"
 IMAGE, VIDEO, PAD = "<|image_pad|>", "<|video_pad|>", "<|endoftext|>"
+SPECIAL = (START, END, VISION_START, VISION_END, IMAGE, VIDEO)
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{% for part in message.content %}"
     "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}"
@@ -30,23 +31,22 @@ def build_tokenizer(texts: Sequence[str]) -> Any:
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)  # pyright: ignore
     tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
-    special = [START, END, VISION_START, VISION_END, IMAGE, VIDEO]
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=END, pad_token=PAD, additional_special_tokens=special
+        tokenizer_object=tokenizer, eos_token=END, pad_token=PAD, additional_special_tokens=list(SPECIAL)
     )
     fast.chat_template = CHAT_TEMPLATE
     fast.add_tokens([AddedToken(text, normalized=False) for text in texts])
     return fast
 
 
-def save_processor(folder: Path, tokenizer: Any, patch_size: int, picture_size: int) -> None:
-    """Write the processor of square pictures of that size; others are resized to as many pixels.
+def save_processor(folder: Path, tokenizer: Any, patch_size: int, num_pixels: tuple[int, int]) -> None:
+    """Write the processor, which resizes pictures to a number of pixels between two.
 
     The files are written one by one, as in Qwen's own repository, and not by Qwen3VLProcessor: that wants a processor
     of videos, which torchvision alone can make. So the folder is the same with torchvision and without, and loads.
     """
-    pixels, sizes = picture_size**2, {"patch_size": patch_size, "merge_size": 2, "temporal_patch_size": 2}
-    size = {"shortest_edge": pixels, "longest_edge": pixels}
+    sizes = {"patch_size": patch_size, "merge_size": 2, "temporal_patch_size": 2}
+    size = {"shortest_edge": num_pixels[0], "longest_edge": num_pixels[1]}
     norm = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     files = {
         "preprocessor_config.json": {

@@ -159,7 +159,8 @@ def _judge_seconds(config: Config, judge_gib: float, gpu: Gpu, end: int) -> floa
     if reward.judge != "vlm" or reward.url:
         return None
     trajectories = config.rollout.num_tasks * config.rollout.group_size
-    rows = min(reward.num_parallel, math.ceil(trajectories / config.run.num_gpus))
+    wave = config.rollout.wave_size or config.rollout.group_size
+    rows = min(reward.num_parallel, wave, math.ceil(trajectories / config.run.num_gpus))
     tokens = QUESTION_TOKENS + IMAGE_TOKENS * (turns + 1)
     question = judge_gib * GIB * tokens / (gpu.shares.eager[end] * gpu.bf16 * TERA)  # 2 a weight, of 2 bytes
     num_tokens = SCORE_TOKENS * turns + (THOUGHT_TOKENS[end] if reward.readout == "thinking" else 0)

@@ -100,6 +100,15 @@ def read_answer(text: str, num_turns: int) -> list[int] | None:
     return [score for _, score in sorted(found)]
 
 
+def closed_at(text: str, num_turns: int) -> int | None:
+    """Where the tags of all turns have been closed, after the thought; None: not yet."""
+    start = text.rfind("</Thought>") + 1
+    tags = [f"</Turn{turn}Score>" for turn in range(1, num_turns + 1)]
+    if "<Thought>" in text[start:] or any(tag not in text[start:] for tag in tags):
+        return None
+    return max(text.index(tag, start) + len(tag) for tag in tags)
+
+
 def answer_of(text: str, num_turns: int) -> Answer:
     """The answer that a text is."""
     grades = read_answer(text, num_turns)
@@ -136,7 +145,8 @@ class VlmJudge:
         is_finite = rollout.pictures.isfinite().flatten(2).all(2).all(0).cpu()  # (N,)
         answers = [Answer(text="", grades=None, fault="not_finite")] * num_rows
         rows = is_finite.nonzero()[:, 0].tolist()  # those that still need scores
-        for attempt in range(self.config.num_retries + 1):
+        is_repeated = self.config.readout == "expected" and not self.is_remote  # the same every time
+        for attempt in range(1 if is_repeated else self.config.num_retries + 1):
             if not rows:
                 break
             for row, answer in zip(rows, self.ask(self._questions(rollout, rows, attempt)), strict=True):
