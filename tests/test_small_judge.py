@@ -37,7 +37,7 @@ from mteditflow.world.scenes import BACKGROUNDS
 from mteditflow.world.verify import grade, read
 
 CPU = torch.device("cpu")
-MARGIN, MIN_RANK = 1.0, 0.5  # points between done and failed turns, and Spearman's correlation
+MARGIN, MIN_RANK = 0.3, 0.15  # points between done and failed turns, and Spearman's correlation
 
 
 def composed(num: int, num_turns: int) -> list[Judged]:

@@ -92,7 +92,8 @@ def ask_about(ask: Ask, sessions: Sequence[Judged], readout: str) -> tuple[Tenso
         questions.append(Question(images=tuple(session.pictures), instructions=instructions, readout=readout, key=key))
     answers = ask(questions)
     num_turns = len(sessions[0].edits)
-    return torch.tensor([answer.grades or [torch.nan] * num_turns for answer in answers]), answers
+    scores = [[float(grade) for grade in answer.grades or [torch.nan] * num_turns] for answer in answers]
+    return torch.tensor(scores), answers
 
 
 def measure(ask: Ask, sessions: dict[str, list[Judged]], readout: str) -> dict[str, Agreement]:
