@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from rollouts import rollout_of
-from tiny_judge import COLOUR_SCORES, colour_question, plain, save_vlm, small_tokenizer, teach, without_video
+from tiny_judge import COLOUR_SCORES, colour_question, plain, save_vlm, small_tokenizer, teach
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -197,18 +197,16 @@ def test_sampling_has_the_distribution_of_softmax() -> None:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Qwen3-VL that was taught to tell red from blue."""
     path = tmp_path_factory.mktemp("vlm")
-    with pytest.MonkeyPatch.context() as patch:
-        without_video(patch)
-        save_vlm(path)
-        vlm = LocalVlm(RewardConfig(judge="vlm", vlm=str(path), temperature=0, num_retries=0), CPU)
-        teach(vlm)
-        generation = vlm.model.generation_config
-        generation.do_sample, generation.temperature = True, 0.7
-        vlm.model.save_pretrained(path)
-        yield path
+    save_vlm(path)
+    vlm = LocalVlm(RewardConfig(judge="vlm", vlm=str(path), temperature=0, num_retries=0), CPU)
+    teach(vlm)
+    generation = vlm.model.generation_config
+    generation.do_sample, generation.temperature = True, 0.7
+    vlm.model.save_pretrained(path)
+    return path
 
 
 def local_config(folder: Path, **values: object) -> RewardConfig:

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import (
@@ -16,25 +15,16 @@ from transformers import (
     Dinov2Model,
     DINOv3ViTConfig,
     DINOv3ViTModel,
-    PreTrainedTokenizerFast,
     Qwen2VLImageProcessor,
-    Qwen3VLConfig,
-    Qwen3VLForConditionalGeneration,
     Qwen3VLProcessor,
     Qwen3VLVideoProcessor,
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils.import_utils import is_torchvision_available
 
+from mteditflow.judge.small import CHAT_TEMPLATE, SPECIAL, build_model, build_tokenizer, save_processor
 from mteditflow.reward.vlm import DIRECT, RUBRIC, THINKING, Question
 from mteditflow.reward.vlm_local import LocalVlm
-
-SPECIAL = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{% for part in message.content %}"
-    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}"
-    "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
 
 def without_video(patch: pytest.MonkeyPatch) -> None:
@@ -45,19 +35,8 @@ def without_video(patch: pytest.MonkeyPatch) -> None:
 
 def small_tokenizer() -> Any:
     """A token for each long word of the question, one per byte for the rest, and Qwen's special ones."""
-    vocabulary = {token: i for i, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
     words = sorted({word for word in f"{RUBRIC} {THINKING} {DIRECT}".split() if len(word) > 2 and "<" not in word})
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        additional_special_tokens=list(SPECIAL),
-    )
-    fast.add_tokens([*(f" {word}" for word in words), "<Turn", "</Turn", "Score>"])
-    return fast
+    return build_tokenizer([*(f" {word}" for word in words), "<Turn", "</Turn", "Score>"])
 
 
 def small_processor(patch_size: int, num_pixels: tuple[int, int]) -> Any:
@@ -77,29 +56,20 @@ def token_ids(tokenizer: Any) -> dict[str, Any]:
 
 def save_vlm(folder: Path) -> None:
     """A Qwen3-VL of about 60 thousand parameters; an image of 32 x 32 pixels has 16 tokens."""
-    processor = small_processor(4, (64, 4096))
-    processor.save_pretrained(folder)
-    tokenizer = processor.tokenizer
-    config: Any = Qwen3VLConfig(
-        text_config={
-            "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-            "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
-            "rope_parameters": {"rope_type": "default", "mrope_section": [4, 2, 2], "rope_theta": 10000.0},
-        },
-        vision_config={
-            "depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "patch_size": 4,
-            "out_hidden_size": 32, "num_position_embeddings": 64, "deepstack_visual_indexes": [0],
-        },
-        **token_ids(tokenizer),
-    )  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = Qwen3VLForConditionalGeneration(config)
-        for weight in model.parameters():  # far enough apart for the answers to differ from one another
-            weight.data.mul_(4) if weight.ndim > 1 else None
-    generation = model.generation_config
-    generation.eos_token_id, generation.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
-    generation.do_sample, generation.top_k, generation.temperature = True, 20, 0.7  # as in Qwen's own file
+    tokenizer = small_tokenizer()
+    text = {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "head_dim": 16,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [4, 2, 2], "rope_theta": 10000.0},
+    }  # fmt: skip
+    vision = {
+        "depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "patch_size": 4,
+        "num_position_embeddings": 64, "deepstack_visual_indexes": [0],
+    }  # fmt: skip
+    model = build_model(tokenizer, text, vision, seed=0)
+    for weight in model.parameters():  # far enough apart for the answers to differ from one another
+        weight.data.mul_(4) if weight.ndim > 1 else None
+    save_processor(folder, tokenizer, patch_size=4, num_pixels=(64, 4096))
     model.save_pretrained(folder)
 
 

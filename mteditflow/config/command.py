@@ -268,9 +268,33 @@ def pretrain(argv: Sequence[str]) -> int:
     return 0
 
 
+@_fails_in_one_line
+def pretrain_judge(argv: Sequence[str]) -> int:
+    """Make the embedded world's small VLM judge from nothing, or measure how far any judge agrees with the truth."""
+    parser = _parser("pretrain-judge", pretrain_judge)
+    add = parser.add_argument
+    add("--output", type=Path, default=Path("runs/judge"), metavar="FOLDER", help="where the judge and its states go")
+    add("--seed", type=int, default=0, help="of everything that is drawn")
+    add("--num_rollouts", type=int, default=1200, help="sessions of the embedded editor to learn from, of 5 turns")
+    add("--num_composed", type=int, default=4000, help="sessions put together to learn from, of 5 turns")
+    add("--look_batches", type=int, default=300, help="batches in which the vision part learns to read pictures")
+    add("--batches", type=int, default=2500, help="batches of sessions")
+    add("--batch_size", type=int, default=16, help="sessions in one of them; of pictures to read four times as many")
+    add("--learning_rate", type=float, default=1.5e-3, help="the highest")
+    add("--save_every", type=int, default=250, help="batches between states to go on from")
+    add("--num_sessions", type=int, default=256, help="held-out sessions of 3 turns to measure on")
+    measure = "make none, but measure this one: a reward.vlm in this process, such as small"
+    add("--measure", type=str, metavar="JUDGE", help=measure)
+    values = cli.parse(parser, argv)
+    from mteditflow.judge.pretrain import measure_judge, pretrain
+
+    measure_judge(values.measure, values.num_sessions) if values.measure else pretrain(values)
+    return 0
+
+
 COMMANDS: Mapping[str, Command] = {
     "train": train, "evaluate": evaluate, "export": export, "study": study, "profile": profile, "data": data,
-    "judge": judge, "report": report, "pretrain": pretrain,
+    "judge": judge, "report": report, "pretrain": pretrain, "pretrain-judge": pretrain_judge,
 }  # fmt: skip
 
 

@@ -3,13 +3,15 @@
 import math
 import re
 from dataclasses import dataclass
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
 from mteditflow.config.ranges import Count, Range, Share, Weight, check_ranges, require
 
 EDIVAL_DINO = "facebook/dinov3-vitb16-pretrain-lvd1689m"
+SMALL = "small"
+SMALL_FOLDER = Path(__file__).parent.parent / "judge" / "small"
 _MODEL = re.compile(r"model:(?P<path>.+?)(=(?P<weight>[^=]+))?")
 _ALSO = re.compile(r"(?P<module>[\w.]+):(?P<function>[A-Za-z_]\w*)(:(?P<path>.+?))?(=(?P<weight>[^=]+))?")
 TAKEN = re.compile(
@@ -93,7 +95,8 @@ class RewardConfig:
     failure_rate: Share = 0.0
     """Share of trajectories that a simulated judge gives no scores."""
     vlm: str = "Qwen/Qwen3-VL-8B-Instruct"
-    """VLM judge: hub name or folder (paper: Qwen3-VL-8B-Instruct), or the name under which the server at url has it."""
+    """VLM judge: hub name or folder (paper: Qwen3-VL-8B-Instruct), the name under which the server at url has it, or
+    'small', which ships with the package and knows the embedded world alone."""
     url: str = ""
     """VLM judge: OpenAI-compatible endpoint that serves it, such as http://host:8000/v1; empty: loaded in this
     process."""
@@ -148,6 +151,11 @@ class RewardConfig:
         require(is_sampled, "reward.num_retries", self.num_retries, remedy)
         names = [also.name for also in self.also_rewards]
         require(len(names) == len(set(names)), "reward.also", self.also, "two rewards have one name: rename one")
+
+    @property
+    def vlm_path(self) -> str:
+        """Folder or hub name of the VLM."""
+        return str(SMALL_FOLDER) if self.vlm == SMALL else self.vlm
 
     @property
     def consistency_measure(self) -> str:

@@ -76,7 +76,7 @@ def dependencies(policy: Policy, tasks: list[EditTask], config: Config) -> dict[
         reward, measure = config.reward, config.reward.consistency_measure
         if reward.url:
             return None
-        contents["judge"] = content_of(reward.vlm)
+        contents["judge"] = content_of(reward.vlm_path)
         if measure != "none":
             contents["consistency"] = content_of(measure)
         if reward.rubric:

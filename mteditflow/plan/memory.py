@@ -250,7 +250,7 @@ def _judge(config: Config) -> float:
     reward = config.reward
     if reward.judge != "vlm" or reward.url:
         return 0.0
-    folder = folder_of(reward.vlm, "reward.vlm")
+    folder = folder_of(reward.vlm_path, "reward.vlm")
     if folder is None:
         if reward.vlm not in JUDGES:
             raise ValueError(f"reward.vlm is {reward.vlm!r}: no folder, and its size is not known; give a folder")

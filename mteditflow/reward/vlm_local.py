@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, LogitsProcessorList
+from transformers.processing_utils import ProcessorMixin
+from transformers.utils.import_utils import is_torchvision_available
 from transformers.utils.logging import disable_progress_bar
 
 from mteditflow.config.errors import first_line
@@ -82,7 +84,7 @@ class LocalVlm:
         """
         self.config, self.device = config, device
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        self.processor, self.model = loaded or _load(config.vlm, self.dtype)
+        self.processor, self.model = loaded or _load(config, self.dtype)
         self.processor.tokenizer.padding_side = "left"
         self.model.requires_grad_(False).eval().to(device)
         defaults = self.model.generation_config
@@ -125,7 +127,7 @@ class LocalVlm:
 
     def _texts(self, questions: Sequence[Question]) -> list[str]:
         template: Callable[..., str] = self.processor.apply_chat_template
-        return [template(_messages(question), tokenize=False, add_generation_prompt=True) for question in questions]
+        return [template(messages(question), tokenize=False, add_generation_prompt=True) for question in questions]
 
     def _prompts(self, questions: Sequence[Question]) -> list[Prompt]:
         assert self._encode
@@ -227,7 +229,8 @@ def _neighbours(prompts: Sequence[Prompt]) -> list[int]:
     return sorted(range(len(heads)), key=lambda row: heads.index(heads[row]))
 
 
-def _messages(question: Question) -> list[dict[str, Any]]:
+def messages(question: Question) -> list[dict[str, Any]]:
+    """Make the chat that a question is, for a processor's template."""
     content = [
         {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in question.parts
     ]
@@ -237,10 +240,20 @@ def _messages(question: Question) -> list[dict[str, Any]]:
     ]
 
 
-def _load(path: str, dtype: torch.dtype) -> tuple[Any, Any]:
+_parts = ProcessorMixin.get_attributes.__func__
+
+
+def _parts_but_videos(cls: type) -> list[str]:
+    """Name the parts of a processor without the one for videos, which wants torchvision and which no judge needs."""
+    return [name for name in _parts(cls) if name != "video_processor"]
+
+
+def _load(config: RewardConfig, dtype: torch.dtype) -> tuple[Any, Any]:
     """Processor and model of a folder or a hub name."""
-    name = f"reward.vlm {path!r}"
+    name, path = f"reward.vlm {config.vlm!r}", config.vlm_path
     disable_progress_bar()  # the run has its own
+    if not is_torchvision_available():
+        ProcessorMixin.get_attributes = classmethod(_parts_but_videos)  # pyright: ignore[reportAttributeAccessIssue]
     try:
         processor: Any = AutoProcessor.from_pretrained(path, trust_remote_code=False)  # nor asked about on the terminal
         model: Any = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, trust_remote_code=False)

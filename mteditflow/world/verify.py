@@ -103,7 +103,7 @@ def _is_kind(content: Item | str | None, kind: str) -> TypeGuard[Item]:
     return isinstance(content, Item) and content.kind == kind
 
 
-def _differences(before: Item | str | None, after: Item | str | None) -> int:
+def differences(before: Item | str | None, after: Item | str | None) -> int:
     """Count how far a content has changed: 0 not, 1 to 4 attributes of the same object, 4 another or lost object."""
     if before in (after, "damaged"):
         return 0
@@ -125,7 +125,7 @@ def _outcome(edit: Edit, before: Reading, after: Reading) -> tuple[str, int, set
             return ("done" if after.background == edit.after.background else "tried" if changed else "no"), 0, set()
         case "subject_add" | "subject_replace":
             if wanted and _is_kind(seen, wanted.kind):
-                return ("partly" if _differences(seen, wanted) else "done"), 0, {edit.place}
+                return ("partly" if differences(seen, wanted) else "done"), 0, {edit.place}
             return ("no" if seen in (before.cells[edit.place], None) else "tried"), 0, {edit.place}
         case "subject_remove":
             is_gone = after.find(edit.kind) is None
@@ -133,7 +133,7 @@ def _outcome(edit: Edit, before: Reading, after: Reading) -> tuple[str, int, set
         case "position_change":
             if _is_kind(seen, edit.kind):
                 has_left = at == edit.place or after.cells[at] is None
-                damage = _differences(wanted if place is None else was, seen)
+                damage = differences(wanted if place is None else was, seen)
                 return ("done" if has_left else "partly"), damage, {edit.place, at}
             return ("tried" if after.find(edit.kind) not in (place, None) else "no"), 0, {edit.place, at}
     seen = after.cells[at]  # an attribute of the object where it is seen
@@ -141,9 +141,16 @@ def _outcome(edit: Edit, before: Reading, after: Reading) -> tuple[str, int, set
         return "no", 0, {at}
     name = ATTRIBUTE_OF[edit.edit_type]
     is_changed = isinstance(was, Item) and getattr(was, name) != getattr(seen, name)
-    damage = _differences(was, seen) - is_changed if _is_kind(was, edit.kind) else 0
+    damage = differences(was, seen) - is_changed if _is_kind(was, edit.kind) else 0
     is_right = getattr(seen, name) == getattr(wanted, name)
     return ("done" if is_right else "tried" if is_changed else "no"), damage, {at}
+
+
+def find_outcome(edit: Edit, before: Reading, after: Reading) -> tuple[str, int]:
+    """Find how far the edit was carried out ('done', 'partly', 'tried', 'no'), and the attributes lost, 4 an object."""
+    outcome, damage, places = _outcome(edit, before, after)
+    damage += sum(differences(before.cells[p], after.cells[p]) for p in range(4) if p not in places)
+    return outcome, damage + 4 * (edit.edit_type != "background_change" and before.background != after.background)
 
 
 def grade(edits: list[Edit], before: list[Reading], after: list[Reading]) -> list[int]:
@@ -153,14 +160,8 @@ def grade(edits: list[Edit], before: list[Reading], after: list[Reading]) -> lis
     kind of object with a wrong attribute; 2 tried, but wrong; 1 ignored, or the rest destroyed. What was damaged before
     cannot be lost again.
     """
-    scores = []
-    for edit, seen_before, seen_after in zip(edits, before, after, strict=True):
-        outcome, damage, places = _outcome(edit, seen_before, seen_after)
-        others = [p for p in range(4) if p not in places]
-        damage += sum(_differences(seen_before.cells[p], seen_after.cells[p]) for p in others)
-        damage += 4 * (edit.edit_type != "background_change" and seen_before.background != seen_after.background)
-        scores.append(5 - sum(damage > most for most in MOST_DAMAGE[outcome]))
-    return scores
+    found = [find_outcome(*turn) for turn in zip(edits, before, after, strict=True)]
+    return [5 - sum(damage > most for most in MOST_DAMAGE[outcome]) for outcome, damage in found]
 
 
 def consistency(session: Session, turn: int, source: Tensor, picture: Tensor) -> float:
