@@ -42,7 +42,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def seconds_of(part: str, config: pytest.Config) -> float:
     """What a part may take on a GPU."""
-    return SECONDS[part] * config.getoption("--seconds") / sum(SECONDS.values())
+    return SECONDS[part] * float(config.getoption("--seconds") or 0) / sum(SECONDS.values())
 
 
 def missing_packages() -> list[str]:

@@ -35,7 +35,7 @@ def build_tokenizer(texts: Sequence[str]) -> Any:
         tokenizer_object=tokenizer, eos_token=END, pad_token=PAD, additional_special_tokens=list(SPECIAL)
     )
     fast.chat_template = CHAT_TEMPLATE
-    fast.add_tokens([AddedToken(text, normalized=False) for text in texts])
+    fast.add_tokens([AddedToken(text, normalized=False) for text in texts])  # pyright: ignore[reportArgumentType]
     return fast
 
 
