@@ -49,12 +49,12 @@ EVALUATION = NoiseSource(seed=20_606, step=2**31)
 
 
 def row_keys(
-    task_ids: Sequence[int], members: Tensor, source: NoiseSource, *, turn: int, place: Place, number: int = 0
+    task_ids: Sequence[int] | Tensor, members: Tensor, source: NoiseSource, *, turn: int, place: Place, number: int = 0
 ) -> Tensor:
     """Noise keys (N, 5) int64 of trajectories, each the member (N,) of its task's group, at the `number`-th draw of a
     place.
     """
     return noise_keys(
-        seed=source.seed, step=source.step, task=torch.tensor(task_ids), trajectory=members, turn=turn,
+        seed=source.seed, step=source.step, task=torch.as_tensor(task_ids), trajectory=members, turn=turn,
         denoising_step=place.at(number),
     )  # fmt: skip

@@ -100,7 +100,7 @@ class Sampler:
         """Roll out the trajectories `rows` (W,), with the adapter that is selected."""
         policy, config, schedule = self.policy, self.config, self.schedule
         group, member = self.group[rows], self.member[rows]
-        ids = [self.tasks[g].id for g in group.tolist()]
+        ids = torch.tensor([task.id for task in self.tasks])[group]
         on_device = group.to(policy.device)
         image, image_latents, turns = torch.zeros(0), self.source_latents[on_device], list[Turn]()
         for turn in traced("turn", range(self.num_turns)):

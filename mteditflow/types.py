@@ -85,8 +85,8 @@ class Rollout:
 
     def keys(self, *, turn: int, place: Place, number: int = 0) -> Tensor:
         """Noise keys (N, 5) of the trajectories, at a draw of a place within a turn."""
-        task_ids = [self.tasks[g].id for g in self.group.tolist()]
-        return row_keys(task_ids, self.member, self.noise, turn=turn, place=place, number=number)
+        task_ids = torch.tensor([task.id for task in self.tasks])
+        return row_keys(task_ids[self.group], self.member, self.noise, turn=turn, place=place, number=number)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -312,7 +312,7 @@ def _dispatch(name: str, commands: Mapping[str, Command], words: Sequence[str], 
     if not words or words[0] in ("-h", "--help"):
         print(f"usage: {_program(name)} COMMAND ...   (COMMAND --help says more)\n\n{title}\n")
         for word, command in commands.items():
-            print(f"  {word:<10}{_sentence(command)}")
+            print(f"  {word:<15}{_sentence(command)}")
         return 0
     if words[0] not in commands:
         fail(f"{words[0]} is no command: {suggest(words[0], list(commands))}")

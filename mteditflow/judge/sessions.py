@@ -15,13 +15,13 @@ from random import Random
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.pipelines.flux.pipeline_flux_kontext import FluxKontextPipeline
 from einops import rearrange
 from torch import Tensor
 
-from mteditflow.config.model import EMBEDDED_FOLDER
+from mteditflow.config import ModelConfig
 from mteditflow.flow import sigma_schedule
 from mteditflow.pictures import to_uint8
+from mteditflow.policy.pipelines import load_pipeline
 from mteditflow.world.edits import ATTRIBUTE_OF, Edit, Session, make_session
 from mteditflow.world.pretrain import TOKENS, Editor, decode, encode, tokenize
 from mteditflow.world.render import atlas, compose, render
@@ -59,7 +59,7 @@ class Judged:
 @torch.no_grad()
 def roll_out_editor(sessions: Sequence[Session], seed: int, chunk: int = 64) -> list[Judged]:
     """Let the embedded editor carry out sessions of one length, each turn on its own output, and grade the turns."""
-    pipeline = FluxKontextPipeline.from_pretrained(EMBEDDED_FOLDER)
+    pipeline = load_pipeline(ModelConfig())
     editor, judged = Editor(pipeline).eval(), []
     sigmas = sigma_schedule(NUM_STEPS, TOKENS).float()
     for start in range(0, len(sessions), chunk):
@@ -84,7 +84,7 @@ def make_cells(seed: int, chunk: int = 64) -> Tensor:
     """Put every object on every background, in every place, through the editor's autoencoder: cells as it shows them,
     (8 backgrounds, 4 places, M objects, 3, 32, 32) uint8. Neighbours are drawn at random.
     """
-    vae, generator = FluxKontextPipeline.from_pretrained(EMBEDDED_FOLDER).vae, torch.Generator().manual_seed(seed)
+    vae, generator = load_pipeline(ModelConfig()).vae, torch.Generator().manual_seed(seed)
     num_items = len(atlas().items)
     cells = torch.zeros(len(BACKGROUNDS), 4, num_items, 3, CELL, CELL, dtype=torch.uint8)
     for background in range(len(BACKGROUNDS)):
