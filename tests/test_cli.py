@@ -197,7 +197,7 @@ def test_help_of_the_command_lists_the_commands() -> None:
     text = run_help(["mteditflow", "--help"])
     for name, function in command.COMMANDS.items():
         assert re.search(rf"^  {name} +{re.escape((function.__doc__ or '').splitlines()[0])}$", text, re.MULTILINE)
-    assert list(command.COMMANDS) == [module.removeprefix("world.") for module in MODULES]
+    assert list(command.COMMANDS) == [*(module.removeprefix("world.") for module in MODULES), "pretrain-judge"]
     assert run_help(["mteditflow", "data", "generate", "--help"]).startswith("usage: mteditflow data generate ")
     assert run_help(["mteditflow", "--version"]).startswith("mteditflow")
 

@@ -101,6 +101,17 @@ def test_a_row_is_the_same_in_every_wave(
                 assert torch.equal(turn.condition.text[name], value)
 
 
+def test_the_autoencoder_takes_no_more_than_a_microbatch(
+    policy: Policy, tiny_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small pictures go through it sixteen at a time, of which a wave of two would fill fourteen with nothing."""
+    sizes, decode = set[int](), policy.editor.decode
+    monkeypatch.setattr(policy.editor, "decode", lambda rows: sizes.add(len(rows)) or decode(rows))
+    config = change(tiny_config, "rollout", microbatch_size=2, wave_size=2)
+    next(sample_waves(policy, build_objective(config), training_tasks(config, 0, ONE_RANK), config, 0))
+    assert sizes == {2}
+
+
 @pytest.mark.parametrize("is_remote", [False, True])
 @pytest.mark.parametrize("overlap", ["off", "on"])
 def test_scores_come_in_the_order_of_the_waves(overlap: Any, is_remote: bool) -> None:

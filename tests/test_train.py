@@ -387,11 +387,14 @@ def test_two_ranks_are_one_rank_to_rounding(arguments: Arguments, tmp_path: Path
     script = tmp_path / "run.py"
     script.write_text(RUN)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    done = subprocess.run(
-        [*launch, *arguments(tmp_path / "two", **own)], capture_output=True, text=True, timeout=PATIENCE
-    )
-    assert done.returncode == 0, done.stderr
-    assert "\r" not in done.stderr  # piped: no progress bar
+    in_one_wave = {"rollout__wave_size": 4, "reward__overlap": "off"}  # in place of two, scored beside each other
+    for name, more in (("two", {}), ("whole", in_one_wave)):
+        done = subprocess.run(
+            [*launch, *arguments(tmp_path / name, **own, **more)], capture_output=True, text=True, timeout=PATIENCE
+        )
+        assert done.returncode == 0, done.stderr
+        assert "\r" not in done.stderr  # piped: no progress bar
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "two")  # to the bit
     main(arguments(tmp_path / "one", **own))
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
     assert len(one) == len(two) == 2 and one[0].keys() == two[0].keys()
