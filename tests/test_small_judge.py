@@ -38,7 +38,7 @@ from mteditflow.world.scenes import BACKGROUNDS
 from mteditflow.world.verify import grade, read
 
 CPU = torch.device("cpu")
-MARGIN, MIN_RANK = 0.3, 0.15  # points between done and failed turns, and Spearman's correlation
+MARGIN, MIN_RANK = 2.0, 0.6  # points between done and failed turns, and Spearman's correlation
 
 
 def composed(num: int, num_turns: int) -> list[Judged]:

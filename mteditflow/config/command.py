@@ -278,7 +278,7 @@ def pretrain_judge(argv: Sequence[str]) -> int:
     add("--num_rollouts", type=int, default=1200, help="sessions of the embedded editor to learn from, of 5 turns")
     add("--num_composed", type=int, default=4000, help="sessions put together to learn from, of 5 turns")
     add("--look_batches", type=int, default=300, help="batches in which the vision part learns to read pictures")
-    add("--batches", type=int, default=2500, help="batches of sessions")
+    add("--batches", type=int, default=4500, help="batches of sessions")
     add("--batch_size", type=int, default=16, help="sessions in one of them; of pictures to read four times as many")
     add("--learning_rate", type=float, default=1.5e-3, help="the highest")
     add("--save_every", type=int, default=250, help="batches between states to go on from")
