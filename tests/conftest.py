@@ -10,6 +10,7 @@ from pathlib import Path
 import finished_runs
 import pytest
 import torch
+from judge_server import ask, server  # noqa: F401, fixtures
 
 from mteditflow.config import (
     Config,

@@ -2,11 +2,15 @@
 
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import pytest
+
 from mteditflow.config import RewardConfig
+from mteditflow.reward.vlm_server import API_KEY, RemoteVlm
 
 Raw = Callable[[BaseHTTPRequestHandler], None]  # writes its reply itself
 Reply = tuple[int, Any] | tuple[int, Any, dict[str, str]] | Raw  # status, body (JSON, or text as it is), headers
@@ -123,3 +127,37 @@ def flood(handler: BaseHTTPRequestHandler) -> None:
     handler.end_headers()
     while True:
         handler.wfile.write(b" " * 2**20)
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    monkeypatch.delenv(API_KEY, raising=False)
+    server = Server()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def ask(server: Server) -> Iterator[Callable[..., RemoteVlm]]:
+    """Makes judges at the server, and closes them."""
+    made: list[RemoteVlm] = []
+
+    def make(**values: Any) -> RemoteVlm:
+        made.append(RemoteVlm(replace(server.config, **values), backoff_s=0.001))
+        return made[-1]
+
+    yield make
+    for vlm in made:
+        vlm.close()
+
+
+def fails(call: Callable[[], object], message: str) -> str:
+    with pytest.raises(ValueError, match=message) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def nested(body: dict[str, Any], key: str) -> bool:
+    return key in json.dumps(body)
