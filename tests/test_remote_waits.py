@@ -64,6 +64,7 @@ def test_what_is_known_later_stops_the_run_too(server: Server, ask: Callable[...
     for status in (401, 404):
         server.reply = lambda number, _, status=status: (status, "gone")
         fails(lambda: vlm([QUESTION] * 30), f"answers {status}")
+    assert len(server.bodies) < 20
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])

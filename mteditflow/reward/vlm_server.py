@@ -78,10 +78,10 @@ class RemoteVlm:
 
     def __call__(self, questions: Sequence[Question]) -> list[Answer]:
         """One answer per question. ValueError, one line: the server or a setting, not a question, is at fault."""
-        futures: list[Future[Answer]] = []
+        futures, problems = list[Future[Answer]](), list[ValueError]()
         try:
             for question in questions:  # the first are on their way while the next are written
-                futures.append(self._start(self._answer(request(question, self.config), question)))
+                futures.append(self._start(self._answer(request(question, self.config), question, problems)))
             for future in as_completed(futures):
                 future.result()
             return [future.result() for future in futures]
@@ -179,13 +179,21 @@ class RemoteVlm:
         models = models if isinstance(models, list) else []
         return [str(model["id"]) for model in models if isinstance(model, dict) and "id" in model], ""
 
-    async def _answer(self, body: dict[str, Any], question: Question) -> Answer:
+    async def _answer(self, body: dict[str, Any], question: Question, problems: list[ValueError]) -> Answer:
+        """Ask, unless one of `problems`, of the same call, says that it is in vain: a place that a failed question
+        frees is taken before the caller hears of it.
+        """
         async with self._places:
+            if problems:
+                raise problems[0]
             try:
                 return await self._ask(body, question)
             except Fault as fault:
                 kind, text = fault.args
                 return Answer(text="", grades=None, fault=f"{kind}: {text}")
+            except ValueError as error:
+                problems.append(error)
+                raise
 
     async def _ask(self, body: dict[str, Any], question: Question) -> Answer:
         found = await self._complete(body)
