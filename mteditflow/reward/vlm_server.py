@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Coroutine, Sequence
-from concurrent.futures import Future, as_completed
+from concurrent.futures import CancelledError, Future, as_completed
 from typing import Any
 
 import httpx
@@ -72,12 +72,15 @@ class RemoteVlm:
         limits = httpx.Limits(max_connections=None)  # the semaphore's places bound them
         timeout = httpx.Timeout(None, connect=CONNECT_S)  # the rest is bounded as a whole
         self._client = httpx.AsyncClient(limits=limits, timeout=timeout, headers={"Accept-Encoding": "identity"})
+        self._lock, self._is_closed = threading.Lock(), False  # no work is handed to a loop that ends
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="judge", daemon=True)
         self._thread.start()
 
     def __call__(self, questions: Sequence[Question]) -> list[Answer]:
         """One answer per question. ValueError, one line: the server or a setting, not a question, is at fault."""
+        if self._is_closed:
+            raise RuntimeError("the judge is closed")
         futures, problems = list[Future[Answer]](), list[ValueError]()
         try:
             for question in questions:  # the first are on their way while the next are written
@@ -95,18 +98,21 @@ class RemoteVlm:
 
     def close(self) -> None:
         """Have what is on its way end soon; the calls that wait for it raise CancelledError."""
-        if self._loop.is_closed():
-            return
+        with self._lock:
+            if self._is_closed:
+                return
+            self._is_closed = True
         asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
 
     def _start(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
-        if self._loop.is_closed():
-            work.close()
-            raise RuntimeError("the judge is closed")
-        return asyncio.run_coroutine_threadsafe(work, self._loop)
+        with self._lock:
+            if self._is_closed:  # since the call began
+                work.close()
+                raise CancelledError("the judge is closed")
+            return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     async def _end(self) -> None:
         others = asyncio.all_tasks() - {asyncio.current_task()}
