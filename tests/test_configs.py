@@ -40,6 +40,8 @@ WITHOUT_USER = {
     "reward.green_sms": "goes with reward.overlap green, which a GPU and torch 2.12 decide",
     "reward.also": "a user's function: docs/judge.md",
     "evaluation.num_strips": "must be at most num_sessions: lower in a run with few",
+    "distributed.shard": "a base that does not fit one GPU: docs/scaling.md",
+    "distributed.timeout_s": "how long the slowest rank may work alone: docs/scaling.md",
     "run.backend": "names the implementation where auto is not wanted",
     "run.num_judged": "what is kept of a run to be looked at: more where pictures are small",
     "run.max_ratio_error": "above 0 where microbatches of rollout and update differ",

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
+from mteditflow.config.distributed import DistributedConfig
 from mteditflow.config.model import EMBEDDED, LoraConfig, ModelConfig
 from mteditflow.config.ranges import Count, CountOrNone, Range, Share, Weight, check_ranges, require
 from mteditflow.config.reward import RewardConfig
@@ -235,6 +236,7 @@ class Config:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:

@@ -33,8 +33,9 @@ MAY_CHANGE = {
     "run.num_iterations", "run.save_every", "run.folder", "run.max_ratio_error", "run.num_judged", "rollout.cuda_graph",
     "reward.rubric",
 }  # fmt: skip
-"""Fields that a resumed run may change, with all of `evaluation`; the others change the numbers that follow. A rubric's
-text is compared, by `keep_rubric`, instead of its path."""
+"""Fields that a resumed run may change, with all of the sections below; the others change the numbers that follow. A
+rubric's text is compared, by `keep_rubric`, instead of its path."""
+SECTIONS_MAY_CHANGE = ("evaluation.", "distributed.")
 RUBRIC = "rubric.txt"
 
 _REPLACED, _TEMPORARY, _DOOMED = ".replaced", ".saving-", ".deleting-"
@@ -129,7 +130,7 @@ def check_resume(saved: dict[str, Any], config: Config, path: Path) -> None:
     changed = [
         f"{name}: was {before.get(name)!r}, is {now.get(name)!r}"
         for name in dict.fromkeys([*now, *before])
-        if before.get(name) != now.get(name) and name not in may_change and not name.startswith("evaluation.")
+        if before.get(name) != now.get(name) and name not in may_change and not name.startswith(SECTIONS_MAY_CHANGE)
     ]
     if changed:
         raise ValueError(
