@@ -5,11 +5,9 @@ evaluation_before|after.json  comparison.json  lora/ (or weights/, of full fine-
 """
 
 import os
-import signal
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-from types import FrameType
 from typing import Self
 
 import torch
@@ -40,7 +38,7 @@ from mteditflow.policy import AdapterName, build_policy
 from mteditflow.policy.optimizer import build_optimizer
 from mteditflow.policy.pipelines import is_slow_in_bfloat16
 from mteditflow.profile.account import Account, step_seconds
-from mteditflow.record import alarms, checkpoint
+from mteditflow.record import alarms, checkpoint, ending
 from mteditflow.record.clock import phase
 from mteditflow.record.figures import METRICS
 from mteditflow.record.metrics import Reporter, reduce_mean
@@ -56,14 +54,14 @@ from mteditflow.types import EditTask, Rollout, Scores
 class Run:
     """Policy, optimizer, reward and folder of a run, from its newest checkpoint where there is one.
 
-    Only the main rank writes. On SIGTERM to any rank the iteration at work is finished and saved, and `is_stopping` is
-    set.
+    Only the main rank writes. However a run ends, it goes on after the last iteration that was finished; of full
+    fine-tuning, whose state is too large to be held twice, after the newest checkpoint.
     """
 
     def __init__(self, config: Config, objective: Objective, ranks: Ranks) -> None:
         self.config, self.objective, self.ranks = config, objective, ranks
         self.folder = Path(config.run.folder)
-        self.is_stopping, self._is_asked_to_stop = False, False
+        self._unsaved: tuple[int, checkpoint.State] | None = None  # iterations done, and a copy of the state after them
         self._warned: set[str] = set()
         self.drift: dict[str, float] = {}  # of a quantised base, in the metrics of the first iteration
         self._stack = ExitStack()
@@ -72,6 +70,7 @@ class Run:
         with ExitStack() as stack:  # what fails here lets go of the folder too
             self._start(stack)
             self._stack = stack.pop_all()
+        ending.begin(self._save_unsaved)
         return self
 
     def _start(self, stack: ExitStack) -> None:
@@ -83,9 +82,8 @@ class Run:
         stack.enter_context(self.judge)
         if self.ranks.is_main:
             stack.enter_context(checkpoint.lock(self.folder))
-        stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, self._on_sigterm))
         with_choice, compile_line = choose_compile(config, self.ranks.device.type)
-        saved = checkpoint.load_latest(self.folder, config, lambda line: print(line, file=sys.stderr))
+        saved = checkpoint.load_latest(self.folder, config, self._say_first)
         if self.ranks.is_main:
             rubric = read_rubric(config.reward.rubric) if config.reward.rubric else ""
             checkpoint.keep_rubric(self.folder, rubric, is_resumed=saved is not None)
@@ -96,12 +94,18 @@ class Run:
         self.optimizer, self.first_iteration = build_optimizer(self.policy, config), 0
         if saved:
             self._restore(saved)
+        self._num_saved = self.first_iteration
         self._graphs = count_graphs()
         settled = settle(self.policy, self.objective, training_tasks(config, 0, self.ranks), config)
         lines = [f"attention {self.policy.attention}, {compile_line}", *SAID[settled], *self._waits()]
         self.ranks.barrier()
         if self.ranks.is_main:
             self._open(stack, lines, is_resumed=saved is not None)
+
+    def _say_first(self, line: str) -> None:
+        """Print a line before there is a reporter."""
+        if self.ranks.is_main:
+            print(line, file=sys.stderr, flush=True)
 
     def _waits(self) -> list[str]:
         """Say where training cannot begin before the last trajectory is scored."""
@@ -156,24 +160,18 @@ class Run:
             folder = os.environ["TORCHINDUCTOR_CACHE_DIR"]
             self.reporter.say(f"{when}: {num} graphs compiled in {seconds:.0f} s (kept in {folder})")
 
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
-
-    def _on_sigterm(self, _signal: int, _frame: FrameType | None) -> None:
-        self._is_asked_to_stop = True
-
-    def _agree_to_stop(self) -> None:
-        """Read the request once per iteration, so that all ranks stop after the same one, and it is a saved one."""
-        num_asked = torch.tensor(float(self._is_asked_to_stop), device=self.ranks.device)
-        self.ranks.sum_([num_asked])
-        self.is_stopping = num_asked.item() > 0
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is not None:  # while the folder is held, and before anything that may take long
+                ending.save()
+        finally:
+            self._stack.close()
 
     def record(self, iteration: int, values: dict[str, float], rollout: Rollout, scores: Scores) -> None:
         """The end of an iteration: metrics, what the judge saw, evaluation, checkpoint, which comes last."""
         config, done, num_transitions = self.config, iteration + 1, values["update/num_transitions"]
         judged = self.judge.read()
         values = reduce_mean(values) | {"update/learning_rate": self.optimizer.param_groups[0]["lr"]}
-        self._agree_to_stop()
         if not self.ranks.is_main:
             return
         if values["reward/zero_spread_share"] == 1:
@@ -190,10 +188,10 @@ class Run:
         account = self.account.read(num_transitions)
         judged["reward/overlap_efficiency"] = efficiency(judged, step_seconds(account))
         self.reporter.write(iteration, values | drift | account | judged)
-        if done % config.run.save_every == 0 or done == config.run.num_iterations or self.is_stopping:
-            self._save(done)
-        if self.is_stopping:
-            self.reporter.say(f"stopped after iteration {done}; the same command goes on from there")
+        if done % config.run.save_every == 0 or done == config.run.num_iterations:
+            self._save(done, self._state())
+        elif not config.lora.is_full:
+            self._unsaved = done, _to_host(self._state())
 
     def _warn(self, names: list[str], values: dict[str, float], done: int) -> None:
         """A line for each alarm that was not raised before in this process."""
@@ -249,12 +247,23 @@ class Run:
         self.ranks.barrier()
 
     @phase("save")
-    def _save(self, done: int) -> None:
+    def _save(self, done: int, state: checkpoint.State) -> None:
+        with ending.held():
+            checkpoint.save(self.folder, iteration=done, config=self.config, state=state)
+            self._num_saved, self._unsaved = done, None
+
+    def _state(self) -> checkpoint.State:
         names = ("current", "ema", "old") if self.objective.has_old else ("current", "ema")
         state = {name: self.policy.adapters.state(name) for name in names}
         moments = self.optimizer.state_dict()["state"]
         state["optimizer"] = {f"{i}.{key}": value for i, named in moments.items() for key, value in named.items()}
-        checkpoint.save(self.folder, iteration=done, config=self.config, state=state)
+        return state
+
+    def _save_unsaved(self) -> str:
+        """Save the last finished iteration, unless it is; says what the same command does then."""
+        if self._unsaved is not None:
+            self._save(*self._unsaved)
+        return f"goes on after iteration {self._num_saved}" if self._num_saved else "begins anew"
 
     def _restore(self, saved: checkpoint.Checkpoint) -> None:
         self.first_iteration = saved.iteration
@@ -266,3 +275,8 @@ class Run:
             index, name = key.split(".", 1)
             states.setdefault(int(index), {})[name] = value
         self.optimizer.load_state_dict({"state": states, "param_groups": self.optimizer.state_dict()["param_groups"]})
+
+
+def _to_host(state: checkpoint.State) -> checkpoint.State:
+    """Copy a state to the host."""
+    return {group: {name: t.to("cpu", copy=True) for name, t in tensors.items()} for group, tensors in state.items()}
