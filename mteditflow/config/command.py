@@ -7,7 +7,8 @@ wrong with its arguments or files is one line on stderr and exit code 2.
 
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import Any, Literal
@@ -42,27 +43,35 @@ def _fails_in_one_line(command: Command) -> Command:
     return run
 
 
+@contextmanager
+def _joined(config: Any) -> Iterator[Any]:
+    """The ranks of torchrun, all with the same config; one without it. What ends within ends as `Ending` says."""
+    from mteditflow.record.ending import Ending
+
+    with Ending() as ending:  # before torch is imported: a signal is heeded from here on
+        from mteditflow import distributed
+        from mteditflow.guards import GuardError
+
+        ranks = distributed.start(config)
+        ending.meet(ranks)
+        distributed.check_same(ranks, config)
+        try:
+            yield ranks
+        except GuardError as error:
+            raise ValueError(error) from None
+        distributed.stop(ranks)
+
+
 @_fails_in_one_line
 def train(argv: Sequence[str]) -> int:
     """Train an editor; the same command in the same folder goes on from its newest checkpoint."""
     config, values = _read_run(argv, cli.run_parser(_program("train"), _sentence(train)))
     if _is_planned(config, values):
         return 0
-    from mteditflow.record.ending import Ending
-
-    with Ending() as ending:  # before torch is imported: a signal is heeded from here on
-        from mteditflow import distributed
-        from mteditflow.guards import GuardError
+    with _joined(config) as ranks:
         from mteditflow.train import train as run_training
 
-        ranks = distributed.start(config.distributed.timeout_s)
-        ending.meet(ranks)
-        distributed.check_same(ranks, config)
-        try:
-            run_training(config, ranks)
-        except GuardError as error:
-            raise ValueError(error) from None
-        distributed.stop(ranks)
+        run_training(config, ranks)
     return 0
 
 
