@@ -7,6 +7,8 @@ that order. So what is computed of gathered rows has the bits that one rank woul
 import os
 import platform
 import socket
+import time
+import uuid
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -15,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from mteditflow.config import Config
 from mteditflow.config.ranges import require
@@ -147,8 +150,36 @@ def start(config: Config) -> Ranks:
     if world_size > 1:
         # gloo beside NCCL: small things that lie on the host
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=config.distributed.timeout_s))
+        timeout = timedelta(seconds=config.distributed.timeout_s)
+        store, *_ = next(rendezvous("env://", timeout=timeout))
+        store = _new_part(store, rank, world_size, config.distributed.timeout_s)
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
     return Ranks(rank=rank, world_size=world_size, device=device)
+
+
+def _new_part(store: dist.Store, rank: int, world_size: int, timeout_s: float) -> dist.Store:
+    """A part of the store that the first rank names, for all that have started with it.
+
+    torchrun keeps one store through its restarts, and a rank that finds there what a dead one has left waits for that
+    one for ever. How often a rank was restarted does not tell: machines that did not fail count otherwise. So each
+    leaves a new word, and is told the part by it.
+    """
+    word, end = uuid.uuid4().hex, time.monotonic() + timeout_s
+    if rank:
+        store.set(f"arrived/{rank}", word)
+        part = store.get(f"part of/{word}").decode()
+        store.set(f"{part}/met/{rank}", "")
+        return dist.PrefixStore(part, store)
+    told, missing = set[bytes](), list(range(1, world_size))
+    while missing := [other for other in missing if not store.check([f"{word}/met/{other}"])]:
+        arrived = [f"arrived/{other}" for other in missing if store.check([f"arrived/{other}"])]
+        for other in {store.get(key) for key in arrived} - told:
+            store.set(f"part of/{other.decode()}", word)
+            told.add(other)
+        if time.monotonic() > end:
+            raise ValueError(f"ranks {', '.join(map(str, missing))} have not come in {timeout_s} s: see their output")
+        time.sleep(0.02)
+    return dist.PrefixStore(word, store)
 
 
 def read_environment() -> tuple[int, int, int]:

@@ -12,7 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.distributed import run as torchrun
@@ -32,7 +32,10 @@ HEEDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.S
 class Fork:
     """What torchrun needs of Popen, as a fork that calls a function."""
 
+    started: ClassVar[list["Fork"]] = []
+
     def __init__(self, call: Callable[[], int]) -> None:
+        self.started.append(self)
         self.returncode: int | None = None
         sys.stdout.flush()
         sys.stderr.flush()

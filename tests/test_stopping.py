@@ -1,7 +1,10 @@
 """Two ranks under torchrun: who speaks when one fails, that all end, and that the rest goes on as if undisturbed."""
 
+import os
+import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,9 @@ import pytest
 from conftest import TINY_MAX_TEXT_TOKENS
 from timed import is_timed
 
+from mteditflow import distributed
+from mteditflow.config import Config
+from mteditflow.config.command import train
 from mteditflow.record.metrics import read_lines
 
 NUM_ITERATIONS = 3
@@ -24,12 +30,22 @@ def arguments(tiny_pipeline_folder: Path) -> Arguments:
             "model.path": tiny_pipeline_folder, "model.max_text_tokens": TINY_MAX_TEXT_TOKENS, "lora.rank": 2,
             "data.num_turns": 2, "rollout.num_tasks": 2, "rollout.group_size": 2, "rollout.num_steps": 3,
             "rollout.microbatch_size": 2, "optimizer.microbatch_size": 2, "evaluation.num_sessions": 2,
-            "evaluation.num_strips": 1, "evaluation.num_steps": 2, "evaluation.every": 0,
-            "run.num_iterations": NUM_ITERATIONS, "run.save_every": 100, "run.folder": folder,
+            "evaluation.num_sessions_short": 2, "evaluation.num_strips": 1, "evaluation.num_steps": 2,
+            "evaluation.every": 0, "run.num_iterations": NUM_ITERATIONS, "run.save_every": 100, "run.folder": folder,
         } | {name.replace("__", "."): value for name, value in overrides.items()}  # fmt: skip
         return [word for name, value in values.items() for word in (f"--{name}", str(value))]
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(tmp_path: Path) -> Iterator[None]:
+    """What a test that fails leaves behind is killed."""
+    yield
+    numbers = [process.pid for process in forked_ranks.Fork.started if process.poll() is None]
+    for number in numbers + (ranks_of(tmp_path) if (tmp_path / "pids").exists() else []):
+        with suppress(ProcessLookupError):
+            os.kill(number, signal.SIGKILL)
 
 
 @pytest.fixture(autouse=True)
@@ -88,8 +104,8 @@ def assert_gone(numbers: list[int]) -> None:
         ("lose the judge@all", "rank 0: reward.url 'http://judge' gave no answer in 600 s", 2),
         ("fill memory@1", "rank 1: out of memory (", 2),
         ("--lora.rank=4@1", "rank 0: rank 1 (on ", 2),
-        ("--model.height=128@1", "rank 1: model.height is 128", 2),
-        ("--model.height=128@all", "model.height is 128", 2),
+        ("--model.height=128@all", "rank 0: model.height is 128", 2),
+        ("--lora.rank=0@1", "rank 1: lora.rank is 0", 2),
         ("--rollout.num_tasks=1 --rollout.group_size=3@all", "rollout.num_tasks is 1: num_tasks x group_size = 3", 2),
     ],
 )
@@ -100,8 +116,95 @@ def test_one_line_says_why_all_end(arguments: Arguments, tmp_path: Path, act: st
     (found,) = said(text)
     assert found.startswith(line) and found in text[text.index("Root Cause") :]
     assert f"exitcode  : {code} " in text[text.index("Root Cause") :]
-    assert text.count("KeyError: 'trouble'\n") == (2 if "raise" in act else 0)  # traceback and line
-    assert "Connection closed" not in text.split("FAILED")[0] and "SIGKILL" not in text
-    if "lora" in act:
+    above = text[: text.index("FAILED")]
+    assert above.count("KeyError: 'trouble'\n") == (2 if "raise" in act else 0)  # traceback and line
+    assert "Connection closed" not in above and "SIGKILL" not in text
+    if "=4" in act:
         assert "lora.rank is 4, not 2; give all ranks the same program, config and command line" in found
     assert_gone(ranks_of(tmp_path))
+
+
+def test_a_killed_rank_is_named_and_the_run_restarts_by_itself(
+    arguments: Arguments, whole: Path, tmp_path: Path
+) -> None:
+    """From the last finished iteration, though run.save_every is never reached."""
+    process = forked_ranks.start(tmp_path / "log", arguments(tmp_path / "run"), num_restarts=1, act="kill@1")
+    assert process.wait() == 0, (tmp_path / "log").read_text()
+    text = (tmp_path / "log").read_text()
+    (found,) = said(text)
+    assert found == (
+        f"rank 1 (process {ranks_of(tmp_path)[1]}) ended without a word: killed, perhaps for want of memory, or "
+        f"crashed; the same command goes on after iteration 1"
+    )
+    assert "going on after iteration 1" in text and "Connection closed" not in text
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_a_killed_first_rank_is_named_by_another(arguments: Arguments, tmp_path: Path) -> None:
+    process = forked_ranks.start(tmp_path / "log", arguments(tmp_path / "run"), act="kill@0")
+    assert process.wait() == 1
+    text = (tmp_path / "log").read_text()
+    (found,) = said(text)
+    assert found.startswith(f"rank 0 (process {ranks_of(tmp_path)[0]}) ended without a word")
+    assert "exitcode  : -9 " in text[text.index("Root Cause") :]
+    assert_gone(ranks_of(tmp_path))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name)
+def test_ranks_that_hang_stop_in_time_and_the_rest_goes_on(
+    arguments: Arguments, whole: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    """torchrun hands a signal on; where it is killed itself, the ranks see that it is gone."""
+    process = forked_ranks.start(tmp_path / "log", arguments(tmp_path / "run"), act="hang@all")
+    end = time.monotonic() + forked_ranks.PATIENCE
+    while len([*tmp_path.glob("hangs-*")]) < 2:
+        assert process.poll() is None and time.monotonic() < end, (tmp_path / "log").read_text()
+        time.sleep(0.02)
+    os.kill(process.pid, number)
+    assert process.wait() == (-9 if number == signal.SIGKILL else 1)
+    assert_gone(ranks_of(tmp_path))
+    name = "SIGTERM" if number == signal.SIGKILL else number.name
+    assert said((tmp_path / "log").read_text()) == [f"stopped by {name}; the same command goes on after iteration 1"]
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["iteration-000001"]
+    if number == signal.SIGTERM:
+        assert forked_ranks.start(tmp_path / "log", arguments(tmp_path / "run")).wait() == 0
+        assert_same_run(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({"RANK": "one", "WORLD_SIZE": "2"}, "RANK is 'one': must be a number from 0"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK is '-1': must be a number from 0"),
+        ({"RANK": "0", "WORLD_SIZE": ""}, "WORLD_SIZE is '': must be a number from 0"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK is 2 of WORLD_SIZE 2: must be less"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is '2' and RANK is not set"),
+        ({"RANK": "0"}, "RANK is '0' and WORLD_SIZE is not set"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "WORLD_SIZE is 2 and MASTER_ADDR is not set"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}, "WORLD_SIZE is 2 and MASTER_PORT is not set"),
+        ({"LOCAL_RANK": "first"}, "LOCAL_RANK is 'first': must be a number from 0"),
+    ],
+)
+def test_ranks_that_make_no_sense_are_one_line(
+    arguments: Arguments,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    environment: dict[str, str],
+    expected: str,
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as caught:
+        train(arguments(tmp_path / "run"))
+    assert caught.value.code == 2 and not (tmp_path / "run").exists()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"mteditflow: {expected}{line.removeprefix(f'mteditflow: {expected}')}" and "torchrun" in line
+
+
+def test_local_rank_beyond_the_gpus_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match=r"^LOCAL_RANK is 2: this machine shows 2 GPUs; start at most that many .*$"):
+        distributed.start(Config())
