@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from mteditflow.config import LoraConfig, ModelConfig
+from mteditflow.config.distributed import DistributedConfig
 from mteditflow.distributed import Ranks
 from mteditflow.policy import Policy, build_policy
 from mteditflow.transformer import compiled
@@ -97,7 +98,7 @@ def assert_equal_bits(mine: list[Tensor], whole: list[Tensor]) -> None:
 
 def both(place: Place, model: ModelConfig, lora: LoraConfig, shard: Any = "full", **options: Any) -> list[Policy]:
     """A policy that is cut, and one that is not."""
-    mesh = make_mesh(shard, place.ranks, 60)
+    mesh = make_mesh(DistributedConfig(shard=shard), place.ranks)
     return [build_policy(model, lora, 3, has_old=True, mesh=mesh, **options) for mesh in (mesh, None)]
 
 
@@ -132,7 +133,7 @@ def check_lora(place: Place, base: str) -> None:
 def check_compiled(place: Place) -> None:
     """Blocks that were compiled before they were cut are compiled still, and can be run eagerly after all."""
     compiled.BACKEND, compiled.OPTIONS = "eager", {}
-    rank, mesh = place.ranks.rank, make_mesh("full", place.ranks, 60)
+    rank, mesh = place.ranks.rank, make_mesh(DistributedConfig(shard="full"), place.ranks)
     cut = build_policy(place.model(compile="blocks"), LORA, 3, has_old=True, mesh=mesh)
     whole = build_policy(place.model(), LORA, 3, has_old=True)
     before, eager = compiled.count_graphs()[0], velocities_and_gradients(whole, rank)

@@ -14,9 +14,9 @@ Every forward and every backward pass is a collective: all ranks have to make eq
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,20 +25,21 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from mteditflow.config.distributed import DistributedConfig
 from mteditflow.distributed import Ranks
 from mteditflow.transformer.base import QuantisedLinear
 
 Units = Iterator[tuple[str, nn.Module]]
 
 
-def make_mesh(shard: Literal["none", "full", "hybrid"], ranks: Ranks, timeout_s: int) -> DeviceMesh | None:
+def make_mesh(config: DistributedConfig, ranks: Ranks) -> DeviceMesh | None:
     """Lay out the ranks of a run as `distributed.shard` says: one axis, or nodes by the ranks of a node; None where
     nothing is cut. ValueError where nodes have no ranks to cut over, or not equally many.
     """
-    if shard == "none":
+    if config.shard == "none":
         return None
     kind, node = ranks.device.type, int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world_size))
-    if shard == "full" or node == ranks.world_size:
+    if config.shard == "full" or node == ranks.world_size:
         return init_device_mesh(kind, (ranks.world_size,), mesh_dim_names=("shard",))
     if node == 1 or ranks.world_size % node:
         raise ValueError(
@@ -47,7 +48,7 @@ def make_mesh(shard: Literal["none", "full", "hybrid"], ranks: Ranks, timeout_s:
         )
     mesh = init_device_mesh(kind, (ranks.world_size // node, node), mesh_dim_names=("replicate", "shard"))
     for name in ("replicate", "shard"):  # else they have torch's own limit, not the run's
-        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), mesh.get_group(name))
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=config.timeout_s), mesh.get_group(name))
     return mesh
 
 
@@ -87,6 +88,11 @@ def shard(
 def local(weight: Tensor) -> Tensor:
     """What this rank holds of a tensor, to be read and written."""
     return weight.to_local() if isinstance(weight, DTensor) else weight
+
+
+def uncut(gradients: Iterable[Tensor]) -> list[Tensor]:
+    """Those that FSDP has not summed over ranks."""
+    return [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
 
 
 def cut_like(weight: Tensor, value: Tensor) -> Tensor:
