@@ -1,12 +1,15 @@
-"""What test_sharded.py runs by torchrun: a policy that is cut over two ranks beside one that each rank has whole.
+"""What test_sharded.py runs on several ranks: a policy that is cut over two beside one that each rank has whole, and
+what 4 ranks save and 2, 1 and 8 read (sharded_state.py).
 
-    python -m torch.distributed.run --standalone --nproc_per_node 2 sharded_checks.py FOLDER [PART OF A NAME]
+    python sharded_checks.py FOLDER [PART OF A NAME]
 
-Each check is a function here; what it raised on either rank is written to FOLDER/results.json under its name.
+Each check is a function; what it raised on any rank is written to FOLDER/results.json under its name. Ranks are forks
+of one process that has imported everything, which takes longer than most checks.
 """
 
-import json
+import multiprocessing
 import os
+import socket
 import sys
 import time
 import traceback
@@ -19,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from sharded_state import check_damaged, check_faults, check_other_model, check_resumed, check_saved, check_trained
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -32,6 +36,8 @@ from mteditflow.types import Condition
 
 LORA, FULL = LoraConfig(rank=4, alpha=16), LoraConfig(is_full=True, targets=())
 SIZE, NUM_ROWS = 64, 2
+DEADLINE = 120  # seconds after which a rank that waits for another counts as hung
+CUTS = ("full", "hybrid")
 PROMPT = "make the red square blue"
 
 
@@ -185,7 +191,8 @@ def check_full(place: Place, base: str, targets: tuple[str, ...] = ()) -> None:
     assert 0.4 < sum(w.to_local().numel() for w in parameters[0]) / sum(w.numel() for w in parameters[1]) < 0.6  # pyright: ignore[reportAttributeAccessIssue]
 
 
-CHECKS: dict[str, Callable[[Place], None]] = {
+Check = Callable[[Place], None]
+MODELS: dict[str, Check] = {
     **{f"lora_{base}": partial(check_lora, base=base) for base in ("float32", "bfloat16", "float8")},
     "compiled": check_compiled,
     "full_float32": partial(check_full, base="float32"),
@@ -193,30 +200,90 @@ CHECKS: dict[str, Callable[[Place], None]] = {
 }
 
 
-def run_checks(folder: Path, wanted: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    ranks = Ranks(rank=dist.get_rank(), world_size=dist.get_world_size(), device=torch.device("cpu"))
-    results: dict[str, str] = {}
-    for name, check in CHECKS.items():
-        if wanted not in name:
-            continue
+def of_state(check: Callable[..., None], **options: Any) -> Check:
+    return lambda place: check(place.ranks, place.scratch, **options)
+
+
+def resumed(kind: str) -> dict[str, Check]:
+    """Checks that read what four ranks have written, into what is cut so."""
+    return {
+        f"from_{source}_to_{kind}": lambda place, source=source: check_resumed(
+            place.ranks, place.folder / f"saved_{source}", kind
+        )
+        for source in ("full", "hybrid", "none")
+    }
+
+
+def other_model(place: Place) -> None:
+    check_other_model(place.ranks, place.folder / "saved_full")
+
+
+PHASES: list[tuple[int, dict[str, Check]]] = [
+    (
+        4,
+        {
+            **{f"trained_{kind}": lambda place, kind=kind: check_trained(place.ranks, kind) for kind in CUTS},
+            **{f"saved_{kind}": of_state(check_saved, kind=kind) for kind in ("full", "hybrid", "none")},
+            "damaged": of_state(check_damaged),
+            "faults": of_state(check_faults),
+        },
+    ),
+    (1, resumed("none")),
+    (8, resumed("full") | resumed("hybrid")),
+    (2, resumed("full") | resumed("none") | {"other_model": other_model} | MODELS),
+]
+
+
+def run_checks(folder: Path, checks: dict[str, Check], ranks: Ranks) -> None:
+    """Run checks on a rank, one after the other, and gather what was raised."""
+    for name, check in checks.items():
         (folder / name).mkdir(exist_ok=True)
         problem, start = "", time.process_time()
         try:
             check(Place(ranks=ranks, folder=folder, scratch=folder / name))
         except Exception:
-            problem = f"rank {ranks.rank}: {traceback.format_exc()}"
-            print(name, problem, file=sys.stderr)
-        print(name, time.process_time() - start, file=sys.stderr)
-        problems: list[Any] = [None] * ranks.world_size
-        dist.all_gather_object(problems, problem)
-        results[name] = "\n".join(filter(None, problems))
+            problem = traceback.format_exc()
         if ranks.is_main:
-            (folder / "results.json").write_text(json.dumps(results))
-    dist.destroy_process_group()
+            print(f"{name}: {time.process_time() - start:.1f} s", file=sys.stderr)
+        problems = ranks.gather_objects(problem)
+        if ranks.is_main:
+            said = "\n".join(f"rank {rank}: {problem}" for rank, problem in enumerate(problems) if problem)
+            (folder / f"{name}-{ranks.world_size}.txt").write_text(said)
+
+
+def be_rank(rank: int, world_size: int, port: int, folder: Path, checks: dict[str, Check]) -> None:
+    """Be one of the ranks, two of which make a node."""
+    os.environ |= {
+        "RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank % 2), "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "localhost", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    if world_size > 1:
+        dist.init_process_group("gloo", timeout=timedelta(seconds=DEADLINE))
+    run_checks(folder, checks, Ranks(rank=rank, world_size=world_size, device=torch.device("cpu")))
+    if world_size > 1:
+        dist.destroy_process_group()
+
+
+def fork(world_size: int, folder: Path, checks: dict[str, Check]) -> None:
+    """Run checks on so many ranks, and wait for them."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    ranks = [
+        context.Process(target=be_rank, args=(rank, world_size, port, folder, checks)) for rank in range(world_size)
+    ]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
 
 
 if __name__ == "__main__":
     os.environ["HF_HUB_OFFLINE"], os.environ["MTEDITFLOW_CACHE"] = "1", ""
-    run_checks(Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else "")
+    torch.set_num_threads(1)
+    wanted = sys.argv[2] if len(sys.argv) > 2 else ""
+    for world_size, checks in PHASES:
+        chosen = {name: check for name, check in checks.items() if any(w in name for w in wanted.split(","))}
+        if chosen:
+            fork(world_size, Path(sys.argv[1]), chosen)
