@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -36,6 +37,20 @@ class Ranks:
         parts = [torch.empty_like(rows) for _ in range(self.world_size)]
         dist.all_gather(parts, rows)
         return torch.cat(parts).to(tensor.device)
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """The values of all ranks, in their order, of anything small that can be pickled."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def from_main(self, value: Any, source: int = 0) -> Any:
+        """The main rank's value, or that of another `source`, of anything small that can be pickled."""
+        values = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(values, source)
+        return values[0]
 
     def barrier(self) -> None:
         """Wait for every rank."""
