@@ -52,7 +52,7 @@ def train(argv: Sequence[str]) -> int:
     from mteditflow.train import train as run_training
 
     with ExitStack() as stack:
-        ranks = distributed.start()
+        ranks = distributed.start(config)
         stack.callback(distributed.stop, ranks)
         try:
             run_training(config, ranks)
@@ -82,7 +82,7 @@ def evaluate(argv: Sequence[str]) -> int:
     subjects, config = resolve(values.subjects, values.out, lambda run: cli.evaluation_config(parser, argv, run))
     cli.print_if_asked(values, config)
     with ExitStack() as stack:
-        ranks = distributed.start()
+        ranks = distributed.start(config, is_training=False)
         stack.callback(distributed.stop, ranks)
         evaluate_all(subjects, values.out, config, ranks)
     return 0
