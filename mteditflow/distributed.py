@@ -70,11 +70,11 @@ class Ranks:
             dist.all_gather_object(values, value)
         return values
 
-    def from_main(self, value: Any) -> Any:
-        """The main rank's value, of anything small that can be pickled."""
+    def from_main(self, value: Any, source: int = 0) -> Any:
+        """The main rank's value, or that of another `source`, of anything small that can be pickled."""
         values = [value]
         if self.world_size > 1:
-            dist.broadcast_object_list(values)
+            dist.broadcast_object_list(values, source)
         return values[0]
 
     def barrier(self) -> None:
@@ -126,12 +126,12 @@ def alone() -> Ranks:
     return Ranks(rank=0, world_size=1, device=local_device())
 
 
-def start(config: Config) -> Ranks:
+def start(config: Config, *, is_training: bool = True) -> Ranks:
     """Join the process group that torchrun has laid out; without torchrun, one rank. ValueError for ranks that cannot
-    share the run.
+    share the run; an evaluation needs no rollout that they divide.
     """
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    check_world(config, world_size)
+    check_world(config, world_size, is_training=is_training)
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -143,13 +143,13 @@ def start(config: Config) -> Ranks:
     return Ranks(rank=rank, world_size=world_size, device=device)
 
 
-def check_world(config: Config, world_size: int) -> None:
+def check_world(config: Config, world_size: int, *, is_training: bool = True) -> None:
     """ValueError where so many ranks cannot share an iteration's trajectories, or there is nobody to shard with."""
     num_rows = config.rollout.num_tasks * config.rollout.group_size
     remedy = (
         f"num_tasks x group_size = {num_rows} trajectories must be a multiple of the {world_size} ranks that share them"
     )
-    require(num_rows % world_size == 0, "rollout.num_tasks", config.rollout.num_tasks, remedy)
+    require(not is_training or num_rows % world_size == 0, "rollout.num_tasks", config.rollout.num_tasks, remedy)
     is_right = world_size > 1 or config.distributed.shard == "none"
     require(is_right, "distributed.shard", config.distributed.shard, "one rank has nobody to share with: must be none")
 

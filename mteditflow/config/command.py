@@ -76,11 +76,15 @@ def evaluate(argv: Sequence[str]) -> int:
     out = "where comparison.html and the figures and pictures of each subject go"
     parser.add_argument("--out", type=Path, default=Path("runs/comparison"), metavar="FOLDER", help=out)
     values = cli.parse(parser, argv)
+    from mteditflow import distributed
     from mteditflow.evaluate.compare_editors import evaluate_all, resolve
 
     subjects, config = resolve(values.subjects, values.out, lambda run: cli.evaluation_config(parser, argv, run))
     cli.print_if_asked(values, config)
-    evaluate_all(subjects, values.out, config)
+    with ExitStack() as stack:
+        ranks = distributed.start(config, is_training=False)
+        stack.callback(distributed.stop, ranks)
+        evaluate_all(subjects, values.out, config, ranks)
     return 0
 
 
