@@ -16,6 +16,7 @@ from mteditflow_kernels import counter_normal, sde_step
 from torch import Tensor
 
 from mteditflow.config import Config, RolloutConfig
+from mteditflow.distributed import Ranks, alone
 from mteditflow.flow import Schedule
 from mteditflow.noise import NoiseSource, Place, row_keys
 from mteditflow.objective import Objective
@@ -54,11 +55,11 @@ def chunks(condition: Condition, noise: Tensor, keys: Keys, size: int) -> Iterat
         yield condition.rows(rows), noise[rows], [None if key is None else key[rows] for key in keys]
 
 
-def cut_waves(num_rows: int, config: RolloutConfig) -> list[Tensor]:
+def cut_waves(rows: range, config: RolloutConfig) -> list[Tensor]:
     """The trajectories (W,) of each wave: whole microbatches, the fewest that have wave_size rows, or a group's."""
     size = config.wave_size or config.group_size
     size = math.ceil(size / config.microbatch_size) * config.microbatch_size
-    return list(torch.arange(num_rows).split(size))
+    return list(torch.tensor(rows).split(size))
 
 
 class Sampler:
@@ -162,18 +163,18 @@ def roll_out(
 
 
 def sample_waves(
-    policy: Policy, objective: Objective, tasks: list[EditTask], config: Config, iteration: int
+    policy: Policy, objective: Objective, tasks: list[EditTask], config: Config, iteration: int, ranks: Ranks
 ) -> Iterator[Rollout]:
-    """Roll out a training iteration wave by wave, group after group, under the old policy and on the steps of the
-    objective.
-    """
+    """Roll out this rank's trajectories, of its tasks, wave by wave under the old policy on the objective's steps."""
+    size = config.rollout.group_size
     sampler = Sampler(
         policy, tasks, objective.schedule(policy.sigmas(config.rollout.num_steps), iteration),
         NoiseSource(seed=config.run.seed, step=iteration), config.rollout,
-        num_turns=config.data.num_turns, group_size=config.rollout.group_size,
+        num_turns=config.data.num_turns, group_size=size,
         cfg_scale=config.model.cfg_scale if config.rollout.is_guided else 1.0,
     )  # fmt: skip
-    for rows in cut_waves(len(sampler.group), config.rollout):
+    share = ranks.share(config.rollout.num_tasks * size)  # which begins within the group of the first task
+    for rows in cut_waves(range(share[0] % size, share[0] % size + len(share)), config.rollout):
         with policy.adapters.use(objective.rollout_adapter):
             wave = sampler(rows)
         yield wave
@@ -182,6 +183,7 @@ def sample_waves(
 def sample_rollout(
     policy: Policy, objective: Objective, tasks: list[EditTask], config: Config, iteration: int
 ) -> Rollout:
-    """A training iteration in one wave."""
-    whole = replace(config.rollout, wave_size=len(tasks) * config.rollout.group_size)
-    return next(sample_waves(policy, objective, tasks, replace(config, rollout=whole), iteration))
+    """All trajectories of some tasks in one wave, as an iteration makes them."""
+    size = len(tasks) * config.rollout.group_size
+    whole = replace(config.rollout, num_tasks=len(tasks), wave_size=size)
+    return next(sample_waves(policy, objective, tasks, replace(config, rollout=whole), iteration, alone()))

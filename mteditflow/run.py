@@ -43,7 +43,7 @@ from mteditflow.profile.account import Account, step_seconds
 from mteditflow.record import alarms, checkpoint
 from mteditflow.record.clock import phase
 from mteditflow.record.figures import METRICS
-from mteditflow.record.metrics import Reporter, reduce_mean
+from mteditflow.record.metrics import Reporter
 from mteditflow.report.run_report import write_report
 from mteditflow.report.seen import Seen, choose, save_seen, seen_sessions
 from mteditflow.report.strips import save_strips
@@ -106,7 +106,7 @@ class Run:
     def _waits(self) -> list[str]:
         """Say where training cannot begin before the last trajectory is scored."""
         config = self.config
-        is_slow, num_groups = config.reward.judge == "vlm", config.rollout.num_tasks // self.ranks.world_size
+        is_slow, num_groups = config.reward.judge == "vlm", config.rollout.num_tasks / self.ranks.world_size
         if config.reward.overlap == "off" or not is_slow or num_groups < 2 or config.advantage.std == "group":
             return []
         return [
@@ -170,9 +170,10 @@ class Run:
 
     def record(self, iteration: int, values: dict[str, float], rollout: Rollout, scores: Scores) -> None:
         """The end of an iteration: metrics, what the judge saw, evaluation, checkpoint, which comes last."""
-        config, done, num_transitions = self.config, iteration + 1, values["update/num_transitions"]
-        judged = self.judge.read()
-        values = reduce_mean(values) | {"update/learning_rate": self.optimizer.param_groups[0]["lr"]}
+        config, done, judged = self.config, iteration + 1, self.judge.read()
+        num_transitions = values["update/num_transitions"] / self.ranks.world_size  # of a rank
+        values = values | alarms.rollout_figures(rollout, scores, self.ranks)
+        values |= {"update/learning_rate": self.optimizer.param_groups[0]["lr"]}
         self._agree_to_stop()
         if not self.ranks.is_main:
             return

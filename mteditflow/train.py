@@ -27,7 +27,6 @@ from mteditflow.distributed import Ranks
 from mteditflow.guards import check_adapter
 from mteditflow.objective import build_objective
 from mteditflow.policy.optimizer import set_learning_rate
-from mteditflow.record.alarms import rollout_figures
 from mteditflow.record.clock import traced
 from mteditflow.record.metrics import score_figures
 from mteditflow.reward import Judged
@@ -45,10 +44,10 @@ def train(config: Config, ranks: Ranks) -> None:
         for iteration in traced("iteration", range(run.first_iteration, config.run.num_iterations)):
             # 1. Roll out K turns on the model's own output, wave by wave; a wave is scored while the next is made.
             tasks = training_tasks(config, iteration, ranks)
-            rollout = judge.gather(sample_waves(policy, objective, tasks, config, iteration))
+            rollout = judge.gather(sample_waves(policy, objective, tasks, config, iteration, ranks))
 
             # 2. Give every trajectory one advantage relative to its group, as soon as the group is scored.
-            judged = Judged(judge.scores(), rollout.group, config, ranks)
+            judged = Judged(judge.scores(), config, ranks)
 
             # 3. Update the adapter; the old policy follows it.
             set_learning_rate(optimizer, config, iteration)
@@ -61,7 +60,7 @@ def train(config: Config, ranks: Ranks) -> None:
                 check_adapter(policy, rollout, config)
                 is_adapter_checked = True
             figures |= score_figures(judged.scores, judged.advantages, judged.group, config.advantage)
-            run.record(iteration, figures | rollout_figures(rollout, judged.scores), rollout, judged.scores)
+            run.record(iteration, figures, rollout, judged.scores)
             if run.is_stopping:
                 return
         run.finish()

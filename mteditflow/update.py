@@ -6,63 +6,68 @@ trajectories without a score) carry no gradient: they are left out, and the micr
 is normalised by the count of all transitions of all ranks, so leaving them out changes nothing.
 """
 
-import math
 from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
 from mteditflow.config import Config
-from mteditflow.distributed import Ranks
+from mteditflow.distributed import Ranks, even_out
 from mteditflow.guards import GuardError, check_ratio
 from mteditflow.objective import Objective
 from mteditflow.policy import Policy
 from mteditflow.record.clock import phase
+from mteditflow.record.tally import Tally
 from mteditflow.types import Microbatch, Rollout
 
 
 class Microbatches:
-    """Cuts the rows of a rollout, as their advantages become known, in the order of groups however they come. What is
-    left of N after whole microbatches has one of its own size, as in the rollout. Repetitions of a wanted row, of
-    weight 0, make the last one whole: rows without a score may hold NaN.
+    """Cuts this rank's rows of a rollout, as their advantages become known, in the order of groups however they come.
+    What is left of N after whole microbatches has one of its own size, as in the rollout. Repetitions of a wanted row,
+    of weight 0, make the last one whole: rows without a score may hold NaN.
+
+    With several optimizer steps, chunks of the rollout, turns and draws take turns, the same on any number of ranks.
     """
 
-    def __init__(self, rollout: Rollout, objective: Objective, config: Config, num_ranks: int = 1) -> None:
+    def __init__(self, rollout: Rollout, objective: Objective, config: Config, ranks: Ranks) -> None:
         self.num_rows, self.num_turns = len(rollout.group), len(rollout.turns)
-        self.size, self.draws = config.optimizer.microbatch_size, objective.draws(rollout.schedule)
-        num_transitions = self.num_rows * self.num_turns * len(self.draws) * num_ranks
-        self.scale = config.optimizer.num_updates / num_transitions
+        self.size, self.num_updates = config.optimizer.microbatch_size, config.optimizer.num_updates
+        self.draws, self.first = objective.draws(rollout.schedule), ranks.rank * self.num_rows
+        self.scale = self.num_updates / (self.num_rows * ranks.world_size * self.num_turns * len(self.draws))
         self.advantages = torch.zeros(self.num_rows, self.num_turns)  # so far
 
-    def __call__(self, parts: Iterable[Tensor]) -> Iterator[Microbatch]:
-        """Yield the microbatches of the advantages (M, K) of the first M rows, the next, and so on to the last."""
+    def __call__(self, parts: Iterable[Tensor]) -> Iterator[tuple[int, Microbatch]]:
+        """Yield the microbatches of the advantages (M, K) of the first M rows, the next, and so on to the last, each
+        with the number of its optimizer step.
+        """
         num_whole, start = self.num_rows // self.size * self.size, 0
         regions = [(0, num_whole, self.size), (num_whole, self.num_rows, self.num_rows - num_whole)]
-        waiting: list[list[Tensor]] = [[torch.zeros(0, dtype=torch.int64)] * self.num_turns for _ in regions]
+        waiting = {
+            (turn, step, *region): torch.zeros(0, dtype=torch.int64)
+            for region in regions for turn in range(self.num_turns) for step in range(self.num_updates)
+        }  # fmt: skip
         for part in parts:
             stop = start + len(part)
             self.advantages[start:stop] = part
-            for (first, last, size), rows_by_turn in zip(regions, waiting, strict=True):
-                for turn in range(self.num_turns):
-                    inside = torch.arange(max(start, first), max(start, first, min(stop, last)))
-                    wanted = inside[self.advantages[inside, turn] != 0]
-                    rows = torch.cat([rows_by_turn[turn], wanted])
-                    while len(rows) >= size > 0:
-                        yield from self._at_every_draw(turn, rows[:size], size)
-                        rows = rows[size:]
-                    rows_by_turn[turn] = rows
+            for (turn, step, first, last, size), rows in waiting.items():
+                inside = torch.arange(max(start, first), max(start, first, min(stop, last)))
+                is_of_step = ((inside + self.first) // self.size + turn * len(self.draws)) % self.num_updates == step
+                rows = torch.cat([rows, inside[(self.advantages[inside, turn] != 0) & is_of_step]])
+                while len(rows) >= size > 0:
+                    yield from self._at_every_draw(turn, step, rows[:size], size)
+                    rows = rows[size:]
+                waiting[turn, step, first, last, size] = rows
             start = stop
         assert start == self.num_rows, (start, self.num_rows)
-        for (_, _, size), rows_by_turn in zip(regions, waiting, strict=True):
-            for turn, rows in enumerate(rows_by_turn):
-                if len(rows):
-                    yield from self._at_every_draw(turn, rows, size)
+        for (turn, step, *_, size), rows in waiting.items():
+            if len(rows):
+                yield from self._at_every_draw(turn, step, rows, size)
 
-    def _at_every_draw(self, turn: int, rows: Tensor, size: int) -> Iterator[Microbatch]:
+    def _at_every_draw(self, turn: int, step: int, rows: Tensor, size: int) -> Iterator[tuple[int, Microbatch]]:
         weight = self.scale * (torch.arange(size) < len(rows)).float()
         filled = torch.cat([rows, rows[:1].expand(size - len(rows))])
-        for draw in self.draws:
-            yield Microbatch(turn=turn, draw=draw, rows=filled, weight=weight)
+        for i, draw in enumerate(self.draws):
+            yield (step + i) % self.num_updates, Microbatch(turn=turn, draw=draw, rows=filled, weight=weight)
 
 
 def update(
@@ -74,58 +79,51 @@ def update(
     config: Config,
     ranks: Ranks,
 ) -> dict[str, float]:
-    """Make the optimizer steps of an iteration; returns diagnostics over the microbatches, and how many transitions
-    this rank trained on.
+    """Make the optimizer steps of an iteration; returns diagnostics over all ranks' transitions, and their number.
 
-    advantages: (N, K), or those of group after group as they become known: what is known is trained on while the rest
-    is awaited. With several updates their microbatches are dealt out in turn. Every rank has all the keys: they are
-    NaN where no microbatch was run. Raises GuardError before any harm is done.
+    advantages: (N, K) of this rank's trajectories, or those of group after group as they become known: what is known is
+    trained on while the rest is awaited. Where there were none, diagnostics are NaN. Raises GuardError on every rank,
+    before any harm is done.
     """
-    num_updates, figures = config.optimizer.num_updates, dict[str, list[Tensor]]()
-    microbatches = Microbatches(rollout, objective, config, ranks.world_size)
-    later: list[list[Microbatch]] = [[] for _ in range(num_updates)]
+    tally, steps = Tally(objective.figures, objective.worst_figures), list[tuple[float, float]]()
+    microbatches = Microbatches(rollout, objective, config, ranks)
+    later: list[list[Microbatch]] = [[] for _ in range(config.optimizer.num_updates)]
 
-    def first_update() -> Iterator[Microbatch]:
-        for i, microbatch in enumerate(microbatches([advantages] if isinstance(advantages, Tensor) else advantages)):
-            if i % num_updates:
-                later[i % num_updates].append(microbatch)
+    def first() -> Iterator[Microbatch]:
+        for number, microbatch in microbatches([advantages] if isinstance(advantages, Tensor) else advantages):
+            if number:
+                later[number].append(microbatch)
             else:
                 yield microbatch
 
-    for number in range(num_updates):
+    for number, waiting in enumerate(later):
         losses = [torch.zeros((), device=policy.device)]
-        for microbatch in later[number] if number else first_update():
+        for microbatch in even_out(waiting if number else first(), rollout, config, ranks):
             with phase("forward, backward"):
                 loss, diagnostics = objective.loss(
                     policy, rollout, microbatches.advantages, microbatch, is_first_update=number == 0
                 )
                 loss.backward()
             losses.append(loss.detach())
-            for name, value in diagnostics.items():
-                figures.setdefault(name, []).append(value)
-        if number == 0 and "ratio_error" in figures:
-            figures["first_ratio_error"] = [torch.stack(figures["ratio_error"]).max()]
-            check_ratio(figures["first_ratio_error"][0].item(), config)
-        loss = torch.stack(losses).sum()
-        norm = step(policy, optimizer, loss, config, ranks)
-        figures.setdefault("loss", []).append(loss)
-        figures.setdefault("grad_norm", []).append(norm)
-    values = dict.fromkeys((*objective.figures, *objective.worst_figures), math.nan)
-    for name, parts in figures.items():
-        together = torch.stack(parts)
-        values[name] = (together.max() if name in objective.worst_figures else together.mean()).item()
-    values["num_transitions"] = float((microbatches.advantages != 0).sum()) * objective.num_draws
+            tally.add(diagnostics, microbatch.weight.count_nonzero().item())
+        if number == 0 and "ratio_error" in objective.worst_figures:
+            check_ratio(tally.keep_largest("ratio_error", "first_ratio_error", ranks), config)
+        steps.append(step(policy, optimizer, torch.stack(losses).sum(), config, ranks))
+    loss, norm = torch.tensor(steps, dtype=torch.float64).mean(0).tolist()
+    values = tally.read(ranks) | {"loss": loss, "grad_norm": norm}
     return {f"update/{name}": value for name, value in values.items()}
 
 
 @phase("optimizer")
-def step(policy: Policy, optimizer: torch.optim.Optimizer, loss: Tensor, config: Config, ranks: Ranks) -> Tensor:
-    """Sum the gradients over ranks, clip, step, average; returns the gradient's norm. No gradient at all: no step."""
-    parameters = [parameter for _, parameter in policy.adapters.trainable]
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    ranks.sum_([parameter.grad for parameter in parameters if parameter.grad is not None])
+def step(
+    policy: Policy, optimizer: torch.optim.Optimizer, loss: Tensor, config: Config, ranks: Ranks
+) -> tuple[float, float]:
+    """Sum gradients and loss over ranks, clip, step, average; returns loss and gradient norm. No gradient: no step."""
+    parameters, gradients = [weight for _, weight in policy.adapters.trainable], list[Tensor]()
+    for weight in parameters:
+        weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+        gradients.append(weight.grad)
+    ranks.sum_([*gradients, loss])
     norm = torch.nn.utils.clip_grad_norm_(parameters, config.optimizer.max_grad_norm)
     if not torch.stack([loss, norm]).isfinite().all():
         optimizer.zero_grad()
@@ -134,4 +132,4 @@ def step(policy: Policy, optimizer: torch.optim.Optimizer, loss: Tensor, config:
         optimizer.step()
         policy.adapters.copy("current", "ema", decay=config.optimizer.ema_decay)
     optimizer.zero_grad()
-    return norm
+    return loss.item(), norm.item()

@@ -9,7 +9,7 @@ from rollouts import rollout_of
 
 from mteditflow.config import Config
 from mteditflow.data import training_tasks
-from mteditflow.distributed import Ranks
+from mteditflow.distributed import Ranks, alone
 from mteditflow.pictures import round_to_8_bit
 from mteditflow.record.alarms import (
     ALARMS,
@@ -71,7 +71,7 @@ def test_a_small_edit_is_one_and_noise_is_none() -> None:
 
 
 def test_honest_pictures_do_not_ring(config: Config) -> None:
-    figures = rollout_figures(*made(honest(config), config))
+    figures = rollout_figures(*made(honest(config), config), alone())
     assert figures.keys() == ALARMS.keys() - {"alarm/held_out_gap"}
     assert figures["alarm/no_edit_share"] == 0 and figures["alarm/over_edit_share"] == 0
     assert find_alarms(figures) == []
@@ -108,14 +108,14 @@ def test_a_hacked_run_rings(fault: str, expected: str, config: Config) -> None:
     rollout = replace(
         rollout, turns=[replace(turn, image=own) for turn, own in zip(rollout.turns, pictures, strict=True)]
     )
-    assert expected in find_alarms(rollout_figures(rollout, scores))
+    assert expected in find_alarms(rollout_figures(rollout, scores, alone()))
 
 
 def test_a_picture_that_is_not_finite_is_left_out(config: Config) -> None:
     pictures = honest(config)
-    whole = rollout_figures(*made(pictures, config))
+    whole = rollout_figures(*made(pictures, config), alone())
     pictures[0][3] = torch.nan
-    figures = rollout_figures(*made(pictures, config))
+    figures = rollout_figures(*made(pictures, config), alone())
     assert all(value == value for value in figures.values())
     assert figures["alarm/edge_density_drift"] == pytest.approx(whole["alarm/edge_density_drift"], abs=0.05)
 

@@ -13,7 +13,9 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mteditflow.record.metrics import Reporter, read_lines, reduce_mean, summary, used_memory
+from mteditflow.distributed import Ranks
+from mteditflow.record.metrics import Reporter, read_lines, summary, used_memory
+from mteditflow.record.tally import Tally
 
 VALUES = {
     "reward/mean": 0.1 + 0.2,
@@ -113,22 +115,46 @@ def test_memory_on_a_gpu_goes_by_another_name(monkeypatch: pytest.MonkeyPatch) -
     assert used_memory() == ("memory/cuda_peak_gib", 1.5)
 
 
-def average(rank: int, file: str, results: str) -> None:
+def count(rank: int, file: str, results: str) -> None:
+    """What `ROWS` has for a rank, in the microbatches that it has there."""
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
-    values = {"b": float(rank), "a": 10.0 + rank, "c": math.nan if rank else 1.0}
-    reduced = reduce_mean(values if rank else dict(reversed(values.items())))
-    Path(f"{results}{rank}").write_text(json.dumps(reduced))
+    ranks, tally = Ranks(rank=rank, world_size=2, device=torch.device("cpu")), Tally(["a"], ["b", "c", "d"])
+    for values in ROWS[rank]:
+        rows = torch.tensor(values)
+        tally.add({"a": rows.mean() if values else rows.sum(), "b": rows.abs().sum()}, len(values))
+    kept = tally.keep_largest("b", "c", ranks)
+    tensors = [torch.full((2,), 1.0 + rank), torch.tensor(10 * rank), torch.tensor([[0.5]])]
+    ranks.sum_(tensors)
+    made = {
+        "figures": tally.read(ranks), "kept": kept, "sums": [tensor.tolist() for tensor in tensors],
+        "rows": ranks.gather(torch.tensor([[rank, 7]])).tolist(), "objects": ranks.gather_objects({"rank": rank}),
+        "main": ranks.from_main(f"of {rank}"), "share": list(ranks.share(6)),
+    }  # fmt: skip
+    Path(f"{results}{rank}").write_text(json.dumps(made))
     dist.destroy_process_group()
 
 
-def test_mean_over_ranks(tmp_path: Path) -> None:
-    """The order of the names may differ between ranks."""
+ROWS = [[[1.0, 2.0, 6.0], []], [[5.0]]]
+
+
+def test_figures_over_ranks(tmp_path: Path) -> None:
+    """The mean of all rows is 3.5, that of the microbatches' means 4, and of the ranks' 4; `d` was measured nowhere."""
     results = str(tmp_path / "rank")
-    multiprocessing.spawn(average, (str(tmp_path / "store"), results), nprocs=2)  # pyright: ignore[reportPrivateImportUsage]
-    for rank in range(2):
-        reduced = json.loads(Path(f"{results}{rank}").read_text())
-        assert reduced["a"] == 10.5 and reduced["b"] == 0.5 and math.isnan(reduced["c"])
+    multiprocessing.spawn(count, (str(tmp_path / "store"), results), nprocs=2)  # pyright: ignore[reportPrivateImportUsage]
+    first, second = (json.loads(Path(f"{results}{rank}").read_text()) for rank in range(2))
+    figures = first["figures"]
+    assert math.isnan(figures.pop("d")) and math.isnan(second["figures"].pop("d"))
+    assert figures == {"a": 3.5, "b": 9.0, "c": 9.0, "num_transitions": 4.0} and first["kept"] == 9.0
+    assert first.pop("share") == [0, 1, 2] and second.pop("share") == [3, 4, 5]
+    assert first == second
+    assert first["sums"] == [[3.0, 3.0], 10, [[1.0]]] and first["rows"] == [[0, 7], [1, 7]]
+    assert first["objects"] == [{"rank": 0}, {"rank": 1}] and first["main"] == "of 0"
 
 
-def test_one_process_gets_its_values_back() -> None:
-    assert reduce_mean({"a": 0.1 + 0.2}) == {"a": 0.1 + 0.2}
+def test_one_rank_gets_its_values_back() -> None:
+    one, tally = Ranks(rank=0, world_size=1, device=torch.device("cpu")), Tally(["a"], [])
+    assert math.isnan(tally.read(one)["a"])
+    tally.add({"a": torch.tensor(0.25)}, 3)
+    assert tally.read(one) == {"a": 0.25, "num_transitions": 3.0}
+    rows = torch.tensor([1.0])
+    assert one.gather(rows) is rows and one.from_main(3) == 3 and one.gather_objects("x") == ["x"]

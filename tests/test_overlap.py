@@ -69,8 +69,8 @@ def wave_of(num_rows: int, first: int = 0) -> Rollout:
 )  # fmt: skip
 def test_waves_are_whole_microbatches(wave_size: int, microbatch: int, expected: list[int]) -> None:
     config = replace(Config().rollout, group_size=4, wave_size=wave_size, microbatch_size=microbatch)
-    waves = cut_waves(12, config)
-    assert [len(wave) for wave in waves] == expected and torch.equal(torch.cat(waves), torch.arange(12))
+    waves = cut_waves(range(1, 13), config)
+    assert [len(wave) for wave in waves] == expected and torch.equal(torch.cat(waves), torch.arange(1, 13))
 
 
 @pytest.fixture(scope="module")
@@ -78,27 +78,32 @@ def policy(tiny_config: Config) -> Policy:
     return build_policy(tiny_config.model, tiny_config.lora, seed=0, has_old=False)
 
 
-@pytest.mark.parametrize(("hand_off", "num_tasks", "num_ranks"), [("pixels", 2, 1), ("latents", 4, 2)])
+@pytest.mark.parametrize(
+    ("hand_off", "num_tasks", "num_ranks"), [("pixels", 2, 1), ("latents", 4, 2), ("pixels", 4, 3)]
+)
 def test_a_row_is_the_same_in_every_wave(
     policy: Policy, tiny_config: Config, hand_off: Any, num_tasks: int, num_ranks: int
 ) -> None:
     values = {"num_tasks": num_tasks, "group_size": 3, "microbatch_size": 2, "hand_off": hand_off}
     config = change(tiny_config, "rollout", **values)
-    tasks = training_tasks(config, 0, Ranks(rank=num_ranks - 1, world_size=num_ranks, device=CPU))
-    whole = sample_rollout(policy, build_objective(config), tasks, change(config, "rollout", wave_size=100), 0)
-    assert len(whole.group) == 3 * len(tasks)
+    ranks = Ranks(rank=num_ranks - 1, world_size=num_ranks, device=CPU)  # of three ranks the last begins within a group
+    tasks, every = training_tasks(config, 0, ranks), training_tasks(config, 0, ONE_RANK)
+    whole, rows = sample_rollout(policy, build_objective(config), every, config, 0), ranks.share(3 * num_tasks)
+    mine = slice(rows.start, rows.stop)
     for wave_size in (0, 1, 4):
         cut = change(config, "rollout", wave_size=wave_size)
-        waves = list(sample_waves(policy, build_objective(config), tasks, cut, 0))
+        waves = list(sample_waves(policy, build_objective(config), tasks, cut, 0, ranks))
         made = join(waves)
-        assert len(waves) > 1 and torch.equal(made.group, whole.group) and torch.equal(made.member, whole.member)
+        assert len(waves) > 1 or (wave_size != 1 and num_ranks == 3)
+        assert torch.equal(made.group + tasks[0].id, whole.group[mine]) and torch.equal(made.member, whole.member[mine])
         for turn, expected in zip(made.turns, whole.turns, strict=True):
-            for name in ("latents", "image"):
-                assert torch.equal(getattr(turn, name), getattr(expected, name))
-            assert torch.equal(turn.old_log_prob.nan_to_num(), expected.old_log_prob.nan_to_num())
-            assert torch.equal(turn.condition.image, expected.condition.image)
+            assert torch.equal(turn.latents, expected.latents[:, mine]) and torch.equal(
+                turn.image, expected.image[mine]
+            )
+            assert torch.equal(turn.old_log_prob.nan_to_num(), expected.old_log_prob[:, mine].nan_to_num())
+            assert torch.equal(turn.condition.image, expected.condition.image[mine])
             for name, value in expected.condition.text.items():
-                assert torch.equal(turn.condition.text[name], value)
+                assert torch.equal(turn.condition.text[name], value[mine])
 
 
 def test_the_autoencoder_takes_no_more_than_a_microbatch(
@@ -108,7 +113,7 @@ def test_the_autoencoder_takes_no_more_than_a_microbatch(
     sizes, decode = set[int](), policy.editor.decode
     monkeypatch.setattr(policy.editor, "decode", lambda rows: sizes.add(len(rows)) or decode(rows))
     config = change(tiny_config, "rollout", microbatch_size=2, wave_size=2)
-    next(sample_waves(policy, build_objective(config), training_tasks(config, 0, ONE_RANK), config, 0))
+    next(sample_waves(policy, build_objective(config), training_tasks(config, 0, ONE_RANK), config, 0, ONE_RANK))
     assert sizes == {2}
 
 
@@ -203,17 +208,19 @@ def cut(scores: Scores, sizes: list[int]) -> Iterator[Scores]:
 @pytest.mark.parametrize("std", ["group", "global"])
 def test_advantages_by_group_are_those_of_all(std: Any, sizes: list[int]) -> None:
     config, scores, group = Config(advantage=AdvantageConfig(std=std)), random_scores(12), torch.arange(12) // 4
-    judged = Judged(cut(scores, sizes), group, config, ONE_RANK)
+    config = change(config, "rollout", num_tasks=3, group_size=4)
+    judged = Judged(cut(scores, sizes), config, ONE_RANK)
     parts = list(judged)
     expected = advantages(scores, group, config.advantage)
-    assert [len(part) for part in parts] == [4, 4, 4] and torch.equal(torch.cat(parts), expected)
+    assert [len(part) for part in parts] == ([4, 4, 4] if std == "group" else [12])
+    assert torch.equal(torch.cat(parts), expected)
     assert torch.equal(judged.advantages, expected) and torch.equal(judged.group, group)
     assert torch.equal(judged.scores.instruction.nan_to_num(), scores.instruction.nan_to_num())
 
 
 def test_a_group_is_trained_on_before_the_last_is_scored() -> None:
     """Unless every score is needed for one deviation."""
-    group, taken = torch.arange(12) // 4, 0
+    taken = 0
 
     def waves() -> Iterator[Scores]:
         nonlocal taken
@@ -223,15 +230,16 @@ def test_a_group_is_trained_on_before_the_last_is_scored() -> None:
 
     for std, expected in (("group", 1), ("global", 3)):
         taken = 0
-        config = Config(advantage=AdvantageConfig(std=std))  # pyright: ignore[reportArgumentType]
-        next(iter(Judged(waves(), group, config, ONE_RANK)))
+        config = change(Config(), "rollout", num_tasks=3, group_size=4)
+        next(iter(Judged(waves(), change(config, "advantage", std=std), ONE_RANK)))
         assert taken == expected
 
 
 def test_too_few_scores_stop_before_the_last_group_is_used_up() -> None:
-    scores, config = random_scores(12), Config(advantage=AdvantageConfig(std="group"))
+    scores, config = random_scores(12), change(Config(), "rollout", num_tasks=3, group_size=4)
+    config = change(config, "advantage", std="group")
     scores = replace(scores, valid=scores.valid & (torch.arange(12) < 5))
-    judged = Judged(cut(scores, [4, 4, 4]), torch.arange(12) // 4, config, ONE_RANK)
+    judged = Judged(cut(scores, [4, 4, 4]), config, ONE_RANK)
     with pytest.raises(GuardError, match="67% of the trajectories could not be scored"):
         list(judged)
 

@@ -81,7 +81,9 @@ def test_dino_consistency_goes_with_any_judge(judge: str, tiny_config: Config, t
     found = build_reward(alone)(rollout)
     assert list(found.rewards) == ["instruction"] and torch.equal(found.instruction, scores.instruction)
     advantage = advantages(found, rollout.group, alone.advantage)
-    figures = score_figures(found, advantage, rollout.group, alone.advantage) | rollout_figures(rollout, found)
+    figures = score_figures(found, advantage, rollout.group, alone.advantage) | rollout_figures(
+        rollout, found, ONE_RANK
+    )
     assert figures["reward/mean"] == pytest.approx(figures["reward/instruction"])
     assert not figures.keys() & {"reward/consistency", "alarm/over_edit_share"}
 

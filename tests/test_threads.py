@@ -11,8 +11,8 @@ from mteditflow.policy.pipelines import is_slow_in_bfloat16
 
 CODE = """
 import mteditflow, os, torch
-from mteditflow import distributed
-distributed.start()
+from mteditflow import config, distributed
+distributed.start(config.Config())
 print(os.environ["OMP_WAIT_POLICY"], torch.get_num_threads())
 """
 

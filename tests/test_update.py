@@ -221,11 +221,11 @@ def test_microbatches_are_filled(wanted: list[int], size: int, expected: list[tu
     objective: Any = SimpleNamespace(draws=lambda schedule: [0])
     config = change(Config(), "optimizer", microbatch_size=size)
     advantages = torch.tensor(wanted).float()[:, None]
-    microbatches = list(Microbatches(rollout, objective, config)([advantages]))
+    microbatches = [chunk for _, chunk in Microbatches(rollout, objective, config, ONE_RANK)([advantages])]
     parts = [(chunk.rows, chunk.weight * len(wanted)) for chunk in microbatches]
     for cuts in ([1] * len(wanted), [2, len(wanted) - 2]):  # as they become known
-        again = Microbatches(rollout, objective, config)(advantages.split(cuts))
-        assert all(torch.equal(a.rows, b.rows) for a, b in zip(microbatches, again, strict=True))
+        again = Microbatches(rollout, objective, config, ONE_RANK)(advantages.split(cuts))
+        assert all(torch.equal(a.rows, b.rows) for a, (_, b) in zip(microbatches, again, strict=True))
     assert [(rows[weight > 0].tolist(), weight[weight > 0].tolist()) for rows, weight in parts] == expected
     tail = len(wanted) % size
     assert all(len(rows) == len(weight) and len(rows) in (size, tail) for rows, weight in parts)

@@ -55,8 +55,9 @@ def roll(policy: Policy, config: Config) -> Rollout:
 
 def minibatches(rollout: Rollout, advantages: Tensor, objective: Any, config: Config) -> list[list[Microbatch]]:
     """The microbatches of each optimizer step."""
-    every = list(Microbatches(rollout, objective, config)([advantages]))
-    return [every[number :: config.optimizer.num_updates] for number in range(config.optimizer.num_updates)]
+    every = list(Microbatches(rollout, objective, config, ONE_RANK)([advantages]))
+    steps = range(config.optimizer.num_updates)
+    return [[microbatch for step, microbatch in every if step == number] for number in steps]
 
 
 class KeepsGradients(torch.optim.SGD):

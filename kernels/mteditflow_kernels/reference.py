@@ -86,6 +86,14 @@ def _weighted_sum(rows: Tensor, weight: Tensor | None) -> Tensor:
     return rows.mean() if weight is None else (rows * weight).sum()
 
 
+def _counted_mean(rows: Tensor, weight: Tensor | None) -> Tensor:
+    """Take the mean over the rows whose weight is not 0, which are those that do not only fill a microbatch."""
+    if weight is None:
+        return rows.mean()
+    is_counted = weight != 0
+    return torch.where(is_counted, rows, 0.0).sum() / is_counted.sum().clamp(min=1)
+
+
 def sde_log_prob(velocity: Tensor, latents: Tensor, next_latents: Tensor, table: Tensor, step: Tensor | int) -> Tensor:
     """Compute the log-prob (B,) of `next_latents` given `latents`, differentiable in velocity; NaN at ODE steps."""
     velocity, latents, next_latents = _upcast(velocity, latents, next_latents)
@@ -157,8 +165,9 @@ def grpo_loss(
 
         exp(std (log_prob - old_log_prob + scale mean_d (mean - mean_old)^2))
 
-    The diagnostics are 0-d, unweighted, detached: ratio_mean, ratio_error (largest |ratio - 1|), clip_fraction,
-    approx_kl, kl, policy_loss, log_prob_difference (largest |log ratio|). An ODE row makes the loss NaN.
+    The diagnostics are 0-d, detached, of the rows alike whose weight is not 0: ratio_mean, ratio_error (largest |ratio
+    - 1|), clip_fraction, approx_kl, kl, policy_loss, log_prob_difference (largest |log ratio|). An ODE row makes the
+    loss NaN.
     """
     check_kl(kl_beta, ref_velocity, kl_form)
     velocity, latents = _upcast(velocity, latents)
@@ -172,18 +181,19 @@ def grpo_loss(
         difference = _column(coefficients[:, C_V], latents) * (velocity - ref_velocity.to(velocity.dtype))
         kl = coefficients[:, KL_EXACT if kl_form == "exact" else KL_PUBLISHED] * row_mean(difference.square())
     loss = _weighted_sum(policy + kl_beta * kl if kl_beta > 0 else policy, weight)
-    ratio_error = (ratio.detach() - 1).abs()
-    diagnostics = {
-        "ratio_mean": ratio.mean(),
-        "ratio_error": ratio_error.max(),
-        "clip_fraction": (ratio_error > clip_range).to(ratio.dtype).mean(),
+    ratio_error, difference = (ratio.detach() - 1).abs(), log_ratio.detach().abs()
+    means = {
+        "ratio_mean": ratio,
+        "clip_fraction": (ratio_error > clip_range).to(ratio.dtype),
         # the second-order form: ratio - 1 - log ratio cancels to nothing in float32 at log ratios of 1e-4
-        "approx_kl": 0.5 * log_ratio.square().mean(),
-        "kl": kl.mean(),
-        "policy_loss": policy.mean(),
-        "log_prob_difference": log_ratio.abs().max(),
+        "approx_kl": 0.5 * log_ratio.square(),
+        "kl": kl,
+        "policy_loss": policy,
     }
-    return loss, {name: value.detach() for name, value in diagnostics.items()}
+    diagnostics = {name: _counted_mean(rows.detach(), weight) for name, rows in means.items()}
+    if weight is not None:
+        ratio_error, difference = (rows.masked_fill(weight == 0, 0.0) for rows in (ratio_error, difference))
+    return loss, diagnostics | {"ratio_error": ratio_error.max(), "log_prob_difference": difference.max()}
 
 
 def noised(clean_latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
@@ -227,7 +237,7 @@ def nft_loss(
 
     v+ = beta v + (1 - beta) v_old and v- = (1 + beta) v_old - beta v are the implicit good and bad policies. Latents,
     noise and velocities (B, ...); sigma, reward_probability r and weight (B,), which is 1/B by default. The diagnostics
-    policy_loss and kl are 0-d, unweighted, detached.
+    policy_loss and kl are 0-d, detached, of the rows alike whose weight is not 0.
     """
     check_kl(kl_beta, ref_velocity, "published")
     velocity, clean_latents = _upcast(velocity, clean_latents)
@@ -238,7 +248,7 @@ def nft_loss(
     if ref_velocity is not None:
         kl = row_mean((velocity - ref_velocity.to(velocity.dtype)).square())
     loss = _weighted_sum(policy + kl_beta * kl if kl_beta > 0 else policy, weight)
-    return loss, {"policy_loss": policy.mean().detach(), "kl": kl.mean().detach()}
+    return loss, {"policy_loss": _counted_mean(policy.detach(), weight), "kl": _counted_mean(kl.detach(), weight)}
 
 
 def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -89,6 +89,8 @@ def _grpo_figures(
     share = tl.full((ROWS,), 1.0, tl.float32) / num_rows
     if HAS_WEIGHT:
         share = tl.load(weight + place, inside, other=0.0)
+    is_counted = inside & (share != 0.0)
+    num_counted = tl.maximum(tl.sum(is_counted.to(tl.float32)), 1.0)
     ratio = tl.exp(log_ratio)
     clipped = tl.minimum(tl.maximum(ratio, 1.0 - clip_range), 1.0 + clip_range)
     policy = tl.maximum(-a * ratio, -a * clipped, propagate_nan=tl.PropagateNan.ALL)
@@ -96,14 +98,15 @@ def _grpo_figures(
     tl.store(rows + 2 * num_rows + place, tl.where(is_clipped, 0.0, -a * ratio) * share, inside)
     tl.store(rows + 3 * num_rows + place, kl_beta * share, inside)
     total = policy + kl_beta * kl if HAS_REF else policy
-    error = tl.where(inside, tl.abs(ratio - 1.0), 0.0)
     tl.store(loss, tl.sum(tl.where(inside, total * share, 0.0)))
-    tl.store(figures, tl.sum(tl.where(inside, ratio, 0.0)) / num_rows)
+    error = tl.where(is_counted, tl.abs(ratio - 1.0), 0.0)
+    log_ratio = tl.where(is_counted, log_ratio, 0.0)
+    tl.store(figures, tl.sum(tl.where(is_counted, ratio, 0.0)) / num_counted)
     tl.store(figures + 1, tl.max(error))
-    tl.store(figures + 2, tl.sum((error > clip_range).to(tl.float32)) / num_rows)
-    tl.store(figures + 3, 0.5 * tl.sum(log_ratio * log_ratio) / num_rows)
-    tl.store(figures + 4, tl.sum(kl) / num_rows)
-    tl.store(figures + 5, tl.sum(tl.where(inside, policy, 0.0)) / num_rows)
+    tl.store(figures + 2, tl.sum((error > clip_range).to(tl.float32)) / num_counted)
+    tl.store(figures + 3, 0.5 * tl.sum(log_ratio * log_ratio) / num_counted)
+    tl.store(figures + 4, tl.sum(tl.where(is_counted, kl, 0.0)) / num_counted)
+    tl.store(figures + 5, tl.sum(tl.where(is_counted, policy, 0.0)) / num_counted)
     tl.store(figures + 6, tl.max(tl.abs(log_ratio)))
 
 

@@ -67,8 +67,10 @@ def _nft_kernel(
             if HAS_WEIGHT:
                 share = tl.load(weight + place, is_row, other=0.0)
             tl.store(loss, tl.sum((policy + kl_beta * penalty) * share))
-            tl.store(figures, tl.sum(policy) / num_rows)
-            tl.store(figures + 1, tl.sum(penalty) / num_rows)
+            is_counted = is_row & (share != 0.0)
+            num_counted = tl.maximum(tl.sum(is_counted.to(tl.float32)), 1.0)
+            tl.store(figures, tl.sum(tl.where(is_counted, policy, 0.0)) / num_counted)
+            tl.store(figures + 1, tl.sum(tl.where(is_counted, penalty, 0.0)) / num_counted)
 
 
 @triton.jit

@@ -52,7 +52,7 @@ def train(argv: Sequence[str]) -> int:
     from mteditflow.train import train as run_training
 
     with ExitStack() as stack:
-        ranks = distributed.start()
+        ranks = distributed.start(config)
         stack.callback(distributed.stop, ranks)
         try:
             run_training(config, ranks)

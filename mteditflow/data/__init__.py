@@ -37,11 +37,10 @@ def check_size(config: Config) -> None:
 
 
 def training_tasks(config: Config, iteration: int, ranks: "Ranks") -> "list[EditTask]":
-    """Make this rank's share of the P tasks of an iteration. ValueError where P is not a multiple of the ranks."""
-    num_tasks = config.rollout.num_tasks
-    is_right = num_tasks % ranks.world_size == 0
-    require(is_right, "rollout.num_tasks", num_tasks, f"must be a multiple of the {ranks.world_size} ranks")
-    ids = range(iteration * num_tasks, (iteration + 1) * num_tasks)[ranks.rank :: ranks.world_size]
+    """Make those of the P tasks of an iteration that this rank's trajectories belong to: ranks may share a group."""
+    num_tasks, size = config.rollout.num_tasks, config.rollout.group_size
+    rows = ranks.share(num_tasks * size)
+    ids = range(iteration * num_tasks, (iteration + 1) * num_tasks)[rows[0] // size : rows[-1] // size + 1]
     if config.data.path != EMBEDDED:
         from mteditflow.data.userdata import user_task
 

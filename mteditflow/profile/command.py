@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from mteditflow.config import EMBEDDED, Config
 from mteditflow.data import training_tasks
-from mteditflow.distributed import Ranks, local_device
+from mteditflow.distributed import Ranks, alone
 from mteditflow.objective import Objective, build_objective
 from mteditflow.plan.compiling import Settled, settle
 from mteditflow.plan.duration import batch_plan
@@ -88,7 +88,7 @@ def alternate_signs(num_rows: int, num_turns: int) -> Tensor:
 
 def build_case(config: Config) -> Case:
     """Build the policy; the world's pictures are brought to the size of the config. ValueError as for a run."""
-    ranks, objective = Ranks(rank=0, world_size=1, device=local_device()), build_objective(config)
+    ranks, objective = alone(), build_objective(config)
     if config.model.path == RANDOM:
         policy = random_kontext(config, has_old=objective.has_old)
     else:

@@ -30,8 +30,8 @@ def run_once(case: Case, judge: Overlap) -> dict[str, float]:
     """An iteration: its seconds in all, those of the judge, and those that were waited for it."""
     optimizer = torch.optim.AdamW([weight for _, weight in case.policy.adapters.trainable], lr=1e-9)
     start = time.perf_counter()
-    made = judge.gather(sample_waves(case.policy, case.objective, case.tasks, case.config, 0))
-    judged = Judged(judge.scores(), made.group, case.config, case.ranks)
+    made = judge.gather(sample_waves(case.policy, case.objective, case.tasks, case.config, 0, case.ranks))
+    judged = Judged(judge.scores(), case.config, case.ranks)
 
     def praised() -> Iterator[Tensor]:
         for advantages in judged:

@@ -11,6 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from mteditflow.distributed import Ranks
 from mteditflow.types import Rollout, Scores
 
 NO_EDIT = 0.08  # of a pixel's range: the miniature's autoencoder alone moves no block of a picture by more
@@ -68,18 +69,19 @@ def is_unedited(before: Tensor, after: Tensor) -> Tensor:
     return change.flatten(1).amax(1) <= NO_EDIT
 
 
-def rollout_figures(rollout: Rollout, scores: Scores) -> dict[str, float]:
-    """Measure the finite pictures of this rank's trajectories, and the consistency that is scored."""
-    sources = rollout.sources
-    pictures = [sources, *(turn.image.to(sources) for turn in rollout.turns)]
+def rollout_figures(rollout: Rollout, scores: Scores, ranks: Ranks) -> dict[str, float]:
+    """Measure the finite pictures of all ranks' trajectories, and the consistency that is scored. scores: of all."""
+    measures = (edge_density, saturation, colourfulness)
+    pictures = [rollout.sources, *(turn.image.to(rollout.sources) for turn in rollout.turns)]
     is_finite = torch.stack([picture.flatten(1).isfinite().all(1) for picture in pictures]).all(0)
-    pictures = [picture[is_finite] for picture in pictures]
-    values = {
-        f"alarm/{measure.__name__}_drift": (measure(pictures[-1]).mean() / measure(pictures[0]).mean() - 1).abs()
-        for measure in (edge_density, saturation, colourfulness)
-    }
-    unedited = [is_unedited(before, after) for before, after in pairwise(pictures)]
-    values["alarm/no_edit_share"] = torch.stack(unedited).float().mean()
+    unedited = torch.stack([is_unedited(before, after) for before, after in pairwise(pictures)], dim=1)  # (N, K)
+    columns = [measure(picture) for measure in measures for picture in (pictures[0], pictures[-1])]
+    rows = ranks.gather(torch.cat([torch.stack(columns, dim=1), unedited, is_finite[:, None]], dim=1))
+    measured, unedited = rows[rows[:, -1] > 0][:, :-1].split([len(columns), unedited.shape[1]], dim=1)
+    first, last = measured.mean(0).view(-1, 2).unbind(1)
+    drifts = (last / first - 1).abs()
+    values = {f"alarm/{measure.__name__}_drift": drift for measure, drift in zip(measures, drifts, strict=True)}
+    values["alarm/no_edit_share"] = unedited.mean()
     if "consistency" in scores.rewards:
         kept = scores.rewards["consistency"]
         values["alarm/over_edit_share"] = (kept[~kept.isnan()] < OVER_EDIT).float().mean()

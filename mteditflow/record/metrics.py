@@ -17,7 +17,6 @@ from typing import Any
 
 import psutil
 import torch
-import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
@@ -100,18 +99,6 @@ def used_memory() -> tuple[str, float]:
     if torch.cuda.is_initialized():
         return "memory/cuda_peak_gib", torch.cuda.max_memory_allocated() / 2**30
     return "memory/rss_gib", psutil.Process().memory_info().rss / 2**30
-
-
-def reduce_mean(values: dict[str, float]) -> dict[str, float]:
-    """Average over the ranks, which must give the same names; NaN on one is NaN. One process gets its values back."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return values
-    names = sorted(values)
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    total = torch.tensor([values[name] for name in names], dtype=torch.float64, device=device)
-    dist.all_reduce(total)
-    means = dict(zip(names, (total / dist.get_world_size()).tolist(), strict=True))
-    return {name: means[name] for name in values}
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from mteditflow.config import EMBEDDED, Config
 from mteditflow.config.reward import RewardConfig
 from mteditflow.config.rubric import check_rubric
 from mteditflow.data import training_tasks
-from mteditflow.distributed import Ranks, local_device
+from mteditflow.distributed import Ranks, alone, local_device
 from mteditflow.guards import MAX_INVALID_SHARE, GuardError
 from mteditflow.reward.exact import ExactConsistency, ExactInstruction, SimulatedJudge
 from mteditflow.reward.user_function import build_also
@@ -104,7 +104,7 @@ def _build_judge(config: Config, device: torch.device) -> Reward:
             num_turns = config.data.num_turns
             if config.data.path != EMBEDDED:  # whose evaluation is the verifier's
                 num_turns = max(num_turns, config.num_held_out_turns)
-            task = training_tasks(config, 0, Ranks(rank=0, world_size=1, device=device))[0]
+            task = training_tasks(config, 0, alone())[0]
             ask = build_ask(reward, device, sample_question(task, num_turns, reward))
             return VlmJudge(reward, ask)
         case _:
@@ -171,37 +171,41 @@ def _reasons(scores: Scores) -> str:
 class Judged:
     """What the trajectories of an iteration are worth, group after group as their scores come in.
 
-    Once iterated to its end: `scores`, `group` and `advantages` of all ranks.
+    Once iterated to its end: `scores`, `group` and `advantages` of the trajectories of all ranks, in their order.
     """
 
     scores: Scores
-    group: Tensor  # (N of all ranks,), numbered through
-    advantages: Tensor  # (N of all ranks, K)
+    group: Tensor  # (N,), numbered through
+    advantages: Tensor  # (N, K)
 
-    def __init__(self, scores: Iterable[Scores], group: Tensor, config: Config, ranks: Ranks) -> None:
-        """scores: of one wave after another. group (N,): of this rank's trajectories."""
-        self._waves, self._group, self._config, self._ranks = scores, group, config, ranks
+    def __init__(self, scores: Iterable[Scores], config: Config, ranks: Ranks) -> None:
+        """scores: of one wave after another of this rank's trajectories."""
+        self._waves, self._config, self._ranks = scores, config, ranks
 
     def __iter__(self) -> Iterator[Tensor]:
-        """Yield the advantages (G, K) of this rank's groups in order; those of a group need its own scores, or with
-        advantage.std 'global' all. GuardError, before the last is used, where too many trajectories have no score.
+        """Yield the advantages (M, K) of this rank's trajectories in order, group by group where advantage.std is
+        'group' and no group lies across ranks; else all at once, since they need the scores of every rank. So do
+        sharded ranks, which run equally many microbatches. GuardError, before the last is used, where too many
+        trajectories have no score.
         """
-        waves, sizes, num_yielded = list[Scores](), self._group.bincount().tolist(), 0
+        config, size = self._config, self._config.rollout.group_size
+        num_rows = config.rollout.num_tasks * size
+        share, num_yielded, waves = self._ranks.share(num_rows), 0, list[Scores]()
+        is_by_group = config.advantage.std == "group" and len(share) % size == 0 and config.distributed.shard == "none"
         for wave in self._waves:
             waves.append(wave)
-            if self._config.advantage.std != "group":
-                continue
-            so_far = join_scores(waves)
-            while sizes and num_yielded + sizes[0] <= len(so_far.valid):
-                rows = slice(num_yielded, num_yielded + sizes.pop(0))
-                num_yielded = rows.stop
-                one = torch.zeros(rows.stop - rows.start, dtype=torch.int64)
-                yield advantages(cut_scores(so_far, rows), one, self._config.advantage)
-        self.scores, self.group = gather_scores(join_scores(waves), self._group, self._ranks)
-        check_scores(self.scores, self._config)
-        self.advantages = advantages(self.scores, self.group, self._config.advantage)
-        if sizes:
-            yield from self.advantages.chunk(self._ranks.world_size)[self._ranks.rank].split(sizes)
+            if is_by_group:
+                so_far = join_scores(waves)
+                while num_yielded + size <= len(so_far.valid):
+                    rows = slice(num_yielded, num_yielded + size)
+                    num_yielded = rows.stop
+                    one = torch.zeros(size, dtype=torch.int64)
+                    yield advantages(cut_scores(so_far, rows), one, config.advantage)
+        self.scores, self.group = gather_scores(join_scores(waves), self._ranks), torch.arange(num_rows) // size
+        check_scores(self.scores, config)
+        self.advantages = advantages(self.scores, self.group, config.advantage)
+        if not is_by_group:
+            yield self.advantages[share.start : share.stop]
 
 
 def join_scores(waves: Sequence[Scores]) -> Scores:
@@ -228,19 +232,14 @@ def cut_scores(scores: Scores, rows: slice) -> Scores:
     return Scores(rewards=rewards, weights=scores.weights, valid=scores.valid[rows], words=scores.words[rows], **cut)
 
 
-def gather_scores(scores: Scores, group: Tensor, ranks: Ranks) -> tuple[Scores, Tensor]:
-    """The scores and groups (N,) of every rank's trajectories, on every rank; groups are numbered through, and a
-    judge's words stay this rank's.
-    """
-    num_groups, num_rows = int(group.max()) + 1, len(group)
+def gather_scores(scores: Scores, ranks: Ranks) -> Scores:
+    """The scores of every rank's trajectories, on every rank, in their order; a judge's words stay this rank's."""
 
     def gathered(values: Tensor | None) -> Tensor | None:
         return None if values is None else ranks.gather(values)
 
-    every = Scores(
+    return Scores(
         rewards={name: ranks.gather(values) for name, values in scores.rewards.items()},
         weights=scores.weights, valid=ranks.gather(scores.valid), truth=gathered(scores.truth), words=scores.words,
         faults=gathered(scores.faults), off_mass=gathered(scores.off_mass),
     )  # fmt: skip
-    rank = torch.arange(ranks.world_size * num_rows, device=group.device) // num_rows
-    return every, ranks.gather(group) + rank * num_groups

@@ -24,7 +24,7 @@ from mteditflow.config import Config
 from mteditflow.config.errors import first_line
 from mteditflow.config.reward import AlsoReward
 from mteditflow.data import training_tasks
-from mteditflow.distributed import Ranks
+from mteditflow.distributed import alone
 from mteditflow.noise import EVALUATION
 from mteditflow.types import EditTask, Rollout, Score
 
@@ -161,8 +161,7 @@ def build_also(config: Config, device: torch.device) -> dict[str, UserReward]:
     """Load the rewards of reward.also, by name, each tried on the first tasks of training."""
     rewards = {also.name: UserReward(also, device) for also in config.reward.also_rewards}
     if rewards:
-        one = Ranks(rank=0, world_size=1, device=device)
-        iterations = (training_tasks(config, iteration, one) for iteration in range(NUM_TRIED))
+        iterations = (training_tasks(config, iteration, alone()) for iteration in range(NUM_TRIED))
         tasks = list(islice(chain.from_iterable(iterations), NUM_TRIED))
         for reward in rewards.values():
             reward.check(tasks, config.data.num_turns)
