@@ -185,7 +185,7 @@ def _backward(loss_of: Loss) -> Prepare:
 
 
 def _quantise(ops: Ops, x: Sequence[Tensor], rows: Rows) -> Callable[[], Tensor]:
-    """The scales stand for both: the parity of the bits is `triton_cases.py`'s."""
+    """The scales stand for both: the parity of the bits is `triton_block_cases.py`'s."""
     wide = x[0].reshape(-1, min(WIDTH, prod(rows.shape)))
     return lambda: ops.quantise_rows(wide)[1]
 

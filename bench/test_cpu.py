@@ -174,8 +174,7 @@ def _tasks() -> dict[str, Callable[[], str]]:
     objective = build_objective(config)
     policy = build_policy(config.model, config.lora, 0, has_old=False)
     optimizer, edits = build_optimizer(policy, config), training_tasks(config, 0, ranks)
-    advantage = (1.0 - 2.0 * (torch.arange(16) % 2))[:, None]
-    made: list[Any] = []
+    advantage, made = (1.0 - 2.0 * (torch.arange(16) % 2))[:, None], list[Any]()
 
     def rollout() -> str:
         made[:] = [sample_rollout(policy, objective, edits, config, 0)]

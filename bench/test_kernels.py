@@ -43,7 +43,8 @@ def rows(record: measure.Record) -> Iterator[list[measure.Row]]:
 
 def test_parity_of_every_case() -> None:
     """The cases that the interpreter runs elsewhere, on this GPU."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", FOLDER.parent / "tests/triton_cases.py"]
+    files = [FOLDER.parent / "tests" / name for name in ("triton_cases.py", "triton_block_cases.py")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     command += ["-n", str(min(8, os.cpu_count() or 1))] if find_spec("xdist") else []  # what takes long is to compile
     done = subprocess.run(command, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-8000:]

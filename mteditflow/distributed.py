@@ -76,11 +76,11 @@ class Ranks:
             dist.all_gather_object(values, value)
         return values
 
-    def from_main(self, value: Any) -> Any:
-        """The main rank's value, of anything small that can be pickled."""
+    def from_main(self, value: Any, source: int = 0) -> Any:
+        """The main rank's value, or that of another `source`, of anything small that can be pickled."""
         values = [value]
         if self.world_size > 1:
-            dist.broadcast_object_list(values)
+            dist.broadcast_object_list(values, source)
         return values[0]
 
     def barrier(self) -> None:
@@ -132,12 +132,12 @@ def alone() -> Ranks:
     return Ranks(rank=0, world_size=1, device=local_device())
 
 
-def start(config: Config) -> Ranks:
+def start(config: Config, *, is_training: bool = True) -> Ranks:
     """Join the process group that torchrun has laid out; without torchrun, one rank. ValueError, one line: an
-    environment that makes no sense; ranks that cannot share the run.
+    environment that makes no sense; ranks that cannot share the run; an evaluation needs no rollout that they divide.
     """
     rank, world_size, local_rank = read_environment()
-    check_world(config, world_size)
+    check_world(config, world_size, is_training=is_training)
     device = torch.device("cpu")
     if torch.cuda.is_available():
         if local_rank >= (num_gpus := torch.cuda.device_count()):
@@ -227,13 +227,13 @@ def check_same(ranks: Ranks, config: Config) -> None:
             )
 
 
-def check_world(config: Config, world_size: int) -> None:
+def check_world(config: Config, world_size: int, *, is_training: bool = True) -> None:
     """ValueError where so many ranks cannot share an iteration's trajectories, or there is nobody to shard with."""
     num_rows = config.rollout.num_tasks * config.rollout.group_size
     remedy = (
         f"num_tasks x group_size = {num_rows} trajectories must be a multiple of the {world_size} ranks that share them"
     )
-    require(num_rows % world_size == 0, "rollout.num_tasks", config.rollout.num_tasks, remedy)
+    require(not is_training or num_rows % world_size == 0, "rollout.num_tasks", config.rollout.num_tasks, remedy)
     is_right = world_size > 1 or config.distributed.shard == "none"
     require(is_right, "distributed.shard", config.distributed.shard, "one rank has nobody to share with: must be none")
 

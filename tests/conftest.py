@@ -5,11 +5,13 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # before a library reads it: a hub asked in vain is asked again for a minute
 os.environ["MTEDITFLOW_CACHE"] = ""  # a test neither reads nor leaves an evaluation; those that do say where
 
+from functools import partial
 from pathlib import Path
 
 import finished_runs
 import pytest
 import torch
+import train_runs
 from judge_server import ask, server  # noqa: F401, fixtures
 
 from mteditflow.config import (
@@ -82,6 +84,12 @@ def tiny_config(tiny_pipeline_folder: Path) -> Config:
         objective=ObjectiveConfig(name="grpo"),
         optimizer=OptimizerConfig(weight_decay=0.0),
     )
+
+
+@pytest.fixture(scope="session")
+def arguments(tiny_pipeline_folder: Path) -> train_runs.Arguments:
+    """The command line of a short run of that folder, by run folder and overrides."""
+    return partial(train_runs.arguments, tiny_pipeline_folder, model__max_text_tokens=TINY_MAX_TEXT_TOKENS)
 
 
 @pytest.fixture(scope="session")

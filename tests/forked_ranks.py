@@ -125,10 +125,10 @@ def _prepare(act: str, folder: Path) -> list[str]:
     return []
 
 
-def _hang(folder: Path) -> None:
+def hang(folder: Path, grace_s: float = 0.5) -> None:
     """Wait for ever outside of Python, as in a collective of which a rank is missing."""
-    ending.GRACE_S = 0.5
-    (folder / f"hangs-{os.environ['RANK']}").touch()
+    ending.GRACE_S = grace_s
+    (folder / f"hangs-{os.environ.get('RANK', '0')}").touch()
     mutex = ctypes.create_string_buffer(64)
     for _ in range(2):
         ctypes.CDLL(None).pthread_mutex_lock(mutex)
@@ -143,5 +143,5 @@ ACTS: dict[str, Callable[[Path], object]] = {
     "raise": lambda _: {}["trouble"],
     "lose the judge": _lose_the_judge,
     "fill memory": lambda _: torch.empty(2**60, dtype=torch.uint8),
-    "hang": _hang,
+    "hang": hang,
 }

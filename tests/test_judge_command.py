@@ -14,8 +14,10 @@ from serve_transformers import leave_out_videos
 from tiny_judge import save_vlm
 
 from mteditflow.config import Config, DataConfig, ModelConfig, RewardConfig, command
+from mteditflow.config.reward import SMALL_FOLDER
 from mteditflow.judge.check import make_samples
 from mteditflow.judge.serve import KEY, context_length, servers
+from mteditflow.reward.chat import request
 from mteditflow.reward.vlm_server import API_KEY
 
 ROOT = Path(__file__).parent.parent
@@ -138,6 +140,13 @@ def test_commands_that_fit_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
     assert int(option(local, "--max-model-len")) == context_length(10, 9000) == 14336
     assert [found.package for found in servers(config_at(readout="expected"))] == ["vllm", "sglang"]
     assert option(shlex.split(str(servers(config_at("https://judge.example/v1"))[0])), "--port") == "443"
+
+
+def test_the_judge_that_ships_is_served_and_asked_for_by_its_folder() -> None:
+    """A server loads what it is asked for, or lists what it loaded: the same name in the command and in a question."""
+    config = Config(reward=RewardConfig(judge="vlm", vlm="small", url="http://localhost:8000/v1", readout="direct"))
+    asked = request(make_samples(config, 2)[0].question, config.reward)["model"]
+    assert asked == str(SMALL_FOLDER) and all(asked in found.words for found in servers(config))
 
 
 def test_a_key_is_named_and_not_written(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

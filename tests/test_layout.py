@@ -23,6 +23,7 @@ ORDER: list[str] = [*LIST.split()]
 STARTER = ("mteditflow", "config", "command")  # its functions start the rooms, once a command line is known to be right
 FILES = sorted([*(ROOT / "mteditflow").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 TESTS = sorted((ROOT / "tests").glob("*.py"))
+MEASURED = [*TESTS, *sorted((ROOT / "bench").glob("*.py"))]
 IDS = [str(path.relative_to(ROOT)) for path in FILES]
 
 
@@ -97,7 +98,7 @@ def test_mteditflow_kernels_is_importable() -> None:
     assert spec is not None and spec.origin is not None
 
 
-@pytest.mark.parametrize("path", FILES, ids=IDS)
+@pytest.mark.parametrize("path", [*FILES, *MEASURED], ids=lambda path: str(path.relative_to(ROOT)))
 def test_files_and_functions_are_short(path: Path) -> None:
     text = path.read_text()
     assert len(text.splitlines()) < 400

@@ -1,4 +1,4 @@
-"""Attention by `norm_rope` computes what diffusers does; `triton_cases.py` runs the kernel."""
+"""Attention by `norm_rope` computes what diffusers does; `triton_block_cases.py` runs the kernel."""
 
 from collections.abc import Callable
 from copy import deepcopy

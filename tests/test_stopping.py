@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,14 @@ from typing import Any
 import forked_ranks
 import psutil
 import pytest
+import torch.distributed as dist
 from conftest import TINY_MAX_TEXT_TOKENS
 from timed import is_timed
 
 from mteditflow import distributed
 from mteditflow.config import Config
 from mteditflow.config.command import train
+from mteditflow.record import checkpoint, ending
 from mteditflow.record.metrics import read_lines
 
 NUM_ITERATIONS = 3
@@ -208,3 +211,59 @@ def test_local_rank_beyond_the_gpus_is_one_line(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(ValueError, match=r"^LOCAL_RANK is 2: this machine shows 2 GPUs; start at most that many .*$"):
         distributed.start(Config())
+
+
+def test_a_rank_reads_nothing_that_a_dead_one_left() -> None:
+    """The words of an earlier start are in the store when its ranks are started again, the first of them late."""
+    store, num_ranks = dist.HashStore(), 3
+    for start in range(3):
+        with ThreadPoolExecutor(num_ranks) as pool:
+            others = [pool.submit(distributed._new_part, store, rank, num_ranks, 20) for rank in (1, 2)]
+            first = pool.submit(distributed._new_part, store, 0, num_ranks, 20)
+            parts = [future.result() for future in (first, *others)]
+        assert not parts[1].check(["address"])
+        parts[0].set("address", str(start))
+        assert [part.get("address") for part in parts] == [str(start).encode()] * num_ranks
+    with pytest.raises(ValueError, match="ranks 1, 2 have not come in 0 s"):
+        distributed._new_part(store, 0, num_ranks, 0)
+
+
+def test_a_signal_while_loading_ends_at_once(
+    arguments: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Even where no handler in Python can run."""
+    monkeypatch.setattr("mteditflow.run.build_policy", lambda *_, **__: forked_ranks.hang(tmp_path, grace_s=100))
+    process = forked_ranks.Fork(lambda: train(arguments(tmp_path / "run")))
+    while not (tmp_path / "hangs-0").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGUSR1)
+    assert process.wait() == 128 + signal.SIGUSR1
+    line = "mteditflow: stopped by SIGUSR1; the same command goes on from there\n"
+    assert capfd.readouterr().err.endswith(line) and not (tmp_path / "run" / "checkpoints").exists()
+    with checkpoint.lock(tmp_path / "run"):
+        pass
+
+
+def test_waiting_for_a_judge_ends_by_a_signal(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught, ending.Ending() as run:
+        run.begin(lambda: "goes on after iteration 7")
+        os.kill(os.getpid(), signal.SIGINT)
+        ending.result(Future())
+    assert caught.value.code == 128 + signal.SIGINT
+    assert capsys.readouterr().err == "mteditflow: stopped by SIGINT; the same command goes on after iteration 7\n"
+
+
+def test_a_fork_is_not_the_run() -> None:
+    """A signal to a child, as when a pool of workers is ended, is none to the run."""
+
+    def child() -> int:
+        while True:
+            time.sleep(1)
+
+    with ending.Ending() as run:
+        process = forked_ranks.Fork(child)
+        os.kill(process.pid, signal.SIGTERM)
+        assert process.wait() == -signal.SIGTERM
+        time.sleep(2 * ending.PERIOD_S)
+        assert not run.asked

@@ -1,40 +1,30 @@
-"""Whole runs with a tiny editor: the folder, kills and resumes, guards, bad input, two ranks."""
+"""Whole runs with a tiny editor: the folder, kills and resumes, two ranks."""
 
-import errno
 import json
-import math
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
-from conftest import TINY_MAX_TEXT_TOKENS
 from diffusers.pipelines.flux.pipeline_flux_kontext import FluxKontextPipeline
-from rollouts import GivenRewards
 from timed import is_timed
-from torch import Tensor
+from train_runs import NUM_ITERATIONS, Arguments, lora, metrics, refused
 
-from mteditflow.config import Config, cli
+from mteditflow.config import cli
 from mteditflow.config.command import train as main
 from mteditflow.objective.grpo import Grpo
 from mteditflow.profile.account import metric
 from mteditflow.record import checkpoint, ending
 from mteditflow.record.alarms import ALARMS
 from mteditflow.record.clock import OTHER, PHASES
-from mteditflow.record.metrics import read_lines
-from mteditflow.reward import build_reward
-from mteditflow.types import Rollout, Scores
 
-NUM_ITERATIONS = 4
 PATIENCE = 120  # seconds for another process
 RUN = "import sys, torch; torch.set_num_threads(1); from mteditflow.config.command import train; train(sys.argv[1:])"
 SCORE_KEYS = {
@@ -46,60 +36,12 @@ HELD_OUT_KEYS |= {"alarm/held_out_gap"}
 RATES = ("tflop_per_second", "ceiling_share")
 
 
-@pytest.fixture(scope="session")
-def arguments(tiny_pipeline_folder: Path) -> Callable[..., list[str]]:
-    def make(folder: Path, **overrides: Any) -> list[str]:
-        values = {
-            "model.path": tiny_pipeline_folder,
-            "model.max_text_tokens": TINY_MAX_TEXT_TOKENS,
-            "lora.rank": 2,
-            "lora.alpha": 4,
-            "data.num_turns": 2,
-            "rollout.num_tasks": 1,
-            "rollout.group_size": 4,
-            "rollout.num_steps": 3,
-            "advantage.std": "group",
-            "rollout.microbatch_size": 2,
-            "rollout.wave_size": 2,  # two waves, beside which the first is scored
-            "optimizer.microbatch_size": 2,
-            "optimizer.num_updates": 2,
-            "optimizer.learning_rate": 1e-3,
-            "optimizer.schedule": "linear",
-            "objective.name": "grpo",
-            "objective.kl_beta": 0.01,
-            "evaluation.num_sessions": 3,
-            "evaluation.num_sessions_short": 2,
-            "evaluation.num_strips": 1,
-            "evaluation.num_steps": 2,
-            "evaluation.every": 3,
-            "run.num_iterations": NUM_ITERATIONS,
-            "run.folder": folder,
-        } | {name.replace("__", "."): value for name, value in overrides.items()}
-        return [word for name, value in values.items() for word in (f"--{name}", str(value))]
-
-    return make
-
-
-Arguments = Callable[..., list[str]]
-
-
 @pytest.fixture(scope="module")
 def whole(arguments: Arguments, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that nothing disturbed."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
     main(arguments(folder))
     return folder
-
-
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    return [
-        {key: value for key, value in line.items() if not is_timed(key)}
-        for line in read_lines(folder / "metrics.jsonl")
-    ]
-
-
-def lora(folder: Path) -> dict[str, Tensor]:
-    return safetensors.torch.load_file(folder / "lora" / "pytorch_lora_weights.safetensors")
 
 
 def assert_same_run(folder: Path, whole: Path) -> None:
@@ -115,17 +57,6 @@ def assert_same_run(folder: Path, whole: Path) -> None:
     for name in ("current", "ema", "optimizer"):
         path = f"{newest}/{name}.safetensors"
         assert (folder / path).read_bytes() == (whole / path).read_bytes()
-
-
-def refused(capsys: pytest.CaptureFixture[str], argv: list[str]) -> str:
-    """The one line of a command that has to exit with code 2; libraries may have chattered before it."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as caught:
-        main(argv)
-    error = capsys.readouterr().err
-    lines = [line for line in error.splitlines() if line.startswith("mteditflow: ")]
-    assert caught.value.code == 2 and len(lines) == 1 and error.endswith(f"{lines[0]}\n") and "Traceback" not in error
-    return lines[0]
 
 
 def test_a_run_is_a_folder(whole: Path) -> None:
@@ -271,83 +202,6 @@ def test_another_problem_is_refused_and_the_folder_let_go(
         pass
 
 
-def test_all_groups_without_spread_say_so(
-    arguments: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def constant(rollout: Rollout) -> Scores:
-        half, valid = torch.full((len(rollout.group), 2), 0.5), torch.ones(len(rollout.group), dtype=torch.bool)
-        return Scores(rewards={"instruction": half}, weights={"instruction": 1}, valid=valid)
-
-    monkeypatch.setattr("mteditflow.run.build_reward", lambda *_: GivenRewards(constant))
-    main(arguments(tmp_path, run__num_iterations=2, evaluation__every=0))
-    said = capsys.readouterr().err
-    for n in (1, 2):
-        assert f"iteration {n}: all groups without spread, nothing to learn from them\n" in said
-    for line in metrics(tmp_path):
-        assert line["reward/zero_spread_share"] == 1 and line["update/grad_norm"] == 0
-        assert line["update/ratio_mean"] is None  # no chunk was run, and a line has the same keys all the same
-    assert all(weight.abs().max() == 0 for key, weight in lora(tmp_path).items() if "lora_B" in key)
-
-
-def test_too_many_failures_of_the_reward_stop_the_run(
-    arguments: Arguments,
-    whole: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    calls: list[int] = []
-
-    def failing(rollout: Rollout) -> Scores:
-        calls.append(len(calls))
-        scores, bad = build_reward(Config())(rollout), 1 if len(calls) <= 2 else 3  # an iteration has two waves
-        valid = rollout.member >= bad
-        instruction = scores.instruction.masked_fill(~valid[:, None], math.nan)
-        return replace(scores, rewards=scores.rewards | {"instruction": instruction}, valid=valid)
-
-    with monkeypatch.context() as patch:
-        patch.setattr("mteditflow.run.build_reward", lambda *_: GivenRewards(failing))
-        line = refused(capsys, arguments(tmp_path))
-    assert "75% of the trajectories could not be scored" in line
-    assert [line["reward/valid_share"] for line in metrics(tmp_path)] == [0.75]
-    assert (tmp_path / "checkpoints" / "iteration-000001").is_dir()
-    main(arguments(tmp_path))  # the reward is back
-    assert [line["reward/valid_share"] for line in metrics(tmp_path)] == [0.75, 1, 1, 1]
-
-
-def test_an_adapter_that_does_nothing_stops_the_run(
-    arguments: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Its gradient is zero, so its norm cannot be what decides whether to look."""
-    from mteditflow.policy import Policy
-
-    original = Policy.velocity
-
-    def deaf(self: Any, *args: Any) -> Tensor:
-        with self.adapters.use("off"):
-            velocity = original(self, *args)
-        return velocity + 0 * sum(weight.sum() for _, weight in self.adapters.trainable)
-
-    monkeypatch.setattr(Policy, "velocity", deaf)
-    line = refused(capsys, arguments(tmp_path, objective__kl_beta=0))
-    assert "the adapter does not change the velocity after an update: check lora.targets" in line
-
-
-def test_a_full_disk_is_one_line(
-    arguments: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def full(*_: object, **__: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    short = arguments(tmp_path, run__num_iterations=1, evaluation__every=0)
-    for place in ("mteditflow.evaluate.held_out.replace_file", "mteditflow.record.checkpoint.replace_file"):
-        with monkeypatch.context() as patch:
-            patch.setattr(place, full)
-            assert "no room on the disk" in refused(capsys, short)
-    main(short)
-    assert len(metrics(tmp_path)) == 1
-
-
 def test_nft_runs_and_resumes(arguments: Arguments, tmp_path: Path) -> None:
     nft = {"objective__name": "nft", "optimizer__schedule": "constant", "evaluation__every": 0}
     main(arguments(tmp_path / "whole", run__num_iterations=3, **nft))
@@ -383,24 +237,6 @@ def test_the_adapter_loads_in_the_stock_pipeline(whole: Path, tiny_pipeline_fold
     for key, weight in saved.items():
         assert torch.equal(weights[key.replace(".weight", f".{adapter}.weight")], weight)
     assert max(weight.abs().max().item() for key, weight in saved.items() if "lora_B" in key) > 1e-5
-
-
-def test_bad_input_is_one_line(arguments: Arguments, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    empty, other = tmp_path / "empty", tmp_path / "other"
-    empty.mkdir()
-    other.mkdir()
-    (other / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
-    cases = [
-        ({"model__path": empty}, "is not a diffusers pipeline"),
-        ({"model__path": other}, "is a StableDiffusionPipeline, which cannot be trained here"),
-        ({"model__height": 128}, "model.height is 128: must be 64"),
-        ({"data__num_turns": 11}, "data.num_turns is 11"),
-        ({"rollout__group_size": 1}, "rollout.group_size is 1"),
-        ({"rollout__rule": "cps", "rollout__noise_level": 1.5, "evaluation__every": 0}, "noise_level is 1.5"),
-        ({"objective__name": "nft", "objective__nft_num_times": 4}, "objective.nft_num_times is 4"),
-    ]
-    for overrides, expected in cases:
-        assert expected in refused(capsys, arguments(tmp_path / "run", **overrides))
 
 
 def test_two_ranks_are_one_rank_to_rounding(arguments: Arguments, tmp_path: Path) -> None:

@@ -32,8 +32,8 @@ INSTRUCTIONS = {
 
 def test_the_ops_under_the_interpreter() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    file = Path(__file__).parent / "triton_cases.py"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
+    files = [str(Path(__file__).parent / name) for name in ("triton_cases.py", "triton_block_cases.py")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400)
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-8000:]
 

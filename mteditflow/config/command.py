@@ -44,7 +44,7 @@ def _fails_in_one_line(command: Command) -> Command:
 
 
 @contextmanager
-def _joined(config: Any) -> Iterator[Any]:
+def _joined(config: Any, *, is_training: bool) -> Iterator[Any]:
     """The ranks of torchrun, all with the same config; one without it. What ends within ends as `Ending` says."""
     from mteditflow.record.ending import Ending
 
@@ -52,7 +52,7 @@ def _joined(config: Any) -> Iterator[Any]:
         from mteditflow import distributed
         from mteditflow.guards import GuardError
 
-        ranks = distributed.start(config)
+        ranks = distributed.start(config, is_training=is_training)
         ending.meet(ranks)
         distributed.check_same(ranks, config)
         try:
@@ -68,7 +68,7 @@ def train(argv: Sequence[str]) -> int:
     config, values = _read_run(argv, cli.run_parser(_program("train"), _sentence(train)))
     if _is_planned(config, values):
         return 0
-    with _joined(config) as ranks:
+    with _joined(config, is_training=True) as ranks:
         from mteditflow.train import train as run_training
 
         run_training(config, ranks)
@@ -94,7 +94,8 @@ def evaluate(argv: Sequence[str]) -> int:
 
     subjects, config = resolve(values.subjects, values.out, lambda run: cli.evaluation_config(parser, argv, run))
     cli.print_if_asked(values, config)
-    evaluate_all(subjects, values.out, config)
+    with _joined(config, is_training=False) as ranks:
+        evaluate_all(subjects, values.out, config, ranks)
     return 0
 
 

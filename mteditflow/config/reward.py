@@ -96,7 +96,7 @@ class RewardConfig:
     """Share of trajectories that a simulated judge gives no scores."""
     vlm: str = "Qwen/Qwen3-VL-8B-Instruct"
     """VLM judge: hub name or folder (paper: Qwen3-VL-8B-Instruct), the name under which the server at url has it, or
-    'small', which ships with the package and knows the embedded world alone."""
+    'small', the folder that ships with the package and knows the embedded world alone."""
     url: str = ""
     """VLM judge: OpenAI-compatible endpoint that serves it, such as http://host:8000/v1; empty: loaded in this
     process."""

@@ -72,8 +72,8 @@ def servers(config: Config) -> list[Server]:
     place = ["--host", "127.0.0.1" if address.hostname in LOCAL else "0.0.0.0", "--port", str(port)]
     context, limit = str(context_length(num_images, reward.max_answer_tokens)), json.dumps({"image": num_images})
     has_key = bool(os.environ.get(KEY[1:], "").strip())
-    vllm = ["vllm", "serve", reward.vlm, *place, "--limit-mm-per-prompt", limit, "--max-model-len", context]
-    sglang = ["python", "-m", "sglang.launch_server", "--model-path", reward.vlm, *place]
+    vllm = ["vllm", "serve", reward.vlm_path, *place, "--limit-mm-per-prompt", limit, "--max-model-len", context]
+    sglang = ["python", "-m", "sglang.launch_server", "--model-path", reward.vlm_path, *place]
     sglang += ["--limit-mm-data-per-request", limit, "--context-length", context]
     sglang += ["--api-key", KEY] if has_key else []
     found = [
@@ -81,7 +81,7 @@ def servers(config: Config) -> list[Server]:
         Server(package="sglang", modules=("sglang",), words=sglang),
     ]
     if reward.readout != "expected" and not has_key:  # it gives no logprobs, and asks for no key
-        words = ["transformers", "serve", reward.vlm, *place]
+        words = ["transformers", "serve", reward.vlm_path, *place]
         found.append(Server(package="transformers", modules=("fastapi", "uvicorn", "openai"), words=words))
     return found
 

@@ -62,7 +62,7 @@ class Ending:
         self.asked = 0  # the signal's number
         self._is_over, self._is_saved = False, False
         self._save: Callable[[], str] | None = None
-        self._after = "begins anew"
+        self._after = "goes on from there"
         self._board: Board | None = None
         self._is_one_of_many = os.environ.get("WORLD_SIZE", "1") != "1"
         self._is_main = os.environ.get("RANK", "0") == "0"
@@ -132,10 +132,14 @@ class Ending:
                 deadline = time.monotonic() + (GRACE_S if self._save is not None else 0)
                 self._is_asked.set()
             if deadline and time.monotonic() >= deadline:
-                with self._hold:  # a checkpoint at work is finished
-                    if not self._is_over:
+                # A checkpoint at work is finished; of several ranks, which may wait there for one that is dead, not for
+                # long: it appears whole or not at all.
+                is_held = self._hold.acquire(timeout=GRACE_S if self._is_one_of_many else -1)
+                if not self._is_over:
+                    if is_held:
                         self.save()
-                        _exit(self._say_end(Stopped()))
+                    _exit(self._say_end(Stopped()))
+                self._hold.release()
 
     def _say_end(self, error: BaseException) -> int:
         """Say why the process ends, if nobody has; returns the exit code."""

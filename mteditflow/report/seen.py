@@ -51,6 +51,11 @@ class Seen:
     claims: Mapping[str, float] = field(repr=False)
     reasons: tuple[str, ...] = ()
 
+    @property
+    def key(self) -> tuple[int, int]:
+        """What tells it from all others of an iteration or evaluation."""
+        return self.task, self.member
+
 
 def seen_sessions(rollout: Rollout, scores: Scores) -> list[Seen]:
     """Put together what was judged, a session for each trajectory of the rollout; of `scores`, which may be of more
@@ -109,10 +114,10 @@ def choose(sessions: Sequence[Seen], num: int) -> list[Seen]:
     for place, reason in enumerate(reasons):
         quota = num // len(reasons) + (place < num % len(reasons))
         having = [session for session in sessions if reason in session.claims]
-        having.sort(key=lambda session: (-session.claims[reason], session.task, session.member))
+        having.sort(key=lambda session: (-session.claims[reason], *session.key))
         for session in having[:quota]:
-            chosen.setdefault((session.task, session.member), []).append(reason)
-    found = {(session.task, session.member): session for session in sessions}
+            chosen.setdefault(session.key, []).append(reason)
+    found = {session.key: session for session in sessions}
     return [_keep(found[key], tuple(why)) for key, why in chosen.items()]
 
 

@@ -32,7 +32,7 @@ def request(question: Question, config: RewardConfig) -> dict[str, Any]:
     ]
     is_expected = question.readout == "expected"
     return {
-        "model": config.vlm,
+        "model": config.vlm_path,
         "messages": [{"role": "system", "content": question.rubric}, {"role": "user", "content": content}],
         "max_tokens": config.max_answer_tokens,
         # At 0 every server gives the probabilities of the model; at others, some give those of the sampling.

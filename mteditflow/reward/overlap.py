@@ -60,13 +60,19 @@ class Overlap:
             if pool is not None:
                 pool.shutdown(wait=kind is None or not dist.is_initialized(), cancel_futures=True)  # ranks end at once
 
-    def __call__(self, rollout: Rollout) -> Scores:
-        """Score a rollout and wait for it: an evaluation's, between iterations."""
-        assert not self._jobs, "an iteration's waves are still being scored"
+    def start(self, rollout: Rollout) -> Callable[[], Scores]:
+        """Have a rollout of an evaluation, between iterations, scored; what is returned waits for its scores. It is
+        called in the order in which rollouts were handed in.
+        """
         self.submit(rollout)
-        (scores,) = self.scores()
-        self.read()  # no part of an iteration
-        return scores
+
+        def wait() -> Scores:
+            scores = next(self.scores())
+            if not self._jobs:
+                self.read()  # no part of an iteration
+            return scores
+
+        return wait
 
     def gather(self, waves: Iterable[Rollout]) -> Rollout:
         """Hand in every wave as it is made, and join them. What a judge raises is raised here, within a wave."""

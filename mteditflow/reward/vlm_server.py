@@ -128,7 +128,7 @@ class RemoteVlm:
 
     async def _check(self, body: dict[str, Any], question: Question) -> None:
         names, refusal = await self._served_names()
-        if names and self.config.vlm not in names:
+        if names and self.config.vlm_path not in names:
             there = ", ".join(names[:5])
             self._say(f"reward.vlm {self.config.vlm!r} is not in the list of {self.url} ({there}): asked all the same")
         name = f"reward.url {self.url!r}"
@@ -154,7 +154,7 @@ class RemoteVlm:
             return f"a question has {len(json.dumps(body)) / 2**20:.1f} MiB: let it take such bodies"
         if question.readout == "expected" and "logprob" in text:
             return "take reward.readout 'direct', which needs no logprobs"
-        if names and self.config.vlm not in names:
+        if names and self.config.vlm_path not in names:
             return f"as reward.vlm give one of {', '.join(names[:5])}"
         if refusal:  # some proxies answer 400 or 500 to a wrong key
             return f"it refuses its list of models too: is {API_KEY} right, and the address, up to and with /v1?"
