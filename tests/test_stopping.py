@@ -1,6 +1,7 @@
 """Two ranks under torchrun: who speaks when one fails, that all end, and that the rest goes on as if undisturbed."""
 
 import os
+import random
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -151,6 +152,33 @@ def test_a_killed_first_rank_is_named_by_another(arguments: Arguments, tmp_path:
     assert found.startswith(f"rank 0 (process {ranks_of(tmp_path)[0]}) ended without a word")
     assert "exitcode  : -9 " in text[text.index("Root Cause") :]
     assert_gone(ranks_of(tmp_path))
+
+
+@pytest.mark.parametrize("shard", ["none", "full"])
+def test_a_random_rank_may_be_killed_at_a_random_moment(arguments: Arguments, tmp_path: Path, shard: str) -> None:
+    """torchrun starts again, and the metrics are bit-equal. MTEDITFLOW_NUM_KILLS: how often, once if unset."""
+
+    def words(name: str) -> list[str]:
+        return arguments(tmp_path / name / "run", distributed__shard=shard, run__save_every=2, evaluation__every=2)
+
+    (tmp_path / "whole").mkdir()
+    begin = time.monotonic()
+    assert forked_ranks.start(tmp_path / "whole" / "log", words("whole")).wait() == 0
+    seconds, chance = time.monotonic() - begin, random.SystemRandom()
+    for number in range(int(os.environ.get("MTEDITFLOW_NUM_KILLS", "1"))):
+        folder, rank, delay = tmp_path / str(number), chance.randrange(2), chance.uniform(0, seconds)
+        folder.mkdir()
+        process = forked_ranks.start(folder / "log", words(str(number)), num_restarts=1)
+        end = time.monotonic() + forked_ranks.PATIENCE
+        while not (folder / "pids").exists() or len(ranks_of(folder)) < 2:
+            assert process.poll() is None and time.monotonic() < end
+            time.sleep(0.01)
+        time.sleep(delay)
+        print(f"kill {number}: rank {rank}, {delay:.2f} s after the start, of {seconds:.2f} s")
+        with suppress(ProcessLookupError):  # it has come to its end
+            os.kill(ranks_of(folder)[rank], signal.SIGKILL)
+        assert process.wait() == 0, (folder / "log").read_text()
+        assert_same_run(folder / "run", tmp_path / "whole" / "run")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name)
