@@ -45,7 +45,7 @@ from mteditflow.record.clock import phase
 from mteditflow.record.figures import METRICS
 from mteditflow.record.metrics import Reporter
 from mteditflow.report.run_report import write_report
-from mteditflow.report.seen import Seen, choose, save_seen, seen_sessions
+from mteditflow.report.seen import Seen, choose, choose_of_all, save_seen, seen_sessions
 from mteditflow.report.strips import save_strips
 from mteditflow.reward import build_reward, check_judge
 from mteditflow.reward.overlap import Overlap, efficiency
@@ -174,6 +174,7 @@ class Run:
         num_transitions = values["update/num_transitions"] / self.ranks.world_size  # of a rank
         values = values | alarms.rollout_figures(rollout, scores, self.ranks)
         values |= {"update/learning_rate": self.optimizer.param_groups[0]["lr"]}
+        chosen = choose_of_all(rollout, scores, config.run.num_judged, self.ranks)
         self._agree_to_stop()
         if not self.ranks.is_main:
             return
@@ -185,8 +186,6 @@ class Run:
         self._warn(alarms.find_alarms(values), values, done)
         self._say_graphs(f"iteration {done}")
         drift = self.drift if iteration == 0 else {}
-        num_judged = config.run.num_judged
-        chosen = choose(seen_sessions(rollout, scores), num_judged) if num_judged else []
         save_seen(self.folder, "training", iteration, config.reward.judge, chosen)
         account = self.account.read(num_transitions)
         judged["reward/overlap_efficiency"] = efficiency(judged, step_seconds(account))

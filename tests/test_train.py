@@ -28,7 +28,7 @@ from mteditflow.record.clock import OTHER, PHASES
 from mteditflow.reward import build_reward
 from mteditflow.types import Rollout, Scores
 
-PATIENCE = 120  # seconds for another process
+PATIENCE = 600  # seconds for another process
 RUN = "import sys, torch; torch.set_num_threads(1); from mteditflow.config.command import train; train(sys.argv[1:])"
 SCORE_KEYS = {
     *("mean", "std", "instruction", "consistency", "valid_share", "zero_spread_share"),
@@ -235,6 +235,11 @@ def test_two_ranks_are_one_rank_to_rounding(arguments: Arguments, tmp_path: Path
         assert "\r" not in done.stderr  # piped: no progress bar
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "two")  # to the bit
     main(arguments(tmp_path / "one", **own))
+    seen = [(tmp_path / name / "judge/training.jsonl").read_text().splitlines()[0] for name in ("one", "two", "whole")]
+    assert seen == seen[:1] * 3 and {session["task"] for session in json.loads(seen[1])["sessions"]} == {0, 1}
+    for session in json.loads(seen[1])["sessions"]:  # the second rank's, too
+        strips = [(tmp_path / name / "judge" / session["strip"]).read_bytes() for name in ("one", "two")]
+        assert strips[0] == strips[1]
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
     assert len(one) == len(two) == 2 and one[0].keys() == two[0].keys()
     for key in ("reward/mean", "reward/consistency", "update/grad_norm"):
