@@ -100,9 +100,7 @@ class Waiting:
     is_remote = False
 
     def __init__(self) -> None:
-        self.seconds: dict[
-            int, float
-        ] = {}  # of a wave, by its first latents' address: waves live until they are scored
+        self.seconds = dict[int, float]()  # by the address of a wave's latents, which live until it is scored
 
     def roll(self, *arguments: Any) -> Iterator[Rollout]:
         """The waves of `sample_waves`, each timed."""
