@@ -28,7 +28,7 @@ from mteditflow.record.clock import OTHER, PHASES
 from mteditflow.reward import build_reward
 from mteditflow.types import Rollout, Scores
 
-PATIENCE = 600  # seconds for another process
+PATIENCE = 120  # seconds for another process
 RUN = "import sys, torch; torch.set_num_threads(1); from mteditflow.config.command import train; train(sys.argv[1:])"
 SCORE_KEYS = {
     *("mean", "std", "instruction", "consistency", "valid_share", "zero_spread_share"),
