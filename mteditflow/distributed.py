@@ -83,6 +83,15 @@ class Ranks:
             dist.broadcast_object_list(values, source)
         return values[0]
 
+    def to_main(self, value: Any, rank: int) -> Any:
+        """The value of one rank, of anything small that can be pickled, on the main rank; the others have their own."""
+        values = [value]
+        if rank == self.rank and rank > 0:
+            dist.send_object_list(values, 0)
+        elif self.is_main and rank > 0:
+            dist.recv_object_list(values, rank)
+        return values[0]
+
     def barrier(self) -> None:
         """Wait for every rank."""
         if self.world_size > 1:

@@ -241,6 +241,7 @@ def test_the_adapter_loads_in_the_stock_pipeline(whole: Path, tiny_pipeline_fold
 
 def test_two_ranks_are_one_rank_to_rounding(arguments: Arguments, tmp_path: Path) -> None:
     own = {"run__num_iterations": 2, "rollout__num_tasks": 2, "evaluation__every": 1, "run__max_ratio_error": 0}
+    own |= {"run__num_judged": 16}  # so many that some are of the second rank, whose tiny editor fails everywhere
     script = tmp_path / "run.py"
     script.write_text(RUN)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
@@ -253,6 +254,11 @@ def test_two_ranks_are_one_rank_to_rounding(arguments: Arguments, tmp_path: Path
         assert "\r" not in done.stderr  # piped: no progress bar
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "two")  # to the bit
     main(arguments(tmp_path / "one", **own))
+    seen = [(tmp_path / name / "judge/training.jsonl").read_text().splitlines()[0] for name in ("one", "two", "whole")]
+    assert seen == seen[:1] * 3 and {session["task"] for session in json.loads(seen[1])["sessions"]} == {0, 1}
+    for session in json.loads(seen[1])["sessions"]:  # the second rank's, too
+        strips = [(tmp_path / name / "judge" / session["strip"]).read_bytes() for name in ("one", "two")]
+        assert strips[0] == strips[1]
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
     assert len(one) == len(two) == 2 and one[0].keys() == two[0].keys()
     for key in ("reward/mean", "reward/consistency", "update/grad_norm"):
