@@ -280,8 +280,12 @@ def test_duration_is_extrapolated() -> None:
     eight = duration_plan(replace(config, run=replace(config.run, num_gpus=8)), replace(seconds, judge=0.5, text=0.1))
     assert eight["rollout of an iteration"] == (3072 + 192 + 8 * 3 * 0.1) / 8
     assert eight["scores of an iteration"] == 128 * 0.5 / 8
-    judged = (2 * 100 + 10) * (3 * (4 * 2.0 + 0.5 + 0.1) + 0.5)  # by one rank
+    sessions = 2 * 100 + 10  # of the busiest rank, of one part
+    judged = sessions * (3 * (4 * 2.0 + 0.5 + 0.1) + 0.5)
     assert eight["evaluations: before, after, 1 short"] == pytest.approx(judged)
+    many = replace(config, run=replace(config.run, num_gpus=3), rollout=replace(config.rollout, microbatch_size=16))
+    sessions = 2 * 48 + 10  # 7 parts of 16, of which the first rank has three; a short one is one part
+    assert duration_plan(many, seconds)["evaluations: before, after, 1 short"] == sessions * 3 * (4 * 2.0 + 0.5)
 
 
 def test_dry_run(tiny_pipeline_folder: Path) -> None:

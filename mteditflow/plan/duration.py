@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 
 from mteditflow.config import Config
+from mteditflow.evaluate.parts import part_size
 from mteditflow.objective import build_objective
 
 
@@ -71,8 +72,14 @@ def num_short_evaluations(config: Config) -> int:
     return (config.run.num_iterations - 1) // every if every else 0
 
 
+def _sessions_of_rank(config: Config, num_sessions: int) -> int:
+    """Count the sessions of an evaluation that the busiest rank evaluates."""
+    size = part_size(num_sessions, config.rollout.microbatch_size)
+    return min(num_sessions, math.ceil(math.ceil(num_sessions / size) / config.run.num_gpus) * size)
+
+
 def duration_plan(config: Config, seconds: RowSeconds, *, is_text_of_image: bool = False) -> dict[str, float]:
-    """Seconds of an iteration and of the run, saving and start-up left out; evaluations are made by one rank."""
+    """Seconds of an iteration and of the run, saving and start-up left out."""
     batches, evaluation, num_gpus = batch_plan(config), config.evaluation, config.run.num_gpus
     images = seconds.decode + seconds.encode
     rollout = batches.rollout_rows * seconds.forward + batches.turn_images * images
@@ -80,9 +87,9 @@ def duration_plan(config: Config, seconds: RowSeconds, *, is_text_of_image: bool
     extra_rows = batches.train_forward_rows - batches.transitions
     training = batches.transitions * seconds.forward_backward + extra_rows * seconds.forward
     num_short = num_short_evaluations(config)
-    sessions = 2 * evaluation.num_sessions + num_short * evaluation.num_sessions_short
+    whole, short = (_sessions_of_rank(config, num) for num in (evaluation.num_sessions, evaluation.num_sessions_short))
     per_turn = evaluation.num_steps * seconds.guided + images + seconds.text
-    evaluations = sessions * (config.num_held_out_turns * per_turn + (seconds.judge or 0.0))
+    evaluations = (2 * whole + num_short * short) * (config.num_held_out_turns * per_turn + (seconds.judge or 0.0))
     iteration = {"rollout of an iteration": rollout / num_gpus, "updates of an iteration": training / num_gpus}
     if seconds.judge is not None:
         iteration["scores of an iteration"] = batches.trajectories * seconds.judge / num_gpus
