@@ -14,7 +14,6 @@ from typing import Self
 
 import torch
 from rich.console import Console
-from torch import Tensor
 
 from mteditflow.config import Config
 from mteditflow.config.cli import to_yaml
@@ -39,7 +38,7 @@ from mteditflow.export.weights import save_result
 from mteditflow.objective import Objective
 from mteditflow.plan.compiling import SAID, choose_compile, settle
 from mteditflow.policy import AdapterName, build_policy
-from mteditflow.policy.optimizer import build_optimizer
+from mteditflow.policy.optimizer import build_optimizer, load_optimizer, moments_like, optimizer_state
 from mteditflow.policy.pipelines import is_slow_in_bfloat16
 from mteditflow.profile.account import Account, step_seconds
 from mteditflow.record import alarms, checkpoint
@@ -52,6 +51,7 @@ from mteditflow.report.strips import save_strips
 from mteditflow.reward import build_reward, check_judge
 from mteditflow.reward.overlap import Overlap, efficiency
 from mteditflow.transformer.compiled import count_graphs
+from mteditflow.transformer.sharded import make_mesh
 from mteditflow.types import Rollout, Scores
 
 
@@ -87,20 +87,21 @@ class Run:
             stack.enter_context(checkpoint.lock(self.folder))
         stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, self._on_sigterm))
         with_choice, compile_line = choose_compile(config, self.ranks.device.type)
-        saved = checkpoint.load_latest(self.folder, config, lambda line: print(line, file=sys.stderr))
+        saved = checkpoint.load_latest(self.folder, config, lambda line: print(line, file=sys.stderr), ranks=self.ranks)
         if self.ranks.is_main:
             rubric = read_rubric(config.reward.rubric) if config.reward.rubric else ""
             checkpoint.keep_rubric(self.folder, rubric, is_resumed=saved is not None)
         is_probed = saved is None and config.model.quantised is not None
         is_probed &= self.ranks.is_main or config.distributed.shard != "none"  # a forward pass is then one of all ranks
         self.policy = build_policy(
-            with_choice.model, config.lora, config.run.seed, has_old=self.objective.has_old, keeps_originals=is_probed
-        )
+            with_choice.model, config.lora, config.run.seed, has_old=self.objective.has_old, keeps_originals=is_probed,
+            mesh=make_mesh(config.distributed, self.ranks),
+        )  # fmt: skip
         self.optimizer, self.first_iteration = build_optimizer(self.policy, config), 0
         if saved:
             self._restore(saved)
         self._graphs = count_graphs()
-        settled = settle(self.policy, self.objective, training_tasks(config, 0, self.ranks), config)
+        settled = settle(self.policy, self.objective, training_tasks(config, 0, self.ranks), config, self.ranks)
         lines = [f"attention {self.policy.attention}, {compile_line}", *SAID[settled], *self._waits()]
         self.ranks.barrier()
         if self.ranks.is_main:
@@ -188,7 +189,6 @@ class Run:
     def record(self, iteration: int, values: dict[str, float], rollout: Rollout, scores: Scores) -> None:
         """The end of an iteration: metrics, what the judge saw, evaluation, checkpoint, which comes last."""
         config, done, judged = self.config, iteration + 1, self.judge.read()
-        num_transitions = values["update/num_transitions"] / self.ranks.world_size  # of a rank
         values = values | alarms.rollout_figures(rollout, scores, self.ranks)
         values |= {"update/learning_rate": self.optimizer.param_groups[0]["lr"]}
         self._agree_to_stop()
@@ -196,22 +196,27 @@ class Run:
             self._say(f"iteration {done}: all groups without spread, nothing to learn from them")
         if config.evaluation.every and done % config.evaluation.every == 0 and done < config.run.num_iterations:
             values |= self._short_evaluation(done)
-        if not self.ranks.is_main:
-            return
-        values |= alarms.held_out_figures(values)
+        if self.ranks.is_main:
+            self._report(iteration, values | alarms.held_out_figures(values), judged, rollout, scores)
+        if done % config.run.save_every == 0 or done == config.run.num_iterations or self.is_stopping:
+            self._save(done)
+        if self.is_stopping:
+            self._say(f"stopped after iteration {done}; the same command goes on from there")
+
+    def _report(
+        self, iteration: int, values: dict[str, float], judged: dict[str, float], rollout: Rollout, scores: Scores
+    ) -> None:
+        """Write and print the figures of an iteration."""
+        config, done = self.config, iteration + 1
         self._warn(alarms.find_alarms(values), values, done)
         self._say_graphs(f"iteration {done}")
         drift = self.drift if iteration == 0 else {}
         num_judged = config.run.num_judged
         chosen = choose(seen_sessions(rollout, scores), num_judged) if num_judged else []
         save_seen(self.folder, "training", iteration, config.reward.judge, chosen)
-        account = self.account.read(num_transitions)
+        account = self.account.read(values["update/num_transitions"] / self.ranks.world_size)  # of a rank
         judged["reward/overlap_efficiency"] = efficiency(judged, step_seconds(account))
         self.reporter.write(iteration, values | drift | account | judged)
-        if done % config.run.save_every == 0 or done == config.run.num_iterations or self.is_stopping:
-            self._save(done)
-        if self.is_stopping:
-            self.reporter.say(f"stopped after iteration {done}; the same command goes on from there")
 
     def _warn(self, names: list[str], values: dict[str, float], done: int) -> None:
         """A line for each alarm that was not raised before in this process."""
@@ -269,7 +274,8 @@ class Run:
             self._parts("after", done).remove()
             save_comparison(self.folder, self.before, after)
             save_strips(self.folder, done, self.tasks, self.before.images, after.images)
-            use = save_result(self.policy, self.config, self.folder)
+        use = save_result(self.policy, self.config, self.folder, self.ranks)
+        if self.ranks.is_main:
             report = write_report(self.folder)
             self.reporter.close()
             console = Console()
@@ -282,17 +288,12 @@ class Run:
     def _save(self, done: int) -> None:
         names = ("current", "ema", "old") if self.objective.has_old else ("current", "ema")
         state = {name: self.policy.adapters.state(name) for name in names}
-        moments = self.optimizer.state_dict()["state"]
-        state["optimizer"] = {f"{i}.{key}": value for i, named in moments.items() for key, value in named.items()}
-        checkpoint.save(self.folder, iteration=done, config=self.config, state=state)
+        state["optimizer"] = optimizer_state(self.optimizer)
+        checkpoint.save(self.folder, iteration=done, config=self.config, state=state, ranks=self.ranks)
 
     def _restore(self, saved: checkpoint.Checkpoint) -> None:
         self.first_iteration = saved.iteration
-        for name, state in saved.state.items():
+        for name in (*saved.held, *saved.cut):
             if name != "optimizer":
-                self.policy.adapters.load(name, state)  # pyright: ignore[reportArgumentType]
-        states: dict[int, dict[str, Tensor]] = {}
-        for key, value in saved.state["optimizer"].items():
-            index, name = key.split(".", 1)
-            states.setdefault(int(index), {})[name] = value
-        self.optimizer.load_state_dict({"state": states, "param_groups": self.optimizer.state_dict()["param_groups"]})
+                self.policy.adapters.load(name, saved.read(name, self.policy.adapters.state(name)))  # pyright: ignore[reportArgumentType]
+        load_optimizer(self.optimizer, saved.read("optimizer", moments_like(self.optimizer)))

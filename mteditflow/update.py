@@ -18,6 +18,7 @@ from mteditflow.objective import Objective
 from mteditflow.policy import Policy
 from mteditflow.record.clock import phase
 from mteditflow.record.tally import Tally
+from mteditflow.transformer.sharded import clip_, uncut
 from mteditflow.types import Microbatch, Rollout
 
 
@@ -123,8 +124,8 @@ def step(
     for weight in parameters:
         weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
         gradients.append(weight.grad)
-    ranks.sum_([*gradients, loss])
-    norm = torch.nn.utils.clip_grad_norm_(parameters, config.optimizer.max_grad_norm)
+    ranks.sum_([*uncut(gradients), loss])
+    norm = clip_(parameters, config.optimizer.max_grad_norm)
     if not torch.stack([loss, norm]).isfinite().all():
         optimizer.zero_grad()
         raise GuardError(f"loss {loss.item()}, gradient norm {norm.item()}: not finite; lower optimizer.learning_rate")

@@ -247,6 +247,9 @@ class Config:
         is_trainable = not (self.lora.is_full and self.model.quantised)
         remedy = "lora.is_full trains the weights: must be float32 or bfloat16"
         require(is_trainable, "model.base", self.model.base, remedy)
+        is_whole = self.distributed.shard == "none"
+        remedy = "distributed.shard gathers weights within a forward pass: must be 'auto' or 'off'"
+        require(is_whole or self.rollout.cuda_graph != "on", "rollout.cuda_graph", self.rollout.cuda_graph, remedy)
         is_scored = self.data.num_turns <= 9 or self.reward.judge != "vlm"
         require(is_scored, "data.num_turns", self.data.num_turns, "reward.judge 'vlm' scores at most 9 turns")
         weight = self.advantage.consistency_weight

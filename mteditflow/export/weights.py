@@ -30,10 +30,12 @@ from torch import Tensor
 from mteditflow.config import Config, LoraConfig
 from mteditflow.config.cli import LORA_FILE, from_yaml
 from mteditflow.config.errors import first_line
+from mteditflow.distributed import Ranks
 from mteditflow.export.card import TAG, Card, Format, write_card
 from mteditflow.export.comfyui import comfyui_keys
 from mteditflow.policy import DTYPES, AdapterName, Policy, model_path, stock_class
 from mteditflow.record import checkpoint
+from mteditflow.transformer.sharded import whole_on_host
 
 PREFIX = "transformer."  # of a LoRA's keys in diffusers' format
 Dtype = Literal["float32", "bfloat16"]
@@ -62,7 +64,7 @@ def read_run(folder: Path, adapter: AdapterName) -> Trained:
         raise ValueError(f"{folder} is of another version, use it with the one that trained it: {error}") from None
     saved = checkpoint.load_latest(folder, config, lambda line: print(line, file=sys.stderr), groups=(adapter,))
     if saved:
-        return Trained(config=config, iteration=saved.iteration, adapter=adapter, state=saved.state[adapter])
+        return Trained(config=config, iteration=saved.iteration, adapter=adapter, state=saved.read(adapter))
     final = folder / "lora" / LORA_FILE
     if not final.is_file():
         raise ValueError(
@@ -74,16 +76,20 @@ def read_run(folder: Path, adapter: AdapterName) -> Trained:
     return Trained(config=config, iteration=config.run.num_iterations, adapter=adapter, state=state)
 
 
-def save_result(policy: Policy, config: Config, run: Path) -> str:
-    """Export a finished run's average with a card, to RUN/lora or RUN/weights; returns the line that uses it."""
-    state = policy.adapters.state("ema")
+def save_result(policy: Policy, config: Config, run: Path, ranks: Ranks) -> str:
+    """Export a finished run's average with a card, to RUN/lora or RUN/weights; returns the line that uses it. All ranks
+    put together what is cut; the main one writes.
+    """
+    state = whole_on_host(policy.adapters.state("ema"), is_kept=ranks.is_main)
+    use = f"{policy.family.transformer}.from_pretrained('{run / 'weights'}', subfolder='transformer')"
+    if not ranks.is_main:
+        return use
     trained = Trained(config=config, iteration=config.run.num_iterations, adapter="ema", state=state)
     if not config.lora.is_full:
         write_export(trained, run, run / "lora", "diffusers", "float32")
         return f"pipe.load_lora_weights('{run / 'lora'}')"
     write_export(trained, run, run / "weights", "diffusers", config.model.dtype)
-    name = type(policy.pipeline.transformer).__name__
-    return f"{name}.from_pretrained('{run / 'weights'}', subfolder='transformer')"
+    return use
 
 
 def write_export(

@@ -10,6 +10,7 @@ from mteditflow_kernels import counter_normal
 from torch import Tensor
 
 from mteditflow.config import Config
+from mteditflow.distributed import Ranks, alone
 from mteditflow.guards import GuardError
 from mteditflow.noise import NoiseSource, Place, row_keys
 from mteditflow.objective import Objective
@@ -81,17 +82,21 @@ SAID: dict[Settled, list[str]] = {
 """What a run says of it."""
 
 
-def settle(policy: Policy, objective: Objective, tasks: list[EditTask], config: Config) -> Settled:
+def settle(
+    policy: Policy, objective: Objective, tasks: list[EditTask], config: Config, ranks: Ranks | None = None
+) -> Settled:
     """Make training compute the velocities of the rollout, to the bit, as `settle_bits` does. In eager mode on a CPU it
     does; so it does in full fine-tuning, where nothing is compiled.
     """
     if config.lora.is_full or not (policy.is_compiled or policy.device.type == "cuda"):
         return "as it is"
     microbatch = first_microbatch(policy, tasks, config)
-    return settle_bits(policy, *microbatch, has_ratio="ratio_error" in objective.worst_figures)
+    return settle_bits(policy, *microbatch, has_ratio="ratio_error" in objective.worst_figures, ranks=ranks)
 
 
-def settle_bits(policy: Policy, condition: Condition, latents: Tensor, *, has_ratio: bool) -> Settled:
+def settle_bits(
+    policy: Policy, condition: Condition, latents: Tensor, *, has_ratio: bool, ranks: Ranks | None = None
+) -> Settled:
     """See to it that training computes the velocity of the rollout, to the bit, and say how: as it is, by blocks that
     are not compiled after all where `model.compile` is auto, or by replaying the rollout's pass. GuardError where it
     cannot be, or where no gradient arrives.
@@ -99,16 +104,21 @@ def settle_bits(policy: Policy, condition: Condition, latents: Tensor, *, has_ra
     On an H200 compiled blocks save 2 % of a rollout and 7 % of an update, and a replay costs a third of one
     (bench/results/): they are not worth it. condition and latents (B, L, C): a microbatch, of which two passes are made
     under weights that are not the zero that a LoRA starts from. has_ratio: whether the objective has a ratio, which has
-    to be 1; else bits do not matter.
+    to be 1; else bits do not matter. ranks: which agree, since they may have to make equally many passes.
     """
-    if _is_trained_as_sampled(policy, condition, latents) or not has_ratio:
+    ranks = ranks or alone()
+
+    def is_settled() -> bool:
+        return all(ranks.gather_objects(_is_trained_as_sampled(policy, condition, latents)))
+
+    if is_settled() or not has_ratio:
         return "as it is"
     if policy.is_compiled and policy.config.compile == "auto":
         policy.run_eagerly()
-        if _is_trained_as_sampled(policy, condition, latents):
+        if is_settled():
             return "eager"
     policy.replay()
-    if not _is_trained_as_sampled(policy, condition, latents):
+    if not is_settled():
         raise GuardError(
             f"training computes other velocities than the rollout, with attention {policy.attention}, by compiled "
             f"blocks and by replay: set model.compile off or model.attention native"

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from mteditflow.config import LoraConfig, ModelConfig
 from mteditflow.distributed import local_device
@@ -30,6 +31,7 @@ from mteditflow.transformer.compiled import compile_blocks, is_compiled, replay_
 from mteditflow.transformer.full_weights import full_weights
 from mteditflow.transformer.lora import lora_adapters
 from mteditflow.transformer.rope import fuse_rope
+from mteditflow.transformer.sharded import shard
 from mteditflow.types import Condition
 
 __all__ = [
@@ -57,14 +59,19 @@ class Policy:
         has_old: bool,
         device: torch.device,
         keeps_originals: bool = False,
+        mesh: DeviceMesh | None = None,
     ) -> None:
         """Take over a pipeline of a known family. seed: of the adapter's initial weights. has_old: with an adapter
-        `old` besides `current` and `ema`. keeps_originals: of a quantised base, for whoever measures its drift.
+        `old` besides `current` and `ema`. keeps_originals: of a quantised base, for whoever measures its drift. mesh:
+        the GPUs over which the transformer, or what of it is trained, is cut; from then on a velocity takes all ranks.
         ValueError for a size, a scheduler or a target that cannot be, or a GPU that cannot have the base.
         """
         family = family_of(type(pipeline).__name__)
         assert family is not None, type(pipeline)
-        self.originals = prepare_pipeline(pipeline, config, device, keeps_originals=keeps_originals)
+        self.originals = prepare_pipeline(
+            pipeline, config, device, keeps_originals=keeps_originals, is_cut=mesh is not None
+        )
+        self.is_cut = mesh is not None
         if device.type == "cpu" and hasattr(pipeline, "vae"):
             hasten_upsampling(pipeline.vae)
         check_scheduler(pipeline, config, family.scheduler)
@@ -84,13 +91,16 @@ class Policy:
         )
         self.is_compiled = is_compiled(config, lora, device)
         if lora.is_full:
-            self.adapters = full_weights(pipeline.transformer, lora, has_old=has_old)
+            self.adapters = full_weights(pipeline.transformer, lora, has_old=has_old, device=device, mesh=mesh)
         else:
             self.adapters = lora_adapters(
-                pipeline.transformer, lora, family.targets, seed=seed, has_old=has_old, is_compiled=self.is_compiled
-            )
+                pipeline.transformer, lora, family.targets, seed=seed, has_old=has_old, is_compiled=self.is_compiled,
+                device=device,
+            )  # fmt: skip
         if self.is_compiled:
             compile_blocks(pipeline.transformer)
+        if mesh is not None:  # last: it renames the classes of the blocks
+            shard(pipeline.transformer, mesh, set() if lora.is_full else self.adapters.parameters())
 
     @phase("encode text")
     @torch.no_grad()
@@ -159,7 +169,13 @@ def configured_family(config: ModelConfig) -> Family:
 
 
 def build_policy(
-    config: ModelConfig, lora: LoraConfig, seed: int, *, has_old: bool, keeps_originals: bool = False
+    config: ModelConfig,
+    lora: LoraConfig,
+    seed: int,
+    *,
+    has_old: bool,
+    keeps_originals: bool = False,
+    mesh: DeviceMesh | None = None,
 ) -> Policy:
     """Build the policy of `config.path` on this process's GPU or else the CPU; the rest as for `Policy`."""
     family, path = configured_family(config), model_path(config)
@@ -170,7 +186,9 @@ def build_policy(
     device = local_device()
     check_float8(config.base, device)  # before 24 GB are read
     pipeline = load_pipeline(config, family.packages)
-    policy = Policy(pipeline, config, lora, seed=seed, has_old=has_old, device=device, keeps_originals=keeps_originals)
+    policy = Policy(
+        pipeline, config, lora, seed=seed, has_old=has_old, device=device, keeps_originals=keeps_originals, mesh=mesh
+    )
     if config.cfg_scale != 1 and not policy.editor.has_cfg:
         reason = "is distilled and takes no guidance" if policy.editor.is_distilled else "has its guidance embedded"
         remedy = "" if policy.editor.is_distilled else "; set model.guidance_scale"

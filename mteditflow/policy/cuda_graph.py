@@ -121,8 +121,12 @@ def is_launch_bound(transformer: nn.Module, num_tokens: int, dtype: torch.dtype)
 
 
 def is_captured(policy: Policy, num_rows: int, condition: Condition, cuda_graph: str) -> bool:
-    """Whether chunks of `num_rows` are denoised by graph. ValueError where that is asked for without CUDA."""
+    """Whether chunks of `num_rows` are denoised by graph: not where weights are gathered, nor where the host is waited
+    for. ValueError where that is asked for and cannot be.
+    """
     is_cuda = policy.device.type == "cuda"
+    if policy.is_cut:
+        return False
     if cuda_graph == "on" and not is_cuda:
         raise ValueError(f"rollout.cuda_graph is 'on': there are no graphs on {policy.device}, take 'auto' or 'off'")
     transformer = policy.pipeline.transformer

@@ -1,9 +1,13 @@
 """AdamW on what a policy trains, and its learning rate over the run."""
 
 import torch
+from torch import Tensor
 
 from mteditflow.config import Config
 from mteditflow.policy import Policy
+from mteditflow.transformer.sharded import cut_like
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, which lie as the parameter does
 
 
 def build_optimizer(policy: Policy, config: Config) -> torch.optim.AdamW:
@@ -24,3 +28,28 @@ def learning_rate(config: Config, iteration: int) -> float:
     optimizer, end = config.optimizer, config.run.num_iterations
     share = (end - iteration) / end if optimizer.schedule == "linear" else 1.0
     return optimizer.learning_rate * share
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What AdamW keeps, by `<number of the parameter>.<name>`; of what is cut, this rank's part."""
+    named = optimizer.state_dict()["state"]
+    return {f"{i}.{key}": value for i, values in named.items() for key, value in values.items()}
+
+
+def moments_like(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """For each moment of `optimizer_state`, before there are any, the parameter as which it lies."""
+    return {f"{i}.{name}": weight for i, weight in enumerate(_parameters(optimizer)) for name in MOMENTS}
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Tensor]) -> None:
+    """Put back what `optimizer_state` gave, cut as the parameters are, or whole on every rank."""
+    parameters, states = _parameters(optimizer), dict[int, dict[str, Tensor]]()
+    for key, value in state.items():
+        index, name = key.split(".", 1)
+        is_moment = name in MOMENTS
+        states.setdefault(int(index), {})[name] = cut_like(parameters[int(index)], value) if is_moment else value
+    optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [weight for group in optimizer.param_groups for weight in group["params"]]

@@ -92,9 +92,10 @@ def _check_packages(path: str, packages: tuple[str, ...]) -> None:
 
 
 def prepare_pipeline(
-    pipeline: Any, config: ModelConfig, device: torch.device, *, keeps_originals: bool = False
+    pipeline: Any, config: ModelConfig, device: torch.device, *, keeps_originals: bool = False, is_cut: bool = False
 ) -> dict[str, Tensor]:
-    """Freeze a pipeline and move it to the device; its text encoders stay on the host where they are 'offload'.
+    """Freeze a pipeline and move it to the device; its text encoders stay on the host where they are 'offload', and
+    its transformer where it is to be cut.
 
     What is quantised is moved linear by linear. Returns the transformer's weights as they were, on the host by name,
     where they are to be kept and it is quantised.
@@ -108,8 +109,10 @@ def prepare_pipeline(
             if is_text and config.text_encoder == "int8":
                 quantise(module, "int8", device)
             if name == "transformer" and config.quantised:
-                originals = quantise(module, config.quantised, device, keeps_originals=keeps_originals)
-            if not (is_text and config.text_encoder == "offload"):
+                originals = quantise(
+                    module, config.quantised, device, keeps_originals=keeps_originals, is_returned=is_cut
+                )
+            if not ((is_text and config.text_encoder == "offload") or (name == "transformer" and is_cut)):
                 module.to(device)
     if config.is_checkpointed:
         pipeline.transformer.enable_gradient_checkpointing()

@@ -5,6 +5,10 @@ A checkpoint is a folder `checkpoints/iteration-000012/` with one safetensors fi
 its final name, synced, and renamed: a name without the leading dot is a finished checkpoint. Old ones go only after the
 new one is durable. No pickle: a checkpoint cannot run code. Tensors pass through memory as bytes, so that what is
 hashed is what is written and what is read; an adapter with its optimizer is small.
+
+What every rank holds whole is written by the main one. Groups that are cut over ranks lie in `shards/`, a file from
+each (shards.py), and are read by any number of ranks, cut or whole. All ranks go on from the same checkpoint: the
+newest that every one of them finds whole.
 """
 
 import fcntl
@@ -13,9 +17,11 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterator
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +30,14 @@ import torch
 from torch import Tensor
 
 from mteditflow.config import Config
+from mteditflow.distributed import Ranks, alone
 from mteditflow.record.files import is_disk_full, read_json, replace_file, write_json
+from mteditflow.record.shards import is_cut, read_shards, sha256, write_shards
 
 VERSION = 1
 MANIFEST = "checkpoint.json"
+SHARDS = "shards"
+SECONDS_TO_SEE = 10  # what another node has made
 NUM_KEPT = 2  # newest checkpoints: one to fall back on where the last is damaged
 MAY_CHANGE = {
     "run.num_iterations", "run.save_every", "run.folder", "run.max_ratio_error", "run.num_judged", "rollout.cuda_graph",
@@ -46,49 +56,129 @@ State = dict[str, dict[str, Tensor]]
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """What was saved. `state` maps group (current, ema, old, optimizer, ...) to named tensors, on the CPU."""
+    """What was saved: groups (current, ema, old, optimizer, ...) of named tensors."""
 
     iteration: int
-    state: State
+    path: Path
+    held: State  # groups that were saved whole, on the CPU
+    cut: tuple[str, ...] = ()  # names of groups that were saved in parts, and are read when they are asked for
+
+    @property
+    def state(self) -> State:
+        """All groups whole, on the CPU."""
+        return {group: self.read(group) for group in (*self.held, *self.cut)}
+
+    def read(self, group: str, like: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """A group; of what was saved in parts, a tensor that has its like is cut as that is, and on its device."""
+        return read_shards(self.path / SHARDS, group, like or {}) if group in self.cut else self.held[group]
 
 
 class _Damaged(Exception):
     """A checkpoint that cannot be read whole."""
 
 
-def save(folder: Path, *, iteration: int, config: Config, state: State, keep: int = NUM_KEPT) -> Path:
-    """Write the checkpoint of an iteration into `folder/checkpoints` and delete all but the newest `keep`.
+def save(
+    folder: Path, *, iteration: int, config: Config, state: State, keep: int = NUM_KEPT, ranks: Ranks | None = None
+) -> Path:
+    """Write the checkpoint of an iteration into `folder/checkpoints` and delete all but the newest `keep`. Of several
+    ranks all call it; where each writes a part, none returns before all are there.
 
-    Raises ValueError when the disk is full; the checkpoints before it are then as they were.
+    Raises ValueError, on every rank, when the disk is full or a rank sees another folder; the checkpoints before it are
+    then as they were.
     """
     assert keep >= 1 and iteration >= 0
-    parent = folder / "checkpoints"
-    final = parent / f"iteration-{iteration:06d}"
-    replaced, temporary = parent / f"{final.name}{_REPLACED}", parent / f"{_TEMPORARY}{final.name}"
+    ranks, saving = ranks or alone(), _Saving(folder, iteration)
+    cut = {group: tensors for group, tensors in state.items() if is_cut(tensors)}
+    held = {group: tensors for group, tensors in state.items() if group not in cut}
+    if not (cut or ranks.is_main):
+        return saving.final
+    in_step = ranks if cut else alone()
     try:
-        parent.mkdir(parents=True, exist_ok=True)
-        _sync(folder)
-        for path in parent.iterdir():  # what killed saves left; by the run's lock nobody is writing them
-            if path.name.startswith((_TEMPORARY, _DOOMED)):
-                shutil.rmtree(path, ignore_errors=True)
-        temporary.mkdir()
-        _write(temporary, iteration, config, state)
-        if final.exists():  # as after a fall back past a damaged one; killed here, the replaced one is read
-            _delete(replaced)
-            os.rename(final, replaced)
-        os.rename(temporary, final)
-        _sync(parent)
+        _in_step(in_step, partial(saving.begin, has_shards=bool(cut)) if ranks.is_main else None)
+        files: dict[str, str] = {}
+        if cut:
+            shards = saving.temporary / SHARDS
+            _check_seen(shards, ranks)
+            for written in _in_step(ranks, lambda: write_shards(shards, cut, ranks)):
+                files |= {f"{SHARDS}/{name}": digest for name, digest in written.items()}
+
+        def finish() -> None:
+            _write(saving.temporary, iteration, config, held, files, tuple(cut))
+            saving.finish(keep)
+
+        _in_step(in_step, finish if ranks.is_main else None)
     except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if ranks.is_main:
+            shutil.rmtree(saving.temporary, ignore_errors=True)
         if not is_disk_full(error):
             raise
         remedy = "previous checkpoint kept; free some space and run again"
-        raise ValueError(f"no room on the disk to save {final}: {remedy}") from error
-    _delete(replaced)
-    for old in _list_finished(parent)[keep:]:
-        if old != final:  # damaged ones that were passed over may be newer: never the one just written
-            _delete(old)
-    return final
+        raise ValueError(f"no room on the disk to save {saving.final}: {remedy}") from error
+    return saving.final
+
+
+def _in_step(ranks: Ranks, work: Callable[[], Any] | None) -> list[Any]:
+    """Do a rank's part, if it has one, and wait for the others: the results of all. Where one fails, all raise: what it
+    was on that rank, an error that names it on the others, so that none goes on alone.
+    """
+    result, error = None, None
+    try:
+        result = work() if work else None
+    except Exception as caught:
+        error = caught
+    said = (getattr(error, "errno", None), f"rank {ranks.rank}: {error}") if error else None
+    gathered = ranks.gather_objects((result, said))
+    if error:
+        raise error
+    for _, other in gathered:
+        if other:
+            raise OSError(*other) if other[0] else RuntimeError(other[1])
+    return [result for result, _ in gathered]
+
+
+def _check_seen(path: Path, ranks: Ranks) -> None:
+    """ValueError, on every rank, where not all ranks see a folder; one over a network may come a little later."""
+    for _ in range(SECONDS_TO_SEE):
+        if path.is_dir():
+            break
+        time.sleep(1)
+    blind = [str(rank) for rank, is_seen in enumerate(ranks.gather_objects(path.is_dir())) if not is_seen]
+    if blind:
+        raise ValueError(
+            f"ranks {', '.join(blind)} do not see {path}, which the main rank does: run.folder must be on a file "
+            f"system that all nodes share"
+        )
+
+
+class _Saving:
+    """The places of a checkpoint that is being written; used by the main rank."""
+
+    def __init__(self, folder: Path, iteration: int) -> None:
+        self.folder, self.parent = folder, folder / "checkpoints"
+        self.final = self.parent / f"iteration-{iteration:06d}"
+        self.temporary = self.parent / f"{_TEMPORARY}{self.final.name}"
+
+    def begin(self, *, has_shards: bool) -> None:
+        """Make the folder to write to."""
+        self.parent.mkdir(parents=True, exist_ok=True)
+        _sync(self.folder)
+        for path in self.parent.iterdir():  # what killed saves left; by the run's lock nobody is writing them
+            if path.name.startswith((_TEMPORARY, _DOOMED)):
+                shutil.rmtree(path, ignore_errors=True)
+        (self.temporary / SHARDS if has_shards else self.temporary).mkdir(parents=True)
+
+    def finish(self, keep: int) -> None:
+        """Give a checkpoint that is written its name, and delete those beyond the newest."""
+        replaced = self.parent / f"{self.final.name}{_REPLACED}"
+        if self.final.exists():  # as after a fall back past a damaged one; killed here, the replaced one is read
+            _delete(replaced)
+            os.rename(self.final, replaced)
+        os.rename(self.temporary, self.final)
+        _sync(self.parent)
+        _delete(replaced)
+        for old in _list_finished(self.parent)[keep:]:
+            if old != self.final:  # damaged ones that were passed over may be newer: never the one just written
+                _delete(old)
 
 
 def load_latest(
@@ -96,28 +186,34 @@ def load_latest(
     config: Config | None,
     warn: Callable[[str], None] = print,
     groups: Collection[str] | None = None,
+    ranks: Ranks | None = None,
 ) -> Checkpoint | None:
-    """Read the newest checkpoint of `folder` that is whole; None where there is none yet. config: of the run that goes
-    on from it; None where none does. With `groups`, no others are read.
+    """Find the newest checkpoint of `folder` that is whole; None where there is none yet. config: of the run that goes
+    on from it; None where none does. With `groups`, no others are read. Of several ranks all call it, and all get the
+    same one.
 
     A damaged one is passed over, and `warn` is told. Raises ValueError for a checkpoint of another version, for a
     config that changes the problem, and when every checkpoint is damaged: starting anew would bury them.
     """
-    finished = _list_finished(folder / "checkpoints")
+    ranks, parent = ranks or alone(), folder / "checkpoints"
+    finished = [parent / name for name in ranks.from_main([path.name for path in _list_finished(parent)])]
     for path in finished:
+        _check_seen(path, ranks)
+        found, damage = None, ""
         try:
             manifest = _read_manifest(path)
             if config is not None:
                 check_resume(manifest["config"], config, path)
-            state = _read_state(path, manifest["files"], groups)
+            found = _read(path, manifest, groups, ranks)
         except _Damaged as error:
-            warn(f"checkpoint {path} is damaged ({error}): falling back to the one before")
-            continue
-        return Checkpoint(iteration=manifest["iteration"], state=state)
+            damage = str(error)
+        damages = [said for said in ranks.gather_objects(damage) if said]
+        if found and not damages:
+            return found
+        if ranks.is_main:
+            warn(f"checkpoint {path} is damaged ({damages[0]}): falling back to the one before")
     if finished:
-        raise ValueError(
-            f"every checkpoint in {folder / 'checkpoints'} is damaged: restore one, or use another run.folder"
-        )
+        raise ValueError(f"every checkpoint in {parent} is damaged: restore one, or use another run.folder")
     return None
 
 
@@ -184,16 +280,21 @@ def config_dict(config: Config) -> dict[str, Any]:
     return json.loads(json.dumps(asdict(config)))
 
 
-def _write(folder: Path, iteration: int, config: Config, state: State) -> None:
-    """Files and manifest, every one synced before its folder."""
+def _write(
+    folder: Path, iteration: int, config: Config, held: State, shards: dict[str, str], cut: tuple[str, ...]
+) -> None:
+    """Files and manifest, every one synced before its folder. shards: hashes of the files that are there by now."""
     files: dict[str, str] = {}
-    for group, tensors in state.items():
+    for group, tensors in held.items():
         # copies: safetensors refuses tensors that share their memory
         copies = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
         content = safetensors.torch.save(copies)
         replace_file(folder / f"{group}.safetensors", content, is_durable=True)
         files[f"{group}.safetensors"] = hashlib.sha256(content).hexdigest()
     manifest = {"version": VERSION, "iteration": iteration, "files": files, "config": config_dict(config)}
+    if cut:
+        manifest |= {"shards": shards, "cut": cut}
+        _sync(folder / SHARDS)
     write_json(folder / MANIFEST, {**manifest, "sha256": _digest(manifest)}, is_durable=True)
     _sync(folder)
 
@@ -219,16 +320,25 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _read_state(path: Path, files: dict[str, str], groups: Collection[str] | None) -> State:
-    state: State = {}
-    for name, expected in files.items():
+def _read(path: Path, manifest: dict[str, Any], groups: Collection[str] | None, ranks: Ranks) -> Checkpoint:
+    """Read what was saved whole, and check a share of the parts; the others check the rest."""
+
+    def is_wanted(group: str) -> bool:
+        return groups is None or group in groups
+
+    held: State = {}
+    for name, expected in manifest["files"].items():
         group = name.removesuffix(".safetensors")
-        if groups is None or group in groups:
+        if is_wanted(group):
             content = (path / name).read_bytes() if (path / name).is_file() else b""
             if hashlib.sha256(content).hexdigest() != expected:
                 raise _Damaged(f"{name} is missing or not what was written: its sha256 differs")
-            state[group] = safetensors.torch.load(content)
-    return state
+            held[group] = safetensors.torch.load(content)
+    for name, expected in sorted(manifest.get("shards", {}).items())[ranks.rank :: ranks.world_size]:
+        if sha256(path / name) != expected:
+            raise _Damaged(f"{name} is missing or not what was written: its sha256 differs")
+    cut = tuple(group for group in manifest.get("cut", ()) if is_wanted(group))
+    return Checkpoint(iteration=manifest["iteration"], path=path, held=held, cut=cut)
 
 
 def _list_finished(parent: Path) -> list[Path]:

@@ -12,6 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from mteditflow.transformer.sharded import cut_like, local
+
 AdapterName = Literal["current", "old", "off", "ema"]
 Weights = dict[str, nn.Parameter]
 
@@ -47,6 +49,10 @@ class Adapters:
         """Names and parameters of `current`, float32, always in the same order."""
         return list(self._weights["current"].items())
 
+    def parameters(self) -> set[nn.Parameter]:
+        """The weights of all copies."""
+        return {weight for weights in self._weights.values() for weight in weights.values()}
+
     def _select(self, name: AdapterName) -> None:
         assert name == "off" or name in self._weights, f"no adapter {name!r}: there are off, {', '.join(self._weights)}"
         self.transformer: Any = self._switch(name)  # what `velocity` calls
@@ -66,8 +72,8 @@ class Adapters:
     def copy(self, source: AdapterName, target: AdapterName, decay: float = 0.0) -> None:
         """target <- decay * target + (1 - decay) * source, in place; an exact copy at decay 0."""
         assert 0 <= decay <= 1, decay
-        new: list[Tensor] = [*self._weights[source].values()]
-        old: list[Tensor] = [*self._weights[target].values()]
+        new = [local(weight) for weight in self._weights[source].values()]
+        old = [local(weight) for weight in self._weights[target].values()]
         if decay == 0:
             torch._foreach_copy_(old, new)  # pyright: ignore[reportPrivateImportUsage]
         else:
@@ -75,13 +81,15 @@ class Adapters:
 
     def state(self, name: AdapterName) -> dict[str, Tensor]:
         """A copy of the weights by name: `<module>.lora_A.weight` (r, in) and `.lora_B.weight` (out, r), or the names
-        of the transformer's own state dict.
+        of the transformer's own state dict. What is cut stays so.
         """
         return {key: weight.detach().clone() for key, weight in self._weights[name].items()}
 
     @torch.no_grad()
     def load(self, name: AdapterName, state: dict[str, Tensor]) -> None:
-        """Put back what `state` gave. ValueError for the state of another rank, other targets or another model."""
+        """Put back what `state` gave, or all of it whole on every rank. ValueError for the state of another rank, other
+        targets or another model.
+        """
         weights = self._weights[name]
         differing = [key for key in weights.keys() | state.keys() if _shape(weights, key) != _shape(state, key)]
         if differing:
@@ -92,7 +100,7 @@ class Adapters:
                 f"model.path must be as when it was saved"
             )
         for key, weight in weights.items():
-            weight.copy_(state[key])
+            local(weight).copy_(local(cut_like(weight, state[key])))
 
 
 def _shape(state: Mapping[str, Tensor], key: str) -> tuple[int, ...] | None:

@@ -154,6 +154,13 @@ class QuantisedLinear(nn.Linear):
         bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().to(device), requires_grad=False)
         self.register_parameter("bias", bias)
 
+    def make_parameters(self) -> None:
+        """Make frozen parameters of weight and scales, which is what FSDP cuts."""
+        for name in ("weight", "scale"):
+            value = getattr(self, name)
+            delattr(self, name)
+            self.register_parameter(name, nn.Parameter(value, requires_grad=False))
+
     def forward(self, input: Tensor) -> Tensor:
         """Map (..., in) to (..., out), in the dtype of the input."""
         rows = frozen_linear(input.flatten(0, -2), self.weight, self.scale, self.bias)
@@ -177,9 +184,12 @@ def linears_to_quantise(model: nn.Module, base: Kind) -> dict[str, tuple[nn.Line
     return {name: (module, kind) for name, module in named if (kind := kind_of(name, module, base))}
 
 
-def quantise(model: nn.Module, base: Kind, device: torch.device, *, keeps_originals: bool = False) -> dict[str, Tensor]:
+def quantise(
+    model: nn.Module, base: Kind, device: torch.device, *, keeps_originals: bool = False, is_returned: bool = False
+) -> dict[str, Tensor]:
     """Put quantised linears on the device in the place of a model's, one by one, so that the device never holds the
-    model as it was: what is quantised, and a part of one weight. Everything else stays where it is.
+    model as it was: what is quantised, and a part of one weight. Everything else stays where it is. is_returned: each
+    goes back to where the linear was, for a model that does not fit quantised either.
 
     Returns the weights as they were, on the host by name, where they are to be kept. A model that was made quantised
     stays as it is. ValueError: nothing to quantise.
@@ -194,7 +204,8 @@ def quantise(model: nn.Module, base: Kind, device: torch.device, *, keeps_origin
         if keeps_originals:
             originals[name] = linear.weight.detach()
         parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, QuantisedLinear(linear, kind, device))
+        quantised = QuantisedLinear(linear, kind, device)
+        setattr(model.get_submodule(parent), leaf, quantised.to(linear.weight.device) if is_returned else quantised)
     return originals
 
 
@@ -210,14 +221,18 @@ def check_float8(base: str, device: torch.device) -> None:
             )
 
 
+def stored(model: nn.Module, base: str) -> dict[str, tuple[int, int]]:
+    """Rows, and bytes of a row, of each tensor of a model as a base stores it; the model may be on the meta device."""
+    whole = 4 if base == "float32" else 2
+    tensors = {name: (w.shape[0], whole * (w.numel() // w.shape[0])) for name, w in model.named_parameters()}
+    if base in QUANTISE:
+        for name, (linear, kind) in linears_to_quantise(model, base).items():  # pyright: ignore[reportArgumentType]
+            rows, columns = linear.out_features, linear.in_features
+            tensors[f"{name}.weight"] = rows, columns // 2 if kind == "nf4" else columns
+            tensors[f"{name}.scale"] = rows, {"float8": 4, "int8": 2, "nf4": columns // NF4_BLOCK * 2}[kind]
+    return tensors
+
+
 def num_bytes(model: nn.Module, base: str) -> int:
     """Bytes of a model's weights as a base stores them; the model may be on the meta device."""
-    whole = 4 if base == "float32" else 2
-    total = whole * sum(weight.numel() for weight in model.parameters())
-    if base not in QUANTISE:
-        return total
-    for linear, kind in linears_to_quantise(model, base).values():  # pyright: ignore[reportArgumentType]
-        rows, columns = linear.out_features, linear.in_features
-        stored = {"float8": columns + 4, "int8": columns + 2, "nf4": columns // 2 + columns // NF4_BLOCK * 2}[kind]
-        total += rows * (stored - whole * columns)
-    return total
+    return sum(rows * size for rows, size in stored(model, base).values())

@@ -21,6 +21,7 @@ from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch.utils.checkpoint import checkpoint
 
 from mteditflow.config import LoraConfig, ModelConfig
+from mteditflow.transformer.sharded import repeated_blocks
 
 BACKEND = "inductor"
 OPTIONS: dict[str, Any] = {"emulate_precision_casts": True}
@@ -89,10 +90,9 @@ def _repeated_blocks(transformer: Any) -> list[tuple[nn.Module, bool]]:
     trained, so that it needs gradients.
     """
     blocks, is_trained = [], False
-    for module in transformer.modules():
-        if type(module).__name__ in transformer._repeated_blocks:
-            is_trained |= any(weight.requires_grad for weight in module.parameters())
-            blocks.append((module, is_trained))
+    for _, block in repeated_blocks(transformer):
+        is_trained |= any(weight.requires_grad for weight in block.parameters())
+        blocks.append((block, is_trained))
     return blocks
 
 

@@ -50,11 +50,13 @@ def lora_adapters(
     seed: int,
     has_old: bool,
     is_compiled: bool = False,
+    device: torch.device | None = None,
 ) -> Adapters:
     """Adapters in a frozen transformer, where `lora.targets` is empty on the linears that `default_targets` name.
 
     All start alike, by peft's 'gaussian' rule: A ~ N(0, 1/r^2), B = 0, a function of `seed` on every device.
     is_compiled: all copies, and `off`, share a graph: they need a gradient alike, and `off` is `current` times 0.
+    device: of the adapters, where it is not the transformer's.
     ValueError for a target that matches nothing.
     """
     targets = find_targets(transformer, lora.targets, default_targets)
@@ -63,11 +65,11 @@ def lora_adapters(
         parent, _, leaf = target.rpartition(".")
         layers[target] = LoraLinear(transformer.get_submodule(target), lora.alpha / lora.rank)
         setattr(transformer.get_submodule(parent), leaf, layers[target])
+    device = device or next(iter(layers.values())).base.weight.device
     weights: dict[AdapterName, Weights] = {
-        name: _draw(layers, lora.rank, seed, is_trained=is_compiled or name == "current")
+        name: _draw(layers, lora.rank, seed, device, is_trained=is_compiled or name == "current")
         for name in copy_names(has_old)
     }
-    device = next(iter(layers.values())).base.weight.device
     scale, zero = (torch.tensor(value, device=device) for value in (lora.alpha / lora.rank, 0.0))
 
     def switch(name: AdapterName) -> nn.Module:
@@ -81,7 +83,7 @@ def lora_adapters(
     return Adapters(targets, weights, switch)
 
 
-def _draw(layers: dict[str, LoraLinear], rank: int, seed: int, *, is_trained: bool) -> Weights:
+def _draw(layers: dict[str, LoraLinear], rank: int, seed: int, device: torch.device, *, is_trained: bool) -> Weights:
     """An adapter's float32 parameters by name; the numbers are drawn on the host."""
     generator, weights = torch.Generator().manual_seed(seed), Weights()
     for target, layer in layers.items():
@@ -89,6 +91,6 @@ def _draw(layers: dict[str, LoraLinear], rank: int, seed: int, *, is_trained: bo
         down = torch.randn(rank, base.in_features, generator=generator) / rank
         both = {"lora_A": down, "lora_B": torch.zeros(base.out_features, rank)}
         for name, values in both.items():
-            parameter = nn.Parameter(values.to(base.weight.device), requires_grad=is_trained)
+            parameter = nn.Parameter(values.to(device), requires_grad=is_trained)
             weights[f"{target}.{name}.weight"] = parameter
     return weights

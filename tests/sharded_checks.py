@@ -1,0 +1,289 @@
+"""What test_sharded.py runs on several ranks: a policy that is cut over two beside one that each rank has whole, and
+what 4 ranks save and 2, 1 and 8 read (sharded_state.py).
+
+    python sharded_checks.py FOLDER [PART OF A NAME]
+
+Each check is a function; what it raised on any rank is written to FOLDER/results.json under its name. Ranks are forks
+of one process that has imported everything, which takes longer than most checks.
+"""
+
+import multiprocessing
+import os
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from sharded_state import check_damaged, check_faults, check_other_model, check_resumed, check_saved, check_trained
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from mteditflow.config import LoraConfig, ModelConfig
+from mteditflow.config.distributed import DistributedConfig
+from mteditflow.distributed import Ranks
+from mteditflow.policy import Policy, build_policy
+from mteditflow.transformer import compiled
+from mteditflow.transformer.sharded import clip_, cut_like, make_mesh, whole_on_host
+from mteditflow.types import Condition
+
+LORA, FULL = LoraConfig(rank=4, alpha=16), LoraConfig(is_full=True, targets=())
+SIZE, NUM_ROWS = 64, 2
+DEADLINE = 120  # seconds after which a rank that waits for another counts as hung
+CUTS = ("full", "hybrid")
+PROMPT = "make the red square blue"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a check runs."""
+
+    ranks: Ranks
+    folder: Path  # of the test, with the pipelines
+    scratch: Path  # of the check, seen by all ranks
+
+    def model(self, **fields: Any) -> ModelConfig:
+        """The tiny FLUX.1-Kontext."""
+        return ModelConfig(path=str(self.folder / "kontext"), max_text_tokens=8, **fields)
+
+
+def draw(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def inputs(policy: Policy, rank: int) -> tuple[Tensor, Tensor, Condition]:
+    """Latents, noise levels and condition of two rows, others on each rank."""
+    source = draw(NUM_ROWS, 3, SIZE, SIZE, seed=5 + rank).clamp(-1, 1)
+    condition = Condition(
+        text=policy.encode_text([PROMPT] * NUM_ROWS, source, has_cfg=False), image=policy.encode_image(source)
+    )
+    latents = draw(NUM_ROWS, policy.num_tokens, policy.num_channels, seed=20 + rank)
+    return latents, torch.linspace(1, 0.3, NUM_ROWS), condition
+
+
+def perturb(policy: Policy, name: Any, scale: float = 0.05) -> None:
+    """Move an adapter from where all start, alike on all ranks, cut or not."""
+    state = whole_on_host(policy.adapters.state(name), is_kept=True)
+    moved = {key: w + scale * draw(*w.shape, seed=len(name) + i) for i, (key, w) in enumerate(state.items())}
+    policy.adapters.load(name, moved)
+
+
+def velocities_and_gradients(policy: Policy, rank: int) -> list[Tensor]:
+    """Under each adapter without gradients, then with them under `current`, with others used while the graph waits."""
+    for i, name in enumerate(("current", "old", "ema")):
+        perturb(policy, name, 0.05 + 0.05 * i)
+    given, found = inputs(policy, rank), list[Tensor]()
+    for name in ("current", "old", "ema", "off"):
+        with policy.adapters.use(name), torch.no_grad():
+            found.append(policy.velocity(*given))
+    assert not any(torch.equal(found[0], other) for other in found[1:])
+    trained = policy.velocity(*given)
+    with policy.adapters.use("off"), torch.no_grad():
+        policy.velocity(*given)
+    trained.square().sum().backward()
+    found.append(trained.detach())
+    for _, weight in policy.adapters.trainable:
+        assert weight.grad is not None
+        found.append(weight.grad)
+    assert all(bool(value.any()) for value in found)
+    return found
+
+
+def assert_equal_bits(mine: list[Tensor], whole: list[Tensor]) -> None:
+    assert len(mine) == len(whole)
+    differing = [i for i, (a, b) in enumerate(zip(mine, whole, strict=True)) if not torch.equal(a, b)]
+    assert not differing, f"{len(differing)} of {len(mine)} differ in bits: {differing[:9]}"
+
+
+def both(place: Place, model: ModelConfig, lora: LoraConfig, shard: Any = "full", **options: Any) -> list[Policy]:
+    """A policy that is cut, and one that is not."""
+    mesh = make_mesh(DistributedConfig(shard=shard), place.ranks)
+    return [build_policy(model, lora, 3, has_old=True, mesh=mesh, **options) for mesh in (mesh, None)]
+
+
+def share_of_weights(policy: Policy) -> float:
+    """The share of a transformer's weights, the adapters aside, that this rank holds."""
+    adapters = policy.adapters.parameters()
+    weights = [w for w in policy.pipeline.transformer.parameters() if w not in adapters]
+    assert all(isinstance(weight, DTensor) for weight in weights)
+    return sum(w.to_local().numel() for w in weights) / sum(w.numel() for w in weights)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def check_lora(place: Place, base: str) -> None:
+    """Bits of a base that is not cut, with blocks run again for the backward pass too, and with replayed ones."""
+    cut, whole = both(place, place.model(base=base), LORA)
+    rank = place.ranks.rank
+    for change in (
+        lambda _: None,
+        lambda policy: policy.pipeline.transformer.enable_gradient_checkpointing(),
+        Policy.replay,
+    ):
+        for policy in (cut, whole):
+            change(policy)
+        assert_equal_bits(velocities_and_gradients(cut, rank), velocities_and_gradients(whole, rank))
+        for policy in (cut, whole):
+            for _, weight in policy.adapters.trainable:
+                weight.grad = None
+    # shards of rows that two does not divide are padded: a row of some small weights
+    assert 0.4 < share_of_weights(cut) < 0.6
+    assert not any(isinstance(weight, DTensor) for weight in cut.adapters.parameters())
+
+
+def check_compiled(place: Place) -> None:
+    """Blocks that were compiled before they were cut are compiled still, and can be run eagerly after all."""
+    compiled.BACKEND, compiled.OPTIONS = "eager", {}
+    rank, mesh = place.ranks.rank, make_mesh(DistributedConfig(shard="full"), place.ranks)
+    cut = build_policy(place.model(compile="blocks"), LORA, 3, has_old=True, mesh=mesh)
+    whole = build_policy(place.model(), LORA, 3, has_old=True)
+    before, eager = compiled.count_graphs()[0], velocities_and_gradients(whole, rank)
+    assert_equal_bits(velocities_and_gradients(cut, rank), eager)
+    found = compiled.count_graphs()[0]
+    assert found >= before + 4  # two classes of block, with gradients and without
+    cut.run_eagerly()
+    for _, weight in cut.adapters.trainable:
+        weight.grad = None
+    assert_equal_bits(velocities_and_gradients(cut, rank), eager)
+    assert compiled.count_graphs()[0] == found
+
+
+def check_full(place: Place, base: str, targets: tuple[str, ...] = ()) -> None:
+    """Every copy's velocity, the gradient as the sum over ranks, and what an optimizer makes of it, to the bit."""
+    cut, whole = both(place, place.model(base=base), LoraConfig(is_full=True, targets=targets))
+    ranks = place.ranks
+    found = [velocities_and_gradients(policy, ranks.rank) for policy in (cut, whole)]
+    gradients = [parts[5:] for parts in found]
+    ranks.sum_(gradients[1])
+    assert_equal_bits(found[0][:5], found[1][:5])
+    summed = whole_on_host({str(i): part for i, part in enumerate(gradients[0])}, is_kept=True).values()
+    for (name, weight), mine, other in zip(cut.adapters.trainable, summed, gradients[1], strict=True):
+        # What goes into every block has its gradient summed block by block, where it is else summed use by use: 6 terms
+        # in another order, which may be 8 times their sum.
+        bound = 8 * 6 * 2**-24 if name.startswith("time_text_embed") else 0
+        assert (mine - other).norm() <= bound * other.norm(), name
+        weight.grad = cut_like(weight, other)  # type: ignore[assignment]
+    parameters = [[weight for _, weight in policy.adapters.trainable] for policy in (cut, whole)]
+    norms = [clip_(weights, 1e6).item() for weights in parameters]
+    # float32 sums of squares in another order: half a bit for each of less than 2^17 terms, at worst; 2^-16 in all
+    assert abs(norms[0] - norms[1]) <= 2**-16 * norms[1] and norms[1] > 0
+    after = []
+    for policy, weights in zip((cut, whole), parameters, strict=True):
+        optimizer = torch.optim.AdamW(weights, lr=1e-2)
+        optimizer.step()
+        policy.adapters.copy("current", "ema", decay=0.75)
+        policy.adapters.copy("current", "old")
+        moments = {f"{i}": state["exp_avg_sq"] for i, state in optimizer.state_dict()["state"].items()}
+        after.append([*whole_on_host(moments, is_kept=True).values()])
+        given = inputs(policy, ranks.rank)
+        for name in ("current", "ema", "old", "off"):
+            with policy.adapters.use(name), torch.no_grad():  # what was gathered before the step is not used again
+                after[-1].append(policy.velocity(*given))
+            if name != "off":
+                after[-1] += whole_on_host(policy.adapters.state(name), is_kept=True).values()
+    assert_equal_bits(*after)
+    assert all(isinstance(weight, DTensor) for weight in parameters[0])
+    assert 0.4 < sum(w.to_local().numel() for w in parameters[0]) / sum(w.numel() for w in parameters[1]) < 0.6  # pyright: ignore[reportAttributeAccessIssue]
+
+
+Check = Callable[[Place], None]
+MODELS: dict[str, Check] = {
+    **{f"lora_{base}": partial(check_lora, base=base) for base in ("float32", "bfloat16", "float8")},
+    "compiled": check_compiled,
+    "full_float32": partial(check_full, base="float32"),
+    "full_bfloat16_targets": partial(check_full, base="bfloat16", targets=("attn.to_q", "proj_out", "norm.linear")),
+}
+
+
+def of_state(check: Callable[..., None], **options: Any) -> Check:
+    return lambda place: check(place.ranks, place.scratch, **options)
+
+
+def resumed(kind: str) -> dict[str, Check]:
+    """Checks that read what four ranks have written, into what is cut so."""
+    return {
+        f"from_{source}_to_{kind}": lambda place, source=source: check_resumed(
+            place.ranks, place.folder / f"saved_{source}", kind
+        )
+        for source in ("full", "hybrid", "none")
+    }
+
+
+def other_model(place: Place) -> None:
+    check_other_model(place.ranks, place.folder / "saved_full")
+
+
+PHASES: list[tuple[int, dict[str, Check]]] = [
+    (
+        4,
+        {
+            **{f"trained_{kind}": lambda place, kind=kind: check_trained(place.ranks, kind) for kind in CUTS},
+            **{f"saved_{kind}": of_state(check_saved, kind=kind) for kind in ("full", "hybrid", "none")},
+            "damaged": of_state(check_damaged),
+            "faults": of_state(check_faults),
+        },
+    ),
+    (1, resumed("none")),
+    (8, resumed("full") | resumed("hybrid")),
+    (2, resumed("full") | resumed("none") | {"other_model": other_model} | MODELS),
+]
+
+
+def run_checks(folder: Path, checks: dict[str, Check], ranks: Ranks) -> None:
+    """Run checks on a rank, one after the other, and gather what was raised."""
+    for name, check in checks.items():
+        (folder / name).mkdir(exist_ok=True)
+        problem, start = "", time.process_time()
+        try:
+            check(Place(ranks=ranks, folder=folder, scratch=folder / name))
+        except Exception:
+            problem = traceback.format_exc()
+        if ranks.is_main:
+            print(f"{name}: {time.process_time() - start:.1f} s", file=sys.stderr)
+        problems = ranks.gather_objects(problem)
+        if ranks.is_main:
+            said = "\n".join(f"rank {rank}: {problem}" for rank, problem in enumerate(problems) if problem)
+            (folder / f"{name}-{ranks.world_size}.txt").write_text(said)
+
+
+def be_rank(rank: int, world_size: int, port: int, folder: Path, checks: dict[str, Check]) -> None:
+    """Be one of the ranks, two of which make a node."""
+    os.environ |= {
+        "RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank % 2), "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "localhost", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    if world_size > 1:
+        dist.init_process_group("gloo", timeout=timedelta(seconds=DEADLINE))
+    run_checks(folder, checks, Ranks(rank=rank, world_size=world_size, device=torch.device("cpu")))
+    if world_size > 1:
+        dist.destroy_process_group()
+
+
+def fork(world_size: int, folder: Path, checks: dict[str, Check]) -> None:
+    """Run checks on so many ranks, and wait for them."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    ranks = [
+        context.Process(target=be_rank, args=(rank, world_size, port, folder, checks)) for rank in range(world_size)
+    ]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+
+
+if __name__ == "__main__":
+    os.environ["HF_HUB_OFFLINE"], os.environ["MTEDITFLOW_CACHE"] = "1", ""
+    torch.set_num_threads(1)
+    wanted = sys.argv[2] if len(sys.argv) > 2 else ""
+    for world_size, checks in PHASES:
+        chosen = {name: check for name, check in checks.items() if any(w in name for w in wanted.split(","))}
+        if chosen:
+            fork(world_size, Path(sys.argv[1]), chosen)
