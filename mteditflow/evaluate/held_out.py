@@ -90,7 +90,12 @@ def evaluate(
             show(gathered.num_sessions)
     if see is not None:
         see(gathered.seen)
-    return _join([gathered.parts[number] for number in range(len(cuts))], tasks, config)
+    try:
+        return _join([gathered.parts[number] for number in range(len(cuts))], tasks, config)
+    except ValueError:
+        if folder is not None and ranks.is_main:
+            folder.remove()  # its judge will be another when it has been mended
+        raise
 
 
 def _roll_out(
