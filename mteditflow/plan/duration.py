@@ -84,32 +84,6 @@ def _session_seconds(config: Config, seconds: RowSeconds) -> float:
     return config.num_held_out_turns * per_turn + (seconds.judge or 0.0)
 
 
-def check_timeout(config: Config, seconds: RowSeconds, plan: dict[str, float]) -> str | None:
-    """Say in one line where a rank that is twice as slow as the others would not be waited for: it is late by what they
-    do between two collectives. plan: `duration_plan` of the same.
-    """
-    part = part_size(config.evaluation.num_sessions, config.rollout.microbatch_size)
-    works = {
-        "a rollout and its scores": plan["rollout of an iteration"] + plan.get("scores of an iteration", 0.0),
-        "an update": plan["updates of an iteration"] / config.optimizer.num_updates,
-        "a part of an evaluation": part * _session_seconds(config, seconds),
-    }
-    name, longest = max(works.items(), key=lambda item: item[1])
-    limit = config.distributed.timeout_s
-    if config.run.num_gpus == 1 or longest <= limit:
-        return None
-    return (
-        f"distributed.timeout_s is {limit}: {name} may take {longest:.0f} s, and a rank that is twice as slow is not "
-        f"waited for; set it to {math.ceil(longest / 600) * 1200}"
-    )
-
-
-def _session_seconds(config: Config, seconds: RowSeconds) -> float:
-    """Seconds of a session that is evaluated."""
-    per_turn = config.evaluation.num_steps * seconds.guided + seconds.decode + seconds.encode + seconds.text
-    return config.num_held_out_turns * per_turn + (seconds.judge or 0.0)
-
-
 def duration_plan(config: Config, seconds: RowSeconds, *, is_text_of_image: bool = False) -> dict[str, float]:
     """Seconds of an iteration and of the run, saving and start-up left out."""
     batches, evaluation, num_gpus = batch_plan(config), config.evaluation, config.run.num_gpus
@@ -148,6 +122,6 @@ def check_timeout(config: Config, seconds: RowSeconds, *, is_text_of_image: bool
     if config.run.num_gpus == 1 or works[name] <= limit:
         return None
     return (
-        f"distributed.timeout_s is {limit}: {name} may take {works[name]:.0f} s, and a rank that is half as fast as the "
-        f"others would not be waited for; set it to {math.ceil(works[name] / 600) * 600} or more"
+        f"distributed.timeout_s is {limit}: {name} may take {works[name]:.0f} s, and a rank that is half as fast as "
+        f"the others would not be waited for; set it to {math.ceil(works[name] / 600) * 600} or more"
     )
