@@ -5,11 +5,9 @@ evaluation_before|after.json  comparison.json  lora/ (or weights/, of full fine-
 """
 
 import os
-import signal
 import sys
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
-from types import FrameType
 from typing import Self
 
 import torch
@@ -41,12 +39,12 @@ from mteditflow.policy import AdapterName, build_policy
 from mteditflow.policy.optimizer import build_optimizer, load_optimizer, moments_like, optimizer_state
 from mteditflow.policy.pipelines import is_slow_in_bfloat16
 from mteditflow.profile.account import Account, step_seconds
-from mteditflow.record import alarms, checkpoint
+from mteditflow.record import alarms, checkpoint, ending
 from mteditflow.record.clock import phase
 from mteditflow.record.figures import METRICS
 from mteditflow.record.metrics import Reporter
 from mteditflow.report.run_report import write_report
-from mteditflow.report.seen import Seen, choose, save_seen, seen_sessions
+from mteditflow.report.seen import Seen, choose_of_all, save_seen
 from mteditflow.report.strips import save_strips
 from mteditflow.reward import build_reward, check_judge
 from mteditflow.reward.overlap import Overlap, efficiency
@@ -58,14 +56,14 @@ from mteditflow.types import Rollout, Scores
 class Run:
     """Policy, optimizer, reward and folder of a run, from its newest checkpoint where there is one.
 
-    Only the main rank writes. On SIGTERM to any rank the iteration at work is finished and saved, and `is_stopping` is
-    set.
+    Only the main rank writes. However a run ends, it goes on after the last iteration that was finished; of full
+    fine-tuning, whose state is too large to be held twice, after the newest checkpoint.
     """
 
     def __init__(self, config: Config, objective: Objective, ranks: Ranks) -> None:
         self.config, self.objective, self.ranks = config, objective, ranks
         self.folder = Path(config.run.folder)
-        self.is_stopping, self._is_asked_to_stop = False, False
+        self._unsaved: tuple[int, checkpoint.State] | None = None  # iterations done, and a copy of the state after them
         self._warned: set[str] = set()
         self.drift: dict[str, float] = {}  # of a quantised base, in the metrics of the first iteration
         self._stack = ExitStack()
@@ -74,6 +72,7 @@ class Run:
         with ExitStack() as stack:  # what fails here lets go of the folder too
             self._start(stack)
             self._stack = stack.pop_all()
+        ending.begin(self._save_unsaved)
         return self
 
     def _start(self, stack: ExitStack) -> None:
@@ -85,7 +84,6 @@ class Run:
         stack.enter_context(self.judge)
         if self.ranks.is_main:
             stack.enter_context(checkpoint.lock(self.folder))
-        stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, self._on_sigterm))
         with_choice, compile_line = choose_compile(config, self.ranks.device.type)
         saved = checkpoint.load_latest(self.folder, config, lambda line: print(line, file=sys.stderr), ranks=self.ranks)
         if self.ranks.is_main:
@@ -100,6 +98,7 @@ class Run:
         self.optimizer, self.first_iteration = build_optimizer(self.policy, config), 0
         if saved:
             self._restore(saved)
+        self._num_saved = self.first_iteration
         self._graphs = count_graphs()
         settled = settle(self.policy, self.objective, training_tasks(config, 0, self.ranks), config, self.ranks)
         lines = [f"attention {self.policy.attention}, {compile_line}", *SAID[settled], *self._waits()]
@@ -174,45 +173,36 @@ class Run:
             folder = os.environ["TORCHINDUCTOR_CACHE_DIR"]
             self.reporter.say(f"{when}: {num} graphs compiled in {seconds:.0f} s (kept in {folder})")
 
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
-
-    def _on_sigterm(self, _signal: int, _frame: FrameType | None) -> None:
-        self._is_asked_to_stop = True
-
-    def _agree_to_stop(self) -> None:
-        """Read the request once per iteration, so that all ranks stop after the same one, and it is a saved one."""
-        num_asked = torch.tensor(float(self._is_asked_to_stop), device=self.ranks.device)
-        self.ranks.sum_([num_asked])
-        self.is_stopping = num_asked.item() > 0
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is not None:  # while the folder is held, and before anything that may take long
+                ending.save()
+        finally:
+            self._stack.close()
 
     def record(self, iteration: int, values: dict[str, float], rollout: Rollout, scores: Scores) -> None:
         """The end of an iteration: metrics, what the judge saw, evaluation, checkpoint, which comes last."""
         config, done, judged = self.config, iteration + 1, self.judge.read()
         values = values | alarms.rollout_figures(rollout, scores, self.ranks)
         values |= {"update/learning_rate": self.optimizer.param_groups[0]["lr"]}
-        self._agree_to_stop()
+        chosen = choose_of_all(rollout, scores, config.run.num_judged, self.ranks)
         if values["reward/zero_spread_share"] == 1:
             self._say(f"iteration {done}: all groups without spread, nothing to learn from them")
         if config.evaluation.every and done % config.evaluation.every == 0 and done < config.run.num_iterations:
             values |= self._short_evaluation(done)
         if self.ranks.is_main:
-            self._report(iteration, values | alarms.held_out_figures(values), judged, rollout, scores)
-        if done % config.run.save_every == 0 or done == config.run.num_iterations or self.is_stopping:
-            self._save(done)
-        if self.is_stopping:
-            self._say(f"stopped after iteration {done}; the same command goes on from there")
+            self._report(iteration, values | alarms.held_out_figures(values), judged, chosen)
+        if done % config.run.save_every == 0 or done == config.run.num_iterations:
+            self._save(done, self._state())
+        elif self.ranks.is_main and not config.lora.is_full:
+            self._unsaved = done, _to_host(self._state())
 
-    def _report(
-        self, iteration: int, values: dict[str, float], judged: dict[str, float], rollout: Rollout, scores: Scores
-    ) -> None:
+    def _report(self, iteration: int, values: dict[str, float], judged: dict[str, float], chosen: list[Seen]) -> None:
         """Write and print the figures of an iteration."""
         config, done = self.config, iteration + 1
         self._warn(alarms.find_alarms(values), values, done)
         self._say_graphs(f"iteration {done}")
         drift = self.drift if iteration == 0 else {}
-        num_judged = config.run.num_judged
-        chosen = choose(seen_sessions(rollout, scores), num_judged) if num_judged else []
         save_seen(self.folder, "training", iteration, config.reward.judge, chosen)
         account = self.account.read(values["update/num_transitions"] / self.ranks.world_size)  # of a rank
         judged["reward/overlap_efficiency"] = efficiency(judged, step_seconds(account))
@@ -285,11 +275,22 @@ class Run:
         self.ranks.barrier()
 
     @phase("save")
-    def _save(self, done: int) -> None:
+    def _save(self, done: int, state: checkpoint.State) -> None:
+        with ending.held():
+            checkpoint.save(self.folder, iteration=done, config=self.config, state=state, ranks=self.ranks)
+            self._num_saved, self._unsaved = done, None
+
+    def _state(self) -> checkpoint.State:
         names = ("current", "ema", "old") if self.objective.has_old else ("current", "ema")
         state = {name: self.policy.adapters.state(name) for name in names}
         state["optimizer"] = optimizer_state(self.optimizer)
-        checkpoint.save(self.folder, iteration=done, config=self.config, state=state, ranks=self.ranks)
+        return state
+
+    def _save_unsaved(self) -> str:
+        """Save the last finished iteration, unless it is; says what the same command does then."""
+        if self._unsaved is not None:
+            self._save(*self._unsaved)
+        return f"goes on after iteration {self._num_saved}" if self._num_saved else "begins with the first iteration"
 
     def _restore(self, saved: checkpoint.Checkpoint) -> None:
         self.first_iteration = saved.iteration
@@ -297,3 +298,8 @@ class Run:
             if name != "optimizer":
                 self.policy.adapters.load(name, saved.read(name, self.policy.adapters.state(name)))  # pyright: ignore[reportArgumentType]
         load_optimizer(self.optimizer, saved.read("optimizer", moments_like(self.optimizer)))
+
+
+def _to_host(state: checkpoint.State) -> checkpoint.State:
+    """Copy a state to the host."""
+    return {group: {name: t.to("cpu", copy=True) for name, t in tensors.items()} for group, tensors in state.items()}

@@ -23,6 +23,7 @@ from mteditflow.plan.memory import Sizes, read_sizes
 from mteditflow.policy import DTYPES, Adapters
 from mteditflow.policy.published import MODELS
 from mteditflow.transformer.base import quantise
+from mteditflow.transformer.full_weights import full_weights
 from mteditflow.transformer.lean_qwen import make_lean
 from mteditflow.transformer.lora import lora_adapters
 
@@ -121,7 +122,11 @@ def build(path: str, base: str, num_double: int, num_single: int, **fields: Any)
         quantise(model, config.model.quantised, torch.device("cpu"))
     if "Qwen" in path:
         make_lean(model)
-    adapters = lora_adapters(model, config.lora, sizes.family.targets, seed=0, has_old=False)
+    if config.lora.is_full:
+        adapters = full_weights(model, config.lora, has_old=False)
+        model = adapters.transformer
+    else:
+        adapters = lora_adapters(model, config.lora, sizes.family.targets, seed=0, has_old=False)
     if config.model.is_checkpointed:
         model.enable_gradient_checkpointing()
     return Blocks(

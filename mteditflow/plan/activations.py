@@ -11,6 +11,7 @@ not float32, a trained weight is rounded for it, and the copy kept.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from mteditflow.policy.family import Saved, Stream, width_of
@@ -39,6 +40,7 @@ class Kept:
     per_row: float  # kept at the end of the forward pass
     at_peak: float  # per row, besides, at the peak of the backward pass
     per_pass: float  # rounded weights, whatever the number of rows
+    at_blocks: tuple[float, ...]  # of per_row, what is kept when a block is at work, the last blocks' in their order
 
 
 def bytes_kept(of: Pass, *, is_checkpointed: bool) -> Kept:
@@ -46,10 +48,13 @@ def bytes_kept(of: Pass, *, is_checkpointed: bool) -> Kept:
     blocks, one_width = _blocks(of), of.num_bytes * width_of(of.transformer) * (of.image_tokens + of.text_tokens)
     rounded = of.num_bytes * of.num_trained if of.num_bytes < 4 else 0
     if is_checkpointed and blocks:
-        again = of.saved.again * one_width + blocks[-1]
-        return Kept(per_row=len(blocks) * one_width, at_peak=again, per_pass=rounded / len(blocks))
+        # what another block keeps more than the last when it is run again
+        at_blocks = [number * one_width + size - blocks[-1] for number, size in enumerate(blocks, start=1)]
+        again, rounded = of.saved.again * one_width + blocks[-1], rounded / len(blocks)
+        return Kept(per_row=at_blocks[-1], at_peak=again, per_pass=rounded, at_blocks=tuple(at_blocks))
     last_norm = of.num_bytes * width_of(of.transformer) * of.image_tokens
-    return Kept(per_row=sum(blocks) + last_norm, at_peak=of.saved.beyond * one_width, per_pass=rounded)
+    at_blocks, beyond = [size + last_norm for size in accumulate(blocks)], of.saved.beyond * one_width
+    return Kept(per_row=sum(blocks) + last_norm, at_peak=beyond, per_pass=rounded, at_blocks=tuple(at_blocks))
 
 
 def _blocks(of: Pass) -> list[float]:

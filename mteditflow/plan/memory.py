@@ -1,4 +1,4 @@
-"""The memory that a run will take on one GPU, by part, from shapes alone: nothing is allocated.
+"""The memory that a run will take on each GPU, by part, from shapes alone: nothing is allocated.
 
 Sizes come from a pipeline's folder, or from the hub's cache, or, for a published model that is not there yet, from
 `policy/published.py`. The transformer is built on the meta device, so that parameters and targets are counted on the
@@ -21,13 +21,14 @@ from mteditflow.config import EMBEDDED, Config, ModelConfig
 from mteditflow.config.model import EMBEDDED_FOLDER
 from mteditflow.evaluate.parts import part_size
 from mteditflow.objective import build_objective
-from mteditflow.plan.activations import Pass, bytes_kept
+from mteditflow.plan.activations import Kept, Pass, bytes_kept
+from mteditflow.plan.sharding import Cut, at_training, cut_units
 from mteditflow.policy import DTYPES, Family, configured_family, family_of
 from mteditflow.policy.encoding import rows_at_a_time
 from mteditflow.policy.family import width_of
 from mteditflow.policy.published import JUDGES, MODELS, RANDOM
 from mteditflow.transformer.adapters import find_targets
-from mteditflow.transformer.base import linears_to_quantise, num_bytes
+from mteditflow.transformer.base import linears_to_quantise, stored
 from mteditflow.transformer.compiled import is_compiled
 
 GIB = 2**30
@@ -41,6 +42,7 @@ MARGIN = f"margin: context {CONTEXT_GIB} GiB, fragmentation {FRAGMENTATION:.0%}"
 OPTIMIZER_STEP = 1  # copies of the trained weights that AdamW makes for all of them at once
 INT8_TEXT_ENCODER = 1.13  # bytes a weight, with its embeddings in 16 bits (Qwen2.5-VL, the most)
 TRAINING = "activations of a training microbatch"
+GATHERED = "base: blocks gathered from all ranks"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +52,7 @@ class Sizes:
     family: Family
     transformer: dict[str, Any]  # its config
     num_transformer: int
-    num_base_bytes: int  # of the transformer's weights as `model.base` stores them
+    stored: dict[str, tuple[int, int]]  # rows, and bytes of a row, of its tensors as `model.base` stores them
     num_largest: int  # weights of the largest linear that is quantised
     num_text_encoders: int
     num_autoencoder: int
@@ -88,7 +90,7 @@ def read_sizes(config: Config) -> Sizes:
         family=family,
         transformer=transformer,
         num_transformer=sum(weight.numel() for weight in model.parameters()),
-        num_base_bytes=num_bytes(model, config.model.base),
+        stored=stored(model, config.model.base),
         num_largest=_largest_quantised(config, model),
         num_text_encoders=sum(count for part, count in others.items() if part.startswith("text_encoder")),
         num_autoencoder=others.get("vae", 0),
@@ -122,29 +124,41 @@ def memory_plan(config: Config, sizes: Sizes) -> dict[str, float]:
 
     What stays: weights; trained weights, gradients and two moments of AdamW, four float32 each, `ema` and NFT's `old`
     one more each; a rollout's latents of S+1 noise levels, conditions and images. Phases follow each other: where
-    another takes more than a training pass, what it takes beyond that is a part of its own. Last the margin.
+    another takes more than a training pass, what it takes beyond that is a part of its own. Last the margin. Of a
+    transformer that is cut over ranks, a rank's part, and what is gathered.
     """
-    model, copies = config.model, 5 + build_objective(config).has_old
+    model, copies = config.model, 2 + build_objective(config).has_old
+    cut = cut_units(config, sizes.stored, sizes.trained)
     parts: dict[str, float] = {
-        "base: transformer": sizes.num_base_bytes,
+        "base: transformer": cut.base.kept,
+        GATHERED: _gathered_in_training(config, sizes, cut),
         "base: a weight dequantised": sizes.num_largest * (4 if model.base == "nf4" else 2),
         "base: text encoders": 0 if model.text_encoder == "offload" else _text_encoders(config, sizes),
         "base: autoencoder": sizes.num_autoencoder * _num_bytes(config),
-        "adapter, averages": sizes.num_trained * 4 * (copies - 3),
-        "gradient, optimizer": sizes.num_trained * 4 * 3,
+        "adapter, averages": copies * (cut.copy.kept if cut.copy else 4 * sizes.num_trained),
+        "gradient, optimizer": 3 * (cut.gradients.kept if cut.gradients else 4 * sizes.num_trained),
         "latents of a rollout": _latents(config, sizes),
         TRAINING: _training(config, sizes),
         "judge": _judge(config),
         "judge, at work": _judging(config),
         "reward models": _reward_models(config),
     }
-    phases = _other_phases(config, sizes)
-    largest = max(phases, key=lambda name: phases[name])
-    if phases[largest] > parts[TRAINING]:
-        parts[f"{largest}, beyond a training pass"] = phases[largest] - parts[TRAINING]
+    phases = _other_phases(config, sizes, cut)
+    largest, in_training = max(phases, key=lambda name: phases[name]), parts[TRAINING] + parts[GATHERED]
+    if phases[largest] > in_training:
+        parts[f"{largest}, beyond a training pass"] = phases[largest] - in_training
     if is_of_gpu(config):
         parts[MARGIN] = CONTEXT_GIB * GIB + FRAGMENTATION * sum(parts.values())
     return {part: size / GIB for part, size in parts.items()}
+
+
+def _gathered_in_training(config: Config, sizes: Sizes, cut: Cut) -> float:
+    """Bytes of blocks gathered at the peak of a training microbatch; passes of the old policy or the reference run when
+    all is kept.
+    """
+    rows, kept = _rows(config, config.optimizer.microbatch_size), _kept(config, sizes)
+    gathered = at_training(cut.at_work, cut.gradients, kept, rows)
+    return max(gathered, cut.at_work.gathered) if build_objective(config).num_forwards > 1 else gathered
 
 
 def is_of_gpu(config: Config) -> bool:
@@ -207,22 +221,26 @@ def training_pass(config: Config, sizes: Sizes) -> Pass:
     )
 
 
+def _kept(config: Config, sizes: Sizes) -> Kept:
+    return bytes_kept(training_pass(config, sizes), is_checkpointed=config.model.is_checkpointed)
+
+
 def _training(config: Config, sizes: Sizes) -> float:
     """Bytes of a training microbatch at its peak: what autograd keeps of each pass, and what lives beside it: of a
     block's backward pass, or of a forward pass of the old policy or the reference.
     """
-    rows = _rows(config, config.optimizer.microbatch_size)
-    kept = bytes_kept(training_pass(config, sizes), is_checkpointed=config.model.is_checkpointed)
+    rows, kept = _rows(config, config.optimizer.microbatch_size), _kept(config, sizes)
     others = sizes.family.saved.forward * _one_width(config, sizes) if build_objective(config).num_forwards > 1 else 0
     per_row = num_passes(config) * kept.per_row + max(kept.at_peak, others)
     return rows * per_row + num_passes(config) * kept.per_pass
 
 
-def _other_phases(config: Config, sizes: Sizes) -> dict[str, float]:
+def _other_phases(config: Config, sizes: Sizes, cut: Cut) -> dict[str, float]:
     """Bytes that come and go in each phase outside of training, by its name."""
     model, evaluation, numbers = config.model, config.evaluation, _num_bytes(config)
     pictures = rows_at_a_time(model.height, model.width)
     forward = _rows(config, config.rollout.microbatch_size) * sizes.family.saved.forward * _one_width(config, sizes)
+    forward += cut.at_work.gathered
     part = part_size(evaluation.num_sessions, config.rollout.microbatch_size)
     sessions = min(2 * part, evaluation.num_sessions) * (config.num_held_out_turns + 1)
     return {
@@ -230,7 +248,7 @@ def _other_phases(config: Config, sizes: Sizes) -> dict[str, float]:
         "autoencoder": pictures * sizes.family.picture_numbers * model.height * model.width * numbers,
         "text encoders, on the GPU to encode": _text_encoders(config, sizes) if model.text_encoder == "offload" else 0,
         "evaluation": forward + sessions * _turn(config, sizes, evaluation.num_steps),
-        "optimizer step": OPTIMIZER_STEP * 4 * sizes.num_trained,
+        "optimizer step": OPTIMIZER_STEP * (cut.gradients.kept if cut.gradients else 4 * sizes.num_trained),
     }
 
 

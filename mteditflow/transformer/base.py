@@ -221,14 +221,18 @@ def check_float8(base: str, device: torch.device) -> None:
             )
 
 
+def stored(model: nn.Module, base: str) -> dict[str, tuple[int, int]]:
+    """Rows, and bytes of a row, of each tensor of a model as a base stores it; the model may be on the meta device."""
+    whole = 4 if base == "float32" else 2
+    tensors = {name: (w.shape[0], whole * (w.numel() // w.shape[0])) for name, w in model.named_parameters()}
+    if base in QUANTISE:
+        for name, (linear, kind) in linears_to_quantise(model, base).items():  # pyright: ignore[reportArgumentType]
+            rows, columns = linear.out_features, linear.in_features
+            tensors[f"{name}.weight"] = rows, columns // 2 if kind == "nf4" else columns
+            tensors[f"{name}.scale"] = rows, {"float8": 4, "int8": 2, "nf4": columns // NF4_BLOCK * 2}[kind]
+    return tensors
+
+
 def num_bytes(model: nn.Module, base: str) -> int:
     """Bytes of a model's weights as a base stores them; the model may be on the meta device."""
-    whole = 4 if base == "float32" else 2
-    total = whole * sum(weight.numel() for weight in model.parameters())
-    if base not in QUANTISE:
-        return total
-    for linear, kind in linears_to_quantise(model, base).values():  # pyright: ignore[reportArgumentType]
-        rows, columns = linear.out_features, linear.in_features
-        stored = {"float8": columns + 4, "int8": columns + 2, "nf4": columns // 2 + columns // NF4_BLOCK * 2}[kind]
-        total += rows * (stored - whole * columns)
-    return total
+    return sum(rows * size for rows, size in stored(model, base).values())
