@@ -1,5 +1,6 @@
 """What the command line promises: fields, ranges, one line for anything wrong, and --help without torch."""
 
+import math
 import re
 import subprocess
 import sys
@@ -280,7 +281,9 @@ def test_duration_is_extrapolated() -> None:
     eight = duration_plan(replace(config, run=replace(config.run, num_gpus=8)), replace(seconds, judge=0.5, text=0.1))
     assert eight["rollout of an iteration"] == (3072 + 192 + 8 * 3 * 0.1) / 8
     assert eight["scores of an iteration"] == 128 * 0.5 / 8
-    judged = (2 * 100 + 10) * (3 * (4 * 2.0 + 0.5 + 0.1) + 0.5)  # by one rank
+    size = config.rollout.microbatch_size  # sessions of a rank, in whole microbatches
+    of_rank = [min(num, math.ceil(math.ceil(num / size) / 8) * size) for num in (100, 10)]
+    judged = (2 * of_rank[0] + of_rank[1]) * (3 * (4 * 2.0 + 0.5 + 0.1) + 0.5)
     assert eight["evaluations: before, after, 1 short"] == pytest.approx(judged)
 
 
