@@ -5,17 +5,23 @@ that order. So what is computed of gathered rows has the bits that one rank woul
 """
 
 import os
+import platform
+import socket
+import time
+import uuid
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from mteditflow.config import Config
 from mteditflow.config.ranges import require
+from mteditflow.config.version import describe_version
 from mteditflow.types import Microbatch, Rollout
 
 BUCKET = 2**26  # elements that are summed by one collective: 256 MiB of float32, beside the gradients
@@ -70,11 +76,20 @@ class Ranks:
             dist.all_gather_object(values, value)
         return values
 
-    def from_main(self, value: Any) -> Any:
-        """The main rank's value, of anything small that can be pickled."""
+    def from_main(self, value: Any, source: int = 0) -> Any:
+        """The main rank's value, or that of another `source`, of anything small that can be pickled."""
         values = [value]
         if self.world_size > 1:
-            dist.broadcast_object_list(values)
+            dist.broadcast_object_list(values, source)
+        return values[0]
+
+    def to_main(self, value: Any, rank: int) -> Any:
+        """The value of one rank, of anything small that can be pickled, on the main rank; the others have their own."""
+        values = [value]
+        if rank == self.rank and rank > 0:
+            dist.send_object_list(values, 0)
+        elif self.is_main and rank > 0:
+            dist.recv_object_list(values, rank)
         return values[0]
 
     def barrier(self) -> None:
@@ -126,35 +141,117 @@ def alone() -> Ranks:
     return Ranks(rank=0, world_size=1, device=local_device())
 
 
-def start(config: Config) -> Ranks:
-    """Join the process group that torchrun has laid out; without torchrun, one rank. ValueError for ranks that cannot
-    share the run.
+def start(config: Config, *, is_training: bool = True) -> Ranks:
+    """Join the process group that torchrun has laid out; without torchrun, one rank. ValueError, one line: an
+    environment that makes no sense; ranks that cannot share the run; an evaluation needs no rollout that they divide.
     """
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    check_world(config, world_size)
+    rank, world_size, local_rank = read_environment()
+    check_world(config, world_size, is_training=is_training)
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        if local_rank >= (num_gpus := torch.cuda.device_count()):
+            raise ValueError(
+                f"LOCAL_RANK is {local_rank}: this machine shows {num_gpus} GPUs; start at most that many processes on "
+                f"it (torchrun --nproc-per-node), or see CUDA_VISIBLE_DEVICES"
+            )
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     if world_size > 1:
         # gloo beside NCCL: small things that lie on the host
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=config.distributed.timeout_s))
+        timeout = timedelta(seconds=config.distributed.timeout_s)
+        store, *_ = next(rendezvous("env://", timeout=timeout))
+        store = _new_part(store, rank, world_size, config.distributed.timeout_s)
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
     return Ranks(rank=rank, world_size=world_size, device=device)
 
 
-def check_world(config: Config, world_size: int) -> None:
+def _new_part(store: dist.Store, rank: int, world_size: int, timeout_s: float) -> dist.Store:
+    """A part of the store that the first rank names, for all that have started with it.
+
+    torchrun keeps one store through its restarts, and a rank that finds there what a dead one has left waits for that
+    one for ever. How often a rank was restarted does not tell: machines that did not fail count otherwise. So each
+    leaves a new word, and is told the part by it.
+    """
+    word, end = uuid.uuid4().hex, time.monotonic() + timeout_s
+    if rank:
+        store.set(f"arrived/{rank}", word)
+        part = store.get(f"part of/{word}").decode()
+        store.set(f"{part}/met/{rank}", "")
+        return dist.PrefixStore(part, store)
+    told, missing = set[bytes](), list(range(1, world_size))
+    while missing := [other for other in missing if not store.check([f"{word}/met/{other}"])]:
+        arrived = [f"arrived/{other}" for other in missing if store.check([f"arrived/{other}"])]
+        for other in {store.get(key) for key in arrived} - told:
+            store.set(f"part of/{other.decode()}", word)
+            told.add(other)
+        if time.monotonic() > end:
+            raise ValueError(f"ranks {', '.join(map(str, missing))} have not come in {timeout_s} s: see their output")
+        time.sleep(0.02)
+    return dist.PrefixStore(word, store)
+
+
+def read_environment() -> tuple[int, int, int]:
+    """Read rank, number of ranks, and rank on this machine, as torchrun sets them; (0, 1, 0) where nobody has.
+
+    ValueError, one line: they make no sense.
+    """
+    environment, remedy = os.environ, "start by torchrun, which sets it, or unset it"
+    if ("RANK" in environment) != ("WORLD_SIZE" in environment):
+        there, missing = ("RANK", "WORLD_SIZE") if "RANK" in environment else ("WORLD_SIZE", "RANK")
+        raise ValueError(f"{there} is {environment[there]!r} and {missing} is not set: {remedy}")
+    numbers = []
+    for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
+        text = environment.get(name, default)
+        if not (text.isascii() and text.isdecimal()):
+            raise ValueError(f"{name} is {text!r}: must be a number from 0; {remedy}")
+        numbers.append(int(text))
+    rank, world_size, local_rank = numbers
+    if rank >= world_size:
+        raise ValueError(f"RANK is {rank} of WORLD_SIZE {world_size}: must be less; {remedy}")
+    if world_size > 1:
+        for name in ("MASTER_ADDR", "MASTER_PORT"):
+            if name not in environment:
+                raise ValueError(f"WORLD_SIZE is {world_size} and {name} is not set: {remedy}")
+    return rank, world_size, local_rank
+
+
+def check_same(ranks: Ranks, config: Config) -> None:
+    """Raise ValueError, one line, on every rank where one runs another program or config than the first."""
+    if ranks.world_size == 1:
+        return
+    facts = {"mteditflow": describe_version(), "torch": torch.__version__, "Python": platform.python_version()}
+    for section, fields in asdict(config).items():
+        facts |= {f"{section}.{name}": repr(value) for name, value in fields.items()}
+    every = ranks.gather_objects(facts | {"host": socket.gethostname()})
+    first = every[0]
+    for rank, other in enumerate(every):
+        names = [name for name in {**first, **other} if name != "host" and first.get(name) != other.get(name)]
+        if names:
+            differing = "; ".join(f"{name} is {other.get(name)}, not {first.get(name)}" for name in names[:5])
+            more = f"; {len(names) - 5} more" if len(names) > 5 else ""
+            raise ValueError(
+                f"rank {rank} (on {other['host']}) is not as rank 0 (on {first['host']}): {differing}{more}; give all "
+                f"ranks the same program, config and command line"
+            )
+
+
+def check_world(config: Config, world_size: int, *, is_training: bool = True) -> None:
     """ValueError where so many ranks cannot share an iteration's trajectories, or there is nobody to shard with."""
     num_rows = config.rollout.num_tasks * config.rollout.group_size
     remedy = (
         f"num_tasks x group_size = {num_rows} trajectories must be a multiple of the {world_size} ranks that share them"
     )
-    require(num_rows % world_size == 0, "rollout.num_tasks", config.rollout.num_tasks, remedy)
+    require(not is_training or num_rows % world_size == 0, "rollout.num_tasks", config.rollout.num_tasks, remedy)
+    judge, limit = config.reward, config.distributed.timeout_s
+    is_patient = world_size == 1 or judge.judge != "vlm" or not judge.url or judge.max_wait_s < limit
+    remedy = f"the other ranks give up after distributed.timeout_s, {limit} s: must be below it"
+    require(is_patient, "reward.max_wait_s", judge.max_wait_s, remedy)
     is_right = world_size > 1 or config.distributed.shard == "none"
     require(is_right, "distributed.shard", config.distributed.shard, "one rank has nobody to share with: must be none")
 
 
 def stop(ranks: Ranks) -> None:
-    """Leave the process group."""
+    """Leave the process group, where all ranks have come to their end."""
     if ranks.world_size > 1:
         dist.destroy_process_group()

@@ -5,11 +5,9 @@ evaluation_before|after.json  comparison.json  lora/ (or weights/, of full fine-
 """
 
 import os
-import signal
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
-from types import FrameType
 from typing import Self
 
 import torch
@@ -28,10 +26,12 @@ from mteditflow.evaluate.held_out import (
     has_truth,
     is_comparable,
     load_evaluation,
+    part_folder,
     save_comparison,
     save_evaluation,
 )
 from mteditflow.evaluate.kept import kept_evaluation
+from mteditflow.evaluate.parts import PartFolder
 from mteditflow.export.weights import save_result
 from mteditflow.objective import Objective
 from mteditflow.plan.compiling import SAID, choose_compile, settle
@@ -39,31 +39,31 @@ from mteditflow.policy import AdapterName, build_policy
 from mteditflow.policy.optimizer import build_optimizer, load_optimizer, moments_like, optimizer_state
 from mteditflow.policy.pipelines import is_slow_in_bfloat16
 from mteditflow.profile.account import Account, step_seconds
-from mteditflow.record import alarms, checkpoint
+from mteditflow.record import alarms, checkpoint, ending
 from mteditflow.record.clock import phase
 from mteditflow.record.figures import METRICS
 from mteditflow.record.metrics import Reporter
 from mteditflow.report.run_report import write_report
-from mteditflow.report.seen import Seen, choose, save_seen, seen_sessions
+from mteditflow.report.seen import Seen, choose_of_all, save_seen
 from mteditflow.report.strips import save_strips
 from mteditflow.reward import build_reward, check_judge
 from mteditflow.reward.overlap import Overlap, efficiency
 from mteditflow.transformer.compiled import count_graphs
 from mteditflow.transformer.sharded import make_mesh
-from mteditflow.types import EditTask, Rollout, Scores
+from mteditflow.types import Rollout, Scores
 
 
 class Run:
     """Policy, optimizer, reward and folder of a run, from its newest checkpoint where there is one.
 
-    Only the main rank writes. On SIGTERM to any rank the iteration at work is finished and saved, and `is_stopping` is
-    set.
+    Only the main rank writes. However a run ends, it goes on after the last iteration that was finished; of full
+    fine-tuning, whose state is too large to be held twice, after the newest checkpoint.
     """
 
     def __init__(self, config: Config, objective: Objective, ranks: Ranks) -> None:
         self.config, self.objective, self.ranks = config, objective, ranks
         self.folder = Path(config.run.folder)
-        self.is_stopping, self._is_asked_to_stop = False, False
+        self._unsaved: tuple[int, checkpoint.State] | None = None  # iterations done, and a copy of the state after them
         self._warned: set[str] = set()
         self.drift: dict[str, float] = {}  # of a quantised base, in the metrics of the first iteration
         self._stack = ExitStack()
@@ -72,6 +72,7 @@ class Run:
         with ExitStack() as stack:  # what fails here lets go of the folder too
             self._start(stack)
             self._stack = stack.pop_all()
+        ending.begin(self._save_unsaved)
         return self
 
     def _start(self, stack: ExitStack) -> None:
@@ -83,13 +84,13 @@ class Run:
         stack.enter_context(self.judge)
         if self.ranks.is_main:
             stack.enter_context(checkpoint.lock(self.folder))
-        stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, self._on_sigterm))
         with_choice, compile_line = choose_compile(config, self.ranks.device.type)
         saved = checkpoint.load_latest(self.folder, config, lambda line: print(line, file=sys.stderr), ranks=self.ranks)
         if self.ranks.is_main:
             rubric = read_rubric(config.reward.rubric) if config.reward.rubric else ""
             checkpoint.keep_rubric(self.folder, rubric, is_resumed=saved is not None)
-        is_probed = self.ranks.is_main and saved is None and config.model.quantised is not None
+        is_probed = saved is None and config.model.quantised is not None
+        is_probed &= self.ranks.is_main or config.distributed.shard != "none"  # a forward pass is then one of all ranks
         self.policy = build_policy(
             with_choice.model, config.lora, config.run.seed, has_old=self.objective.has_old, keeps_originals=is_probed,
             mesh=make_mesh(config.distributed, self.ranks),
@@ -97,12 +98,16 @@ class Run:
         self.optimizer, self.first_iteration = build_optimizer(self.policy, config), 0
         if saved:
             self._restore(saved)
+        self._num_saved = self.first_iteration
         self._graphs = count_graphs()
         settled = settle(self.policy, self.objective, training_tasks(config, 0, self.ranks), config, self.ranks)
         lines = [f"attention {self.policy.attention}, {compile_line}", *SAID[settled], *self._waits()]
         self.ranks.barrier()
         if self.ranks.is_main:
             self._open(stack, lines, is_resumed=saved is not None)
+        self._evaluate_before(is_resumed=saved is not None)
+        if self.ranks.is_main:
+            self.account = stack.enter_context(Account(config, self.policy, self.ranks.world_size))
 
     def _waits(self) -> list[str]:
         """Say where training cannot begin before the last trajectory is scored."""
@@ -132,22 +137,33 @@ class Run:
         for line in lines:
             self.reporter.say(line)
         self._say_graphs("at the start")
+
+    def _say(self, line: str) -> None:
+        """Print a line for the user, on the main rank."""
+        if self.ranks.is_main:
+            self.reporter.say(line)
+
+    def _evaluate_before(self, *, is_resumed: bool) -> None:
+        """Evaluate the base, where that was not done before."""
+        config = self.config
         self.tasks = held_out_tasks(config)
         if self.policy.originals:
             drift = measure_drift(self.policy, self.objective, self.tasks[0], config)
             self.drift = drift.figures
-            self.reporter.say(str(drift))
-        before = load_evaluation(self.folder, "before")
+            self._say(str(drift))
+        before = self.ranks.from_main(load_evaluation(self.folder, "before") if self.ranks.is_main else None)
         if before is None or not is_comparable(before, config):
             before = kept_evaluation(
-                self.policy, self.tasks, config,
-                lambda: self._evaluate(self.tasks, "off", 0), self.reporter.say,
-            )  # fmt: skip
-            save_evaluation(self.folder, "before", before)
+                self.policy, self.tasks, config, self.ranks, lambda: self._evaluate("before", "off", 0), self._say
+            )
+            if self.ranks.is_main:
+                save_evaluation(self.folder, "before", before)
         self.before: Evaluation = before
-        if not is_resumed:
-            save_strips(self.folder, 0, self.tasks, before.images, before.images)
-        self.account = stack.enter_context(Account(config, self.policy, self.ranks.world_size))
+        if self.ranks.is_main:
+            self._parts("before", 0).remove()
+            if not is_resumed:
+                self._parts("after", 0).remove()  # of weights that are no longer there
+                save_strips(self.folder, 0, self.tasks, before.images, before.images)
 
     def _say_graphs(self, when: str) -> None:
         """Say how many graphs were compiled since the last time, if any were."""
@@ -157,45 +173,40 @@ class Run:
             folder = os.environ["TORCHINDUCTOR_CACHE_DIR"]
             self.reporter.say(f"{when}: {num} graphs compiled in {seconds:.0f} s (kept in {folder})")
 
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
-
-    def _on_sigterm(self, _signal: int, _frame: FrameType | None) -> None:
-        self._is_asked_to_stop = True
-
-    def _agree_to_stop(self) -> None:
-        """Read the request once per iteration, so that all ranks stop after the same one, and it is a saved one."""
-        num_asked = torch.tensor(float(self._is_asked_to_stop), device=self.ranks.device)
-        self.ranks.sum_([num_asked])
-        self.is_stopping = num_asked.item() > 0
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is not None:  # while the folder is held, and before anything that may take long
+                ending.save()
+        finally:
+            self._stack.close()
 
     def record(self, iteration: int, values: dict[str, float], rollout: Rollout, scores: Scores) -> None:
         """The end of an iteration: metrics, what the judge saw, evaluation, checkpoint, which comes last."""
         config, done, judged = self.config, iteration + 1, self.judge.read()
-        num_transitions = values["update/num_transitions"] / self.ranks.world_size  # of a rank
         values = values | alarms.rollout_figures(rollout, scores, self.ranks)
         values |= {"update/learning_rate": self.optimizer.param_groups[0]["lr"]}
-        self._agree_to_stop()
-        if not self.ranks.is_main:
-            return
+        chosen = choose_of_all(rollout, scores, config.run.num_judged, self.ranks)
         if values["reward/zero_spread_share"] == 1:
-            self.reporter.say(f"iteration {done}: all groups without spread, nothing to learn from them")
+            self._say(f"iteration {done}: all groups without spread, nothing to learn from them")
         if config.evaluation.every and done % config.evaluation.every == 0 and done < config.run.num_iterations:
             values |= self._short_evaluation(done)
-        values |= alarms.held_out_figures(values)
+        if self.ranks.is_main:
+            self._report(iteration, values | alarms.held_out_figures(values), judged, chosen)
+        if done % config.run.save_every == 0 or done == config.run.num_iterations:
+            self._save(done, self._state())
+        elif self.ranks.is_main and not config.lora.is_full:
+            self._unsaved = done, _to_host(self._state())
+
+    def _report(self, iteration: int, values: dict[str, float], judged: dict[str, float], chosen: list[Seen]) -> None:
+        """Write and print the figures of an iteration."""
+        config, done = self.config, iteration + 1
         self._warn(alarms.find_alarms(values), values, done)
         self._say_graphs(f"iteration {done}")
         drift = self.drift if iteration == 0 else {}
-        num_judged = config.run.num_judged
-        chosen = choose(seen_sessions(rollout, scores), num_judged) if num_judged else []
         save_seen(self.folder, "training", iteration, config.reward.judge, chosen)
-        account = self.account.read(num_transitions)
+        account = self.account.read(values["update/num_transitions"] / self.ranks.world_size)  # of a rank
         judged["reward/overlap_efficiency"] = efficiency(judged, step_seconds(account))
         self.reporter.write(iteration, values | drift | account | judged)
-        if done % config.run.save_every == 0 or done == config.run.num_iterations or self.is_stopping:
-            self._save(done)
-        if self.is_stopping:
-            self.reporter.say(f"stopped after iteration {done}; the same command goes on from there")
 
     def _warn(self, names: list[str], values: dict[str, float], done: int) -> None:
         """A line for each alarm that was not raised before in this process."""
@@ -210,10 +221,10 @@ class Run:
 
     @phase("evaluate")
     def _short_evaluation(self, done: int) -> dict[str, float]:
-        tasks = self.tasks[: self.config.evaluation.num_sessions_short]
-        now = self._evaluate(tasks, "ema", done)
-        picture = save_strips(self.folder, done, self.tasks, self.before.images, now.images)
-        self.reporter.image("strips", done, picture)
+        now = self._evaluate("", "ema", done)
+        if self.ranks.is_main:
+            picture = save_strips(self.folder, done, self.tasks, self.before.images, now.images)
+            self.reporter.image("strips", done, picture)
         point = point_metrics(now)
         return {
             f"heldout/{m}_{turn + 1}": float(point[i, turn])
@@ -221,27 +232,40 @@ class Run:
             for turn in range(point.shape[1])
         }
 
-    def _evaluate(self, tasks: list[EditTask], adapter: AdapterName, done: int) -> Evaluation:
-        """Evaluate after `done` iterations, and keep what the judge saw."""
-        seen: list[Seen] = []
-
-        def see(rollout: Rollout, scores: Scores) -> None:
-            seen.extend(choose(seen_sessions(rollout, scores), num_judged))
-
-        config, num_judged = self.config, self.config.run.num_judged
-        evaluation = evaluate(self.policy, tasks, config, adapter, self.judge, see if num_judged else None)
+    def _evaluate(self, name: str, adapter: AdapterName, done: int) -> Evaluation:
+        """Evaluate after `done` iterations, on all ranks, and keep what the judge saw. A whole evaluation has a name,
+        by which it goes on after a kill; a short one has none.
+        """
+        config, is_main = self.config, self.ranks.is_main
+        tasks = self.tasks if name else self.tasks[: config.evaluation.num_sessions_short]
         judge = "exact" if has_truth(tasks) else config.reward.judge
-        save_seen(self.folder, "evaluation", done, judge, choose(seen, num_judged))
-        return evaluation
+
+        def see(sessions: list[Seen]) -> None:
+            if is_main:
+                save_seen(self.folder, "evaluation", done, judge, sessions)
+
+        folder = self._parts(name, done) if name else None
+        with self.reporter.show_sessions(len(tasks)) if is_main else nullcontext(lambda _: None) as show:
+            return evaluate(
+                self.policy, tasks, config, adapter, self.ranks, self.judge,
+                see=see if config.run.num_judged else None, folder=folder, show=show,
+            )  # fmt: skip
+
+    def _parts(self, name: str, done: int) -> PartFolder:
+        path = self.folder / f"evaluating_{name}"
+        return part_folder(path, self.policy, self.tasks, self.config, f"after {done} iterations")
 
     def finish(self) -> None:
         """Evaluation of the averaged adapter, export, report, and the table that the user came for."""
+        done = self.config.run.num_iterations
+        after = self._evaluate("after", "ema", done)
         if self.ranks.is_main:
-            after = self._evaluate(self.tasks, "ema", self.config.run.num_iterations)
             save_evaluation(self.folder, "after", after)
+            self._parts("after", done).remove()
             save_comparison(self.folder, self.before, after)
-            save_strips(self.folder, self.config.run.num_iterations, self.tasks, self.before.images, after.images)
-            use = save_result(self.policy, self.config, self.folder)
+            save_strips(self.folder, done, self.tasks, self.before.images, after.images)
+        use = save_result(self.policy, self.config, self.folder, self.ranks)
+        if self.ranks.is_main:
             report = write_report(self.folder)
             self.reporter.close()
             console = Console()
@@ -251,11 +275,22 @@ class Run:
         self.ranks.barrier()
 
     @phase("save")
-    def _save(self, done: int) -> None:
+    def _save(self, done: int, state: checkpoint.State) -> None:
+        with ending.held():
+            checkpoint.save(self.folder, iteration=done, config=self.config, state=state, ranks=self.ranks)
+            self._num_saved, self._unsaved = done, None
+
+    def _state(self) -> checkpoint.State:
         names = ("current", "ema", "old") if self.objective.has_old else ("current", "ema")
         state = {name: self.policy.adapters.state(name) for name in names}
         state["optimizer"] = optimizer_state(self.optimizer)
-        checkpoint.save(self.folder, iteration=done, config=self.config, state=state, ranks=self.ranks)
+        return state
+
+    def _save_unsaved(self) -> str:
+        """Save the last finished iteration, unless it is; says what the same command does then."""
+        if self._unsaved is not None:
+            self._save(*self._unsaved)
+        return f"goes on after iteration {self._num_saved}" if self._num_saved else "begins with the first iteration"
 
     def _restore(self, saved: checkpoint.Checkpoint) -> None:
         self.first_iteration = saved.iteration
@@ -263,3 +298,8 @@ class Run:
             if name != "optimizer":
                 self.policy.adapters.load(name, saved.read(name, self.policy.adapters.state(name)))  # pyright: ignore[reportArgumentType]
         load_optimizer(self.optimizer, saved.read("optimizer", moments_like(self.optimizer)))
+
+
+def _to_host(state: checkpoint.State) -> checkpoint.State:
+    """Copy a state to the host."""
+    return {group: {name: t.to("cpu", copy=True) for name, t in tensors.items()} for group, tensors in state.items()}

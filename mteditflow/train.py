@@ -61,6 +61,4 @@ def train(config: Config, ranks: Ranks) -> None:
                 is_adapter_checked = True
             figures |= score_figures(judged.scores, judged.advantages, judged.group, config.advantage)
             run.record(iteration, figures, rollout, judged.scores)
-            if run.is_stopping:
-                return
         run.finish()

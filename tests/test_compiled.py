@@ -103,8 +103,8 @@ def test_one_graph_serves_all_adapters(config: Config, by_dynamo: None, monkeypa
     for _ in range(3):
         made, _, gradients = updated(policy, config)
         assert all(gradient.any() for gradient in gradients)
-        evaluate(policy, held_out_tasks(config), config, "ema")
-        evaluate(policy, held_out_tasks(config), config, "off")
+        evaluate(policy, held_out_tasks(config), config, "ema", ONE_RANK)
+        evaluate(policy, held_out_tasks(config), config, "off", ONE_RANK)
         check_adapter(policy, made, config)
         found.append(count_graphs()[0] - before)
     assert found == [num_graphs(config)] * 3 == [2 * 2 * 2] * 3

@@ -10,9 +10,12 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import TINY_MAX_TEXT_TOKENS
+from rollouts import GivenRewards
 from torch import Tensor
+from update_parts import ONE_RANK
 
 from mteditflow.config import Config, DataConfig, EvaluationConfig, LoraConfig, ModelConfig, RolloutConfig
+from mteditflow.config.reward import RewardConfig
 from mteditflow.data import held_out_tasks
 from mteditflow.evaluate.comparison_page import final_table
 from mteditflow.evaluate.edival import Evaluation, compare, metrics, point_metrics, summary
@@ -27,6 +30,7 @@ from mteditflow.evaluate.held_out import (
 )
 from mteditflow.policy import build_policy
 from mteditflow.record.figures import METRICS
+from mteditflow.reward.overlap import Overlap
 from mteditflow.types import Rollout, Scores
 
 PUBLISHED_IF, PUBLISHED_CC = (59.97, 32.69, 16.61), (95.32, 92.24, 90.22)  # FLUX.1-Kontext-dev, algorithms.md section 5
@@ -167,13 +171,13 @@ def test_evaluation_is_deterministic_and_sees_the_adapter(tiny_pipeline_folder: 
         evaluation=EvaluationConfig(num_sessions=3, num_turns=2, num_sessions_short=3, num_strips=2, num_steps=3),
     )
     policy, tasks = build_policy(config.model, config.lora, 0, has_old=False), held_out_tasks(config)
-    base, again = evaluate(policy, tasks, config, "off"), evaluate(policy, tasks, config, "ema")
+    base, again = evaluate(policy, tasks, config, "off", ONE_RANK), evaluate(policy, tasks, config, "ema", ONE_RANK)
     assert base.images.shape == (2, 2, 3, 64, 64) and base.verdict.shape == (3, 2) and is_comparable(base, config)
     assert torch.equal(base.images, again.images)  # B is 0: the same noise, the same pictures
     policy.adapters.load("ema", {key: weight + 0.1 for key, weight in policy.adapters.state("ema").items()})
-    moved = evaluate(policy, tasks, config, "ema")
+    moved = evaluate(policy, tasks, config, "ema", ONE_RANK)
     assert not torch.equal(moved.images, base.images)
-    assert torch.equal(evaluate(policy, tasks, config, "off").images, base.images)
+    assert torch.equal(evaluate(policy, tasks, config, "off", ONE_RANK).images, base.images)
     fewer = replace(config, evaluation=replace(config.evaluation, num_sessions=2, num_sessions_short=2))
     assert held_out_tasks(fewer)[1].instructions == tasks[1].instructions  # the first sessions of every number
 
@@ -232,9 +236,10 @@ def test_tasks_without_truth_are_judged_by_the_reward(
     )
     policy = build_policy(config.model, config.lora, 0, has_old=False)
     tasks = [replace(task, truth=None) for task in held_out_tasks(config)]
-    evaluation = evaluate(policy, tasks, config, "off", Judge())
+    with Overlap(GivenRewards(Judge()), RewardConfig(), ONE_RANK.device) as judge:  # pyright: ignore[reportArgumentType]
+        evaluation = evaluate(policy, tasks, config, "off", ONE_RANK, judge)
+        monkeypatch.setattr("mteditflow.evaluate.held_out.MAX_INVALID_SHARE", 0.3)
+        with pytest.raises(ValueError, match=r"^2 of 6 held-out sessions could not be scored, .* 30%: look at the rew"):
+            evaluate(policy, tasks, config, "off", ONE_RANK, judge)
     assert evaluation.valid.tolist() == [False, True, True, False, True, True] and is_comparable(evaluation, config)
     assert point_metrics(evaluation)[:3].tolist() == [[25, 25], [25, 0], [50, 50]]
-    monkeypatch.setattr("mteditflow.evaluate.held_out.MAX_INVALID_SHARE", 0.3)
-    with pytest.raises(ValueError, match=r"^2 of 6 held-out sessions could not be scored, .* 30%: look at the reward"):
-        evaluate(policy, tasks, config, "off", Judge())

@@ -14,6 +14,7 @@ import torch
 from diffusers.pipelines.flux.pipeline_flux_kontext import FluxKontextPipeline
 from finished_runs import Page, judged_by_a_failing_reward
 from torch import Tensor
+from update_parts import ONE_RANK
 
 from mteditflow.config import Config, EvaluationConfig, LoraConfig
 from mteditflow.config.cli import LORA_FILE, from_yaml, to_yaml
@@ -91,7 +92,10 @@ def test_numbers_are_those_of_the_library(
     out = command("base", run)
     policy, tasks = build_policy(config.model, config.lora, 5, has_old=False), held_out_tasks(config)
     policy.adapters.load("ema", moved(build_policy(config.model, config.lora, 0, has_old=False), 1))
-    expected = {"base": evaluate(policy, tasks, config, "off"), slug(run): evaluate(policy, tasks, config, "ema")}
+    expected = {
+        "base": evaluate(policy, tasks, config, "off", ONE_RANK),
+        slug(run): evaluate(policy, tasks, config, "ema", ONE_RANK),
+    }
     before, after = expected.values()
     assert not torch.equal(before.images, after.images)
     for name, own in expected.items():
@@ -165,11 +169,11 @@ def test_what_is_finished_is_kept(
 ) -> None:
     calls: list[str] = []
 
-    def counted(policy: Any, tasks: Any, config: Any, adapter: str, reward: Any) -> Any:
+    def counted(policy: Any, tasks: Any, config: Any, adapter: Any, *rest: Any, **more: Any) -> Any:
         calls.append(adapter)
         if len(calls) == 2:
             raise KeyboardInterrupt  # killed while the second subject is evaluated
-        return evaluate(policy, tasks, config, adapter, reward)  # pyright: ignore[reportArgumentType]
+        return evaluate(policy, tasks, config, adapter, *rest, **more)
 
     monkeypatch.setattr(compare_editors, "evaluate", counted)
     with pytest.raises(KeyboardInterrupt):
@@ -229,7 +233,7 @@ def test_ten_turns(config: Config) -> None:
     policy, tasks = build_policy(config.model, config.lora, 0, has_old=False), held_out_tasks(ten)
     policy.adapters.load("ema", moved(policy, 1))
     cut = [replace(t, instructions=t.instructions[:3], edit_types=t.edit_types[:3]) for t in tasks]
-    whole, short = evaluate(policy, tasks, ten, "ema"), evaluate(policy, cut, three, "ema")
+    whole, short = evaluate(policy, tasks, ten, "ema", ONE_RANK), evaluate(policy, cut, three, "ema", ONE_RANK)
     assert whole.verdict.shape == (3, 10) and whole.images.shape[0] == 10
     assert torch.equal(whole.images[:3], short.images)
     assert summary(whole)["turns"][:3] == summary(short)["turns"]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from update_parts import change
+from update_parts import ONE_RANK, change
 
 from mteditflow.config import Config
 from mteditflow.data import held_out_tasks
@@ -76,7 +76,7 @@ def find(policy: Policy, tasks: list[EditTask], config: Config) -> Callable[...,
             calls.append(None)
             return made
 
-        return kept.kept_evaluation(policy, tasks, config, make, lines.append), lines, len(calls)
+        return kept.kept_evaluation(policy, tasks, config, ONE_RANK, make, lines.append), lines, len(calls)
 
     return find
 

@@ -24,6 +24,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from mteditflow import run, update
 from mteditflow.config import command
+from mteditflow.record import ending
 from mteditflow.record.checkpoint import lock
 from mteditflow.record.figures import METRICS
 from mteditflow.record.metrics import read_lines
@@ -165,27 +166,27 @@ def test_study_is_run_once(write: Write, forked: list[str], tmp_path: Path, monk
 def test_stopped_study_goes_on(
     write: Write, forked: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Asked to stop in its first iteration, a run saves it, and the same command makes what a whole study does."""
+    """Asked to stop after its first iteration, a run says so, and the same command makes what a whole study does."""
     path, folder, calls = write(seeds=[0]), tmp_path / "study", []
     runs = runs_of(read_study(path), folder)
-    pause, agree = time.sleep, run.Run._agree_to_stop
+    pause, record = time.sleep, run.Run.record
 
     def sleep(seconds: float) -> None:
-        if not calls and all((run.folder / "config.yaml").exists() for run in runs):  # they heed SIGTERM from here on
+        if not calls and all((run.folder / "checkpoints" / "iteration-000001").exists() for run in runs):
             calls.append(os.kill(os.getpid(), signal.SIGTERM))
         pause(seconds)
 
-    def agree_once_asked(trained: run.Run) -> None:
-        while not trained._is_asked_to_stop:
+    def record_and_wait(*args: Any) -> None:
+        record(*args)
+        while ending._current is not None and not ending._current.asked:
             pause(0.01)
-        agree(trained)
 
     with monkeypatch.context() as patch:
         patch.setattr(study.time, "sleep", sleep)
-        patch.setattr(run.Run, "_agree_to_stop", agree_once_asked)
-        assert command.study([str(path), "--folder", str(folder), "--jobs", "2"]) == 1
+        patch.setattr(run.Run, "record", record_and_wait)
+        assert command.study([str(path), "--folder", str(folder), "--jobs", "2"]) == 128 + signal.SIGTERM
     for one in runs:
-        assert "stopped after iteration 1" in (one.folder / "log.txt").read_text()
+        assert "stopped by SIGTERM; the same command goes on after iteration 1" in (one.folder / "log.txt").read_text()
         assert not study.is_finished(one) and len(metrics(one.folder)) == 1
     assert command.study([str(path), "--folder", str(folder), "--jobs", "2"]) == 0
     assert "going on after iteration" in (runs[0].folder / "log.txt").read_text()

@@ -14,19 +14,16 @@ import pytest
 import safetensors.torch
 import torch
 from diffusers.pipelines.flux.pipeline_flux_kontext import FluxKontextPipeline
-from rollouts import GivenRewards
 from timed import is_timed
 from train_runs import NUM_ITERATIONS, Arguments, lora, metrics, refused
 
-from mteditflow.config import Config, cli
+from mteditflow.config import cli
 from mteditflow.config.command import train as main
 from mteditflow.objective.grpo import Grpo
 from mteditflow.profile.account import metric
-from mteditflow.record import checkpoint
+from mteditflow.record import checkpoint, ending
 from mteditflow.record.alarms import ALARMS
 from mteditflow.record.clock import OTHER, PHASES
-from mteditflow.reward import build_reward
-from mteditflow.types import Rollout, Scores
 
 PATIENCE = 120  # seconds for another process
 RUN = "import sys, torch; torch.set_num_threads(1); from mteditflow.config.command import train; train(sys.argv[1:])"
@@ -135,29 +132,50 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(
     assert_same_run(tmp_path, whole)
 
 
-def test_sigterm_saves_and_the_rest_goes_on(
+@pytest.mark.parametrize(
+    ("where", "number", "num_done"),
+    [
+        ("mteditflow.rollout.denoise", signal.SIGUSR1, 1),  # in the second iteration, as the next
+        ("mteditflow.update.step", signal.SIGTERM, 1),  # between two updates: weights are no iteration's
+        ("mteditflow.run.evaluate", signal.SIGINT, 2),  # of the third iteration
+    ],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_a_signal_stops_at_the_next_microbatch_and_the_rest_goes_on(
     arguments: Arguments,
     whole: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
+    where: str,
+    number: signal.Signals,
+    num_done: int,
 ) -> None:
-    calls: list[int] = []
+    """With the last finished iteration saved, though run.save_every is never reached."""
+    room, name = where.rsplit(".", 1)
+    function = getattr(sys.modules[room], name)
 
-    def reward(rollout: Rollout) -> Scores:
-        calls.append(len(calls))
-        if len(calls) == 3:  # an iteration has two waves
-            os.kill(os.getpid(), signal.SIGTERM)
-        return build_reward(Config())(rollout)
+    def ask_and_go_on(*args: Any) -> Any:
+        file, is_training = (
+            tmp_path / "metrics.jsonl",
+            room != "mteditflow.rollout" or args[0].adapters.selected != "off",
+        )
+        if is_training and file.exists() and file.read_bytes().count(b"\n") == num_done:
+            assert not calls, "the next is begun"
+            calls.append(os.kill(os.getpid(), number))
+        return function(*args)
 
-    before = signal.getsignal(signal.SIGTERM)
-    with monkeypatch.context() as patch:
-        patch.setattr("mteditflow.run.build_reward", lambda *_: GivenRewards(reward))
-        main(arguments(tmp_path, run__save_every=100))  # returns: exit code 0
-    assert signal.getsignal(signal.SIGTERM) is before
-    assert "stopped after iteration 2; the same command goes on from there" in capfd.readouterr().err
-    assert [line["iteration"] for line in metrics(tmp_path)] == [0, 1] and not (tmp_path / "lora").exists()
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["iteration-000002"]
+    calls: list[None] = []
+    before = [signal.getsignal(number) for number in ending.SIGNALS]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as caught:
+        patch.setattr(where, ask_and_go_on)
+        main(arguments(tmp_path, run__save_every=100))
+    assert caught.value.code == 128 + number and len(calls) == 1
+    assert [signal.getsignal(number) for number in ending.SIGNALS] == before
+    line = f"mteditflow: stopped by {number.name}; the same command goes on after iteration {num_done}\n"
+    assert capfd.readouterr().err.endswith(f"\n{line}")
+    assert [line["iteration"] for line in metrics(tmp_path)] == [*range(num_done)] and not (tmp_path / "lora").exists()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [f"iteration-{num_done:06d}"]
     main(arguments(tmp_path))
     assert_same_run(tmp_path, whole)
 
@@ -223,6 +241,7 @@ def test_the_adapter_loads_in_the_stock_pipeline(whole: Path, tiny_pipeline_fold
 
 def test_two_ranks_are_one_rank_to_rounding(arguments: Arguments, tmp_path: Path) -> None:
     own = {"run__num_iterations": 2, "rollout__num_tasks": 2, "evaluation__every": 1, "run__max_ratio_error": 0}
+    own |= {"run__num_judged": 16}  # so many that some are of the second rank, whose tiny editor fails everywhere
     script = tmp_path / "run.py"
     script.write_text(RUN)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
@@ -235,6 +254,11 @@ def test_two_ranks_are_one_rank_to_rounding(arguments: Arguments, tmp_path: Path
         assert "\r" not in done.stderr  # piped: no progress bar
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "two")  # to the bit
     main(arguments(tmp_path / "one", **own))
+    seen = [(tmp_path / name / "judge/training.jsonl").read_text().splitlines()[0] for name in ("one", "two", "whole")]
+    assert seen == seen[:1] * 3 and {session["task"] for session in json.loads(seen[1])["sessions"]} == {0, 1}
+    for session in json.loads(seen[1])["sessions"]:  # the second rank's, too
+        strips = [(tmp_path / name / "judge" / session["strip"]).read_bytes() for name in ("one", "two")]
+        assert strips[0] == strips[1]
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
     assert len(one) == len(two) == 2 and one[0].keys() == two[0].keys()
     for key in ("reward/mean", "reward/consistency", "update/grad_norm"):

@@ -5,9 +5,10 @@ arguments answer at once. A command returns its exit code: 0, or 1 where it was 
 wrong with its arguments or files is one line on stderr and exit code 2.
 """
 
+import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import Any, Literal
@@ -23,22 +24,42 @@ JUDGE_USAGE = "%(prog)s [--config FILE.yaml] [--section.field VALUE ...]"
 
 
 def _fails_in_one_line(command: Command) -> Command:
-    """Wrap a command: ValueError, and a full disk, become one line on stderr and exit code 2."""
+    """Wrap a command: what a user can mend (`explain`) becomes one line on stderr and exit code 2, and Ctrl-C one."""
 
     @wraps(command)
     def run(argv: Sequence[str]) -> int:
         try:
             return command(argv)
-        except ValueError as error:
-            fail(error)
-        except OSError as error:
-            from mteditflow.record.files import is_disk_full
+        except KeyboardInterrupt:
+            print("mteditflow: stopped by SIGINT", file=sys.stderr)
+            raise SystemExit(128 + signal.SIGINT) from None
+        except Exception as error:
+            from mteditflow.record.ending import explain
 
-            if not is_disk_full(error):
+            if (line := explain(error)) is None:
                 raise
-            fail(f"no room on the disk: free some and run again ({error})")
+            fail(line)
 
     return run
+
+
+@contextmanager
+def _joined(config: Any, *, is_training: bool) -> Iterator[Any]:
+    """The ranks of torchrun, all with the same config; one without it. What ends within ends as `Ending` says."""
+    from mteditflow.record.ending import Ending
+
+    with Ending() as ending:  # before torch is imported: a signal is heeded from here on
+        from mteditflow import distributed
+        from mteditflow.guards import GuardError
+
+        ranks = distributed.start(config, is_training=is_training)
+        ending.meet(ranks)
+        distributed.check_same(ranks, config)
+        try:
+            yield ranks
+        except GuardError as error:
+            raise ValueError(error) from None
+        distributed.stop(ranks)
 
 
 @_fails_in_one_line
@@ -47,17 +68,10 @@ def train(argv: Sequence[str]) -> int:
     config, values = _read_run(argv, cli.run_parser(_program("train"), _sentence(train)))
     if _is_planned(config, values):
         return 0
-    from mteditflow import distributed
-    from mteditflow.guards import GuardError
-    from mteditflow.train import train as run_training
+    with _joined(config, is_training=True) as ranks:
+        from mteditflow.train import train as run_training
 
-    with ExitStack() as stack:
-        ranks = distributed.start(config)
-        stack.callback(distributed.stop, ranks)
-        try:
-            run_training(config, ranks)
-        except GuardError as error:
-            raise ValueError(error) from None
+        run_training(config, ranks)
     return 0
 
 
@@ -80,7 +94,8 @@ def evaluate(argv: Sequence[str]) -> int:
 
     subjects, config = resolve(values.subjects, values.out, lambda run: cli.evaluation_config(parser, argv, run))
     cli.print_if_asked(values, config)
-    evaluate_all(subjects, values.out, config)
+    with _joined(config, is_training=False) as ranks:
+        evaluate_all(subjects, values.out, config, ranks)
     return 0
 
 

@@ -1,15 +1,39 @@
 """What the program says when something is wrong: one line on stderr, of what is wrong and the remedy."""
 
 import difflib
+import json
+import os
+import signal
 import sys
+import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
+
+FIRST_S = 10.0  # that other ranks leave to the first, which has most likely the same to say
 
 
 def fail(message: object) -> NoReturn:
-    """Say what is wrong in one line on stderr, and exit with code 2."""
-    print(f"mteditflow: {' '.join(str(message).split())}", file=sys.stderr)
+    """Say what is wrong in one line on stderr, and exit with code 2; of several ranks the first says it.
+
+    torchrun ends the other ranks once the first has ended. One that is still there then is alone with its fault.
+    """
+    line, rank, world_size = " ".join(str(message).split()), *map(os.environ.get, ("RANK", "WORLD_SIZE"))
+    if rank and world_size and rank.isdecimal() and world_size.isdecimal() and 0 < int(rank) < int(world_size):
+        line = f"rank {rank}: {line}"
+        write_error_file(line)
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(2))
+        time.sleep(FIRST_S)
+    write_error_file(line)
+    print(f"mteditflow: {line}", file=sys.stderr, flush=True)
     raise SystemExit(2)
+
+
+def write_error_file(line: str) -> None:
+    """Write the file from which torchrun shows why a rank ended; without torchrun, nothing."""
+    if name := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        extra = {"py_callstack": line, "timestamp": str(int(time.time()))}
+        Path(name).write_text(json.dumps({"message": {"message": line, "extraInfo": extra}}))
 
 
 def suggest(word: str, known: Sequence[str]) -> str:

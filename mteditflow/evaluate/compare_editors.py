@@ -5,15 +5,17 @@
 writes, below --out, SUBJECT/metrics.json, SUBJECT/evaluation.safetensors (the verdicts) and SUBJECT/strips.png for each
 subject, and comparison.html and comparison.json of all: paired gains over the first. metrics.json is written last: a
 subject that has one by the same settings and of the same adapter is finished, and is kept when the command is repeated.
+Under torchrun every rank takes its share of the sessions; what a killed command has evaluated of a subject is kept too.
 
 A session of K = 10 turns of the embedded world is another session than that of the same number with K = 3, since what
 is drawn for later turns decides which sessions are passed over: their figures at turns 1 to 3 agree in distribution,
 not session by session. What is drawn for a turn, noise or edit, never depends on the turns after it.
 """
 
-import json
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +25,16 @@ from rich.console import Console
 from mteditflow.config import Config
 from mteditflow.config.version import git_commit
 from mteditflow.data import check_data, held_out_tasks
+from mteditflow.distributed import Ranks
 from mteditflow.evaluate.comparison_page import terminal_table, write_comparison
 from mteditflow.evaluate.edival import Evaluation, compare, summary
 from mteditflow.evaluate.held_out import (
     check_held_out,
     evaluate,
     has_truth,
-    held_out_fields,
+    list_settings,
     load_verdicts,
+    part_folder,
     save_verdicts,
 )
 from mteditflow.evaluate.kept import kept_evaluation
@@ -43,10 +47,14 @@ from mteditflow.evaluate.lora_files import (
     padded_state,
     read_subject,
 )
-from mteditflow.policy import build_policy, linear_shapes
+from mteditflow.evaluate.parts import PartFolder
+from mteditflow.policy import AdapterName, build_policy, linear_shapes
 from mteditflow.record.files import read_json, write_json
+from mteditflow.record.progress import show_sessions, start_bars
 from mteditflow.report.strips import draw_sessions
 from mteditflow.reward import build_reward, check_judge
+from mteditflow.reward.overlap import Overlap
+from mteditflow.transformer.sharded import make_mesh
 from mteditflow.types import EditTask
 
 
@@ -65,24 +73,21 @@ def resolve(words: list[str], out: Path, read_config: Callable[[Path | None], Co
     return [read_subject(word) for word in words], config
 
 
-def evaluate_all(subjects: list[Subject], out: Path, config: Config) -> Path:
-    """Evaluate what is not finished yet, show the table, and write the page. Returns the page's path."""
+def evaluate_all(subjects: list[Subject], out: Path, config: Config, ranks: Ranks) -> None:
+    """Evaluate what is not finished yet, on all ranks; the main rank shows the table, and writes the page."""
     check_judge(config)
-    check_data(config, is_speaking=True)
+    check_data(config, is_speaking=ranks.is_main)
     use_backend(config.run.backend)
-    tasks, console = held_out_tasks(config), Console()
+    tasks, console = held_out_tasks(config), Console(quiet=not ranks.is_main)
     settings = list_settings(config, is_by_truth=has_truth(tasks))
-    pending = [subject for subject in subjects if not is_finished(out / subject.slug, subject, settings)]
+    is_done = ranks.from_main([is_finished(out / subject.slug, subject, settings) for subject in subjects])
+    pending = [subject for subject, done in zip(subjects, is_done, strict=True) if not done]
     console.print(f"{len(subjects) - len(pending)} of {len(subjects)} evaluated already", highlight=False)
     if pending:
-        _evaluate_pending(pending, subjects, out, tasks, config, settings, console)
-    return _present(subjects, out, tasks, console)
-
-
-def list_settings(config: Config, *, is_by_truth: bool) -> dict[str, Any]:
-    """List what an evaluation depends on besides the adapter, as JSON gives it back."""
-    reward = {} if is_by_truth else {f"reward.{key}": value for key, value in asdict(config.reward).items()}
-    return json.loads(json.dumps(held_out_fields(config) | reward))
+        _evaluate_pending(pending, subjects, out, tasks, config, settings, console, ranks)
+    if ranks.is_main:
+        _present(subjects, out, tasks, console)
+    ranks.barrier()
 
 
 def is_finished(folder: Path, subject: Subject, settings: dict[str, Any]) -> bool:
@@ -94,30 +99,44 @@ def is_finished(folder: Path, subject: Subject, settings: dict[str, Any]) -> boo
 
 def _evaluate_pending(
     pending: list[Subject], subjects: list[Subject], out: Path, tasks: list[EditTask], config: Config,
-    settings: dict[str, Any], console: Console,
+    settings: dict[str, Any], console: Console, ranks: Ranks,
 ) -> None:  # fmt: skip
     """Evaluate subjects one after the other, in the adapter that can hold each of `subjects`."""
     is_by_truth, shapes = has_truth(tasks), linear_shapes(config.model)
     for subject in subjects:
         check_fit(subject, shapes, config.model.path)
     wide = common_lora(subjects, config)
-    policy = build_policy(config.model, wide, config.run.seed, has_old=False)
-    reward = None if is_by_truth else build_reward(replace(config, reward=replace(config.reward, also=())))
+    mesh = make_mesh(config.distributed, ranks)
+    policy = build_policy(config.model, wide, config.run.seed, has_old=False, mesh=mesh)
     how = {"settings": settings, "judge": "the exact verifier" if is_by_truth else f"the judge {config.reward.judge!r}"}
 
     def say(line: str) -> None:
         console.print(line, soft_wrap=True, highlight=False, markup=False)
 
-    for subject in pending:
-        if subject.lora:
-            say(f"evaluating {subject.word}: {subject.what}")
-            policy.adapters.load("ema", padded_state(subject.lora, wide, policy.adapters.state("ema")))
-            evaluation = evaluate(policy, tasks, config, "ema", reward)
-        else:
-            evaluation = kept_evaluation(
-                policy, tasks, config, lambda: evaluate(policy, tasks, config, "off", reward), say
-            )
-        save_subject(out / subject.slug, subject, evaluation, tasks, how)
+    def make(adapter: AdapterName, folder: PartFolder) -> Evaluation:
+        with show_sessions(len(tasks), bars, say) as show:
+            return evaluate(policy, tasks, config, adapter, ranks, judge, folder=folder, show=show)
+
+    with ExitStack() as stack:
+        judge = None
+        if not is_by_truth:
+            rewards = build_reward(replace(config, reward=replace(config.reward, also=())))
+            judge = stack.enter_context(Overlap(rewards, config.reward, ranks.device))
+        bars = start_bars() if ranks.is_main else None
+        if bars is not None:
+            stack.callback(bars.stop)
+        for subject in pending:
+            folder = out / subject.slug
+            parts = part_folder(folder / "evaluating", policy, tasks, config, subject.fingerprint)
+            if subject.lora:
+                say(f"evaluating {subject.word}: {subject.what}")
+                policy.adapters.load("ema", padded_state(subject.lora, wide, policy.adapters.state("ema")))
+                evaluation = make("ema", parts)
+            else:
+                evaluation = kept_evaluation(policy, tasks, config, ranks, partial(make, "off", parts), say)
+            if ranks.is_main:
+                save_subject(folder, subject, evaluation, tasks, how)
+                parts.remove()
 
 
 def save_subject(
@@ -137,7 +156,7 @@ def save_subject(
     write_json(folder / "metrics.json", what | how | figures | {"exposure_bias": exposure})
 
 
-def _present(subjects: list[Subject], out: Path, tasks: list[EditTask], console: Console) -> Path:
+def _present(subjects: list[Subject], out: Path, tasks: list[EditTask], console: Console) -> None:
     """Write comparison.json and the page of finished subjects, and show their table."""
     reports = {subject.word: read_json(out / subject.slug / "metrics.json") for subject in subjects}
     evaluations = {subject.word: load_verdicts(out / subject.slug / "evaluation.safetensors") for subject in subjects}
@@ -149,4 +168,3 @@ def _present(subjects: list[Subject], out: Path, tasks: list[EditTask], console:
     page = write_comparison(out, reports, gains, strips)
     console.print(terminal_table(reports, gains))
     console.print(f"page: {page}", soft_wrap=True, highlight=False)
-    return page

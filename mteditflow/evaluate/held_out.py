@@ -5,8 +5,9 @@ is the exact verifier's, whatever reward trains; for tasks without a known truth
 """
 
 import json
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,30 @@ import torch
 
 from mteditflow.advantage import SUCCESS
 from mteditflow.config import Config
+from mteditflow.distributed import Ranks
 from mteditflow.evaluate.edival import Evaluation, compare, summary
+from mteditflow.evaluate.parts import (
+    NUM_TOGETHER,
+    Gathered,
+    Part,
+    PartFolder,
+    Round,
+    make_rounds,
+    one_behind,
+    part_size,
+)
 from mteditflow.flow import make_schedule
 from mteditflow.guards import MAX_INVALID_SHARE
 from mteditflow.noise import EVALUATION
 from mteditflow.policy import AdapterName, Policy
 from mteditflow.record.files import replace_file, write_json
+from mteditflow.report.seen import Seen, choose, seen_sessions
 from mteditflow.reward import CONSISTENCY, INSTRUCTION
 from mteditflow.reward.exact import grade_pictures, measure_consistency, quality, read_rollout
-from mteditflow.rollout import roll_out
+from mteditflow.reward.overlap import Overlap
+from mteditflow.rollout import Sampler
 from mteditflow.types import EditTask, Rollout, Scores
 
-NUM_TASKS = 64  # that are rolled out together
 MAY_DIFFER = ("evaluation.every", "evaluation.num_sessions_short", "data.num_turns", "data.seed")
 """Fields of `data` and `evaluation` that do not touch the evaluations before and after training."""
 
@@ -37,33 +50,87 @@ def evaluate(
     tasks: list[EditTask],
     config: Config,
     adapter: AdapterName,
-    reward: Callable[[Rollout], Scores] | None = None,
-    see: Callable[[Rollout, Scores], None] | None = None,
+    ranks: Ranks,
+    judge: Overlap | None = None,
+    *,
+    see: Callable[[list[Seen]], None] | None = None,
+    folder: PartFolder | None = None,
+    show: Callable[[int], None] = lambda _: None,
 ) -> Evaluation:
     """Evaluate one trajectory of each task under an adapter, by the ODE, judged by the exact verifier where it can
-    judge all tasks, and else by `reward`; `see` is shown what is judged, part by part. ValueError where more than half
-    could not be scored.
+    judge all tasks, and else by `judge`. Every rank takes its share, and has the result.
+
+    see: is shown some of what was judged, at the end. folder: what is there of this evaluation already, and where it is
+    kept as it goes. show: is told how many sessions are evaluated, at first and after each round. ValueError, on every
+    rank, where more than half could not be scored.
+    """
+    is_by_truth, size = has_truth(tasks), part_size(len(tasks), config.rollout.microbatch_size)
+    assert is_by_truth or judge is not None, "tasks without truth need a judge"
+    cuts = [tasks[first : first + size] for first in range(0, len(tasks), size)]
+    gathered = Gathered(ranks, folder, config.run.num_judged if see else 0)
+    missing = {number: len(cut) for number, cut in enumerate(cuts) if number not in gathered.parts}
+    rounds = make_rounds(missing, ranks, is_in_step=config.distributed.shard != "none")
+
+    def start() -> Iterator[tuple[Round, Callable[[], Part] | None]]:
+        """Roll out this rank's part of every round, and have it judged."""
+        mine = [[] if round_.mine is None else cuts[round_.mine] for round_ in rounds]
+        rollouts = _roll_out(policy, mine, max(1, NUM_TOGETHER // size), config)
+        for round_, rollout in zip(rounds, rollouts, strict=True):
+            if rollout is None or round_.mine is None or not round_.is_wanted:
+                yield round_, None
+                continue
+            num_images = max(0, config.evaluation.num_strips - round_.mine * size)
+            wait = partial(_by_truth, rollout) if is_by_truth else judge.start(rollout)
+            yield round_, partial(_make_part, rollout, wait, num_images, gathered.num_seen)
+
+    with policy.adapters.use(adapter):
+        show(gathered.num_sessions)
+        for round_, wait in one_behind(start()):  # a part is judged while the next is made
+            gathered.add(round_.numbers, wait() if wait else None)
+            show(gathered.num_sessions)
+    if see is not None:
+        see(gathered.seen)
+    return _join([gathered.parts[number] for number in range(len(cuts))], tasks, config)
+
+
+def _roll_out(
+    policy: Policy, cuts: list[list[EditTask]], num_together: int, config: Config
+) -> Iterator[Rollout | None]:
+    """Roll out the sessions of one part after the other, None where a part has none; those of `num_together` parts are
+    encoded together, for which text encoders may have to come to the GPU.
     """
     schedule = make_schedule(policy.sigmas(config.evaluation.num_steps))
-    is_by_truth = has_truth(tasks)
-    judge = _by_truth if is_by_truth else reward
-    assert judge is not None, "tasks without truth need a reward"
-    pictures, scores = [], []
-    with policy.adapters.use(adapter):
-        for start in range(0, len(tasks), NUM_TASKS):
-            rollout = roll_out(
-                policy, tasks[start : start + NUM_TASKS], schedule, EVALUATION, config.rollout,
+    for first in range(0, len(cuts), num_together):
+        together, done = cuts[first : first + num_together], 0
+        sampler: Sampler | None = None
+        for cut in together:
+            if not cut:
+                yield None
+                continue
+            sampler = sampler or Sampler(
+                policy, [task for part in together for task in part], schedule, EVALUATION, config.rollout,
                 num_turns=config.num_held_out_turns, group_size=1, cfg_scale=config.model.cfg_scale,
             )  # fmt: skip
-            scores.append(judge(rollout))
-            if see is not None:
-                see(rollout, scores[-1])
-            num_wanted = max(0, config.evaluation.num_strips - start)
-            pictures.append(torch.stack([turn.image[:num_wanted] for turn in rollout.turns]).cpu())
-    success = torch.cat([score.instruction >= SUCCESS for score in scores]).cpu()
-    measured = [score.rewards[CONSISTENCY] for score in scores if CONSISTENCY in score.rewards]
-    consistency = torch.cat(measured).cpu() if measured else torch.full(success.shape, torch.nan)
-    valid = torch.cat([score.valid for score in scores]).cpu()
+            rows = torch.arange(len(cut))
+            yield replace(sampler(done + rows), tasks=cut, group=rows)
+            done += len(cut)
+
+
+def _make_part(rollout: Rollout, wait: Callable[[], Scores], num_images: int, num_seen: int) -> Part:
+    """Wait for the scores of a part's sessions, and take what is kept; images of the first `num_images`."""
+    scores = wait()
+    success = scores.instruction >= SUCCESS
+    consistency = scores.rewards.get(CONSISTENCY, torch.full(success.shape, torch.nan))
+    return Part(
+        verdict=(success & scores.valid[:, None]).cpu(), consistency=consistency.cpu(), valid=scores.valid.cpu(),
+        images=torch.stack([turn.image[:num_images] for turn in rollout.turns]).cpu(),
+        seen=tuple(choose(seen_sessions(rollout, scores), num_seen)) if num_seen else (),
+    )  # fmt: skip
+
+
+def _join(parts: list[Part], tasks: list[EditTask], config: Config) -> Evaluation:
+    """Put the parts together. ValueError where more than half of the sessions could not be scored."""
+    valid = torch.cat([part.valid for part in parts])
     num_invalid = int((~valid).sum())
     if num_invalid > MAX_INVALID_SHARE * len(valid):
         raise ValueError(
@@ -71,9 +138,10 @@ def evaluate(
             f"{MAX_INVALID_SHARE:.0%}: look at the reward, judge {config.reward.judge!r}"
         )
     return Evaluation(
-        verdict=success & valid[:, None], consistency=consistency, valid=valid,
-        edit_types=[task.edit_types for task in tasks], images=torch.cat(pictures, dim=1),
-        num_steps=config.evaluation.num_steps,
+        verdict=torch.cat([part.verdict for part in parts]), valid=valid,
+        consistency=torch.cat([part.consistency for part in parts]),
+        images=torch.cat([part.images for part in parts], dim=1),
+        edit_types=[task.edit_types for task in tasks], num_steps=config.evaluation.num_steps,
     )  # fmt: skip
 
 
@@ -102,6 +170,20 @@ def held_out_fields(config: Config) -> dict[str, Any]:
         "rollout.microbatch_size": config.rollout.microbatch_size,
         "run.backend": config.run.backend,
     }
+
+
+def list_settings(config: Config, *, is_by_truth: bool) -> dict[str, Any]:
+    """List what an evaluation depends on besides the adapter, as JSON gives it back."""
+    reward = {} if is_by_truth else {f"reward.{key}": value for key, value in asdict(config.reward).items()}
+    return json.loads(json.dumps(held_out_fields(config) | reward))
+
+
+def part_folder(path: Path, policy: Policy, tasks: list[EditTask], config: Config, what: str) -> PartFolder:
+    """Describe the folder in which parts of an evaluation are kept as it goes; `what` tells its weights from others."""
+    settings = list_settings(replace(config, model=policy.config), is_by_truth=has_truth(tasks))
+    size = part_size(len(tasks), config.rollout.microbatch_size)
+    about = {"what": what, "settings": settings, "part_size": size, "num_judged": config.run.num_judged}
+    return PartFolder(path=path, about=about)
 
 
 def check_held_out(configs: dict[str, Config], remedy: str) -> None:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from mteditflow.config import Config
 from mteditflow.config.rubric import read_rubric
+from mteditflow.distributed import Ranks
 from mteditflow.evaluate.edival import Evaluation
 from mteditflow.evaluate.held_out import has_truth, held_out_fields, load_verdicts, save_verdicts
 from mteditflow.policy import Policy, model_path
@@ -37,25 +38,33 @@ PACKAGES = ("torch", "diffusers", "transformers")
 
 
 def kept_evaluation(
-    policy: Policy, tasks: list[EditTask], config: Config, make: Callable[[], Evaluation], say: Callable[[str], None]
+    policy: Policy,
+    tasks: list[EditTask],
+    config: Config,
+    ranks: Ranks,
+    make: Callable[[], Evaluation],
+    say: Callable[[str], None],
 ) -> Evaluation:
-    """Find the evaluation of the editor without its adapter, or `make` it and keep it; `say` is told which."""
-    what, folder = f"the base on {len(tasks)} held-out sessions", cache_folder()
+    """Find the evaluation of the editor without its adapter, or `make` it, on all ranks, and keep it; `say` is told
+    which. The main rank looks, and keeps.
+    """
+    what, folder = f"the base on {len(tasks)} held-out sessions", cache_folder() if ranks.is_main else None
     wanted = dependencies(policy, tasks, config) if folder else None
-    if folder is None or wanted is None:
-        say(f"evaluating {what}")
-        return make()
-    entry = folder / f"{_hash(json.dumps(wanted, sort_keys=True).encode())}.json"
-    found = _load(entry, wanted, say)
+    entry, found = None, None
+    if folder is not None and wanted is not None:
+        entry = folder / f"{_hash(json.dumps(wanted, sort_keys=True).encode())}.json"
+        found = _load(entry, wanted, say)
+    found = ranks.from_main(found)
     if found:
         say(f"evaluated {what} before, by the same settings: taken from {entry}")
         return found
     say(f"evaluating {what}")
     evaluation = make()
-    try:
-        _save(entry, wanted, evaluation)
-    except OSError as error:  # a home without room, or without the right to write there, must not cost a run
-        say(f"the evaluation of the base could not be kept in {folder} ({error.strerror}); see MTEDITFLOW_CACHE")
+    if entry is not None and wanted is not None:
+        try:
+            _save(entry, wanted, evaluation)
+        except OSError as error:  # a home without room, or without the right to write there, must not cost a run
+            say(f"the evaluation of the base could not be kept in {folder} ({error.strerror}); see MTEDITFLOW_CACHE")
     return evaluation
 
 

@@ -17,7 +17,14 @@ import torch
 from mteditflow.config import Config
 from mteditflow.distributed import check_world
 from mteditflow.objective import build_objective
-from mteditflow.plan.duration import Batches, RowSeconds, batch_plan, duration_plan, longest_waits
+from mteditflow.plan.duration import (
+    Batches,
+    RowSeconds,
+    batch_plan,
+    check_timeout,
+    duration_plan,
+    longest_waits,
+)
 from mteditflow.plan.estimate import describe, estimate
 from mteditflow.plan.gpus import GPUS, Gpu, Target
 from mteditflow.plan.memory import GIB, Sizes, folder_of, memory_plan, read_sizes
@@ -74,6 +81,7 @@ def dry_run(config: Config, target: Target | None = None) -> Plan:
         seconds = estimate(config, sizes, memory["judge"], target)
         if seconds:
             durations = _costs(config, sizes, target, seconds)
+            problem = problem or check_timeout(config, seconds[0], is_text_of_image=sizes.family.is_text_of_image)
             notes = [line for note in describe(config, target) for line in textwrap.wrap(note, NOTE_WIDTH)]
         else:
             durations = {"not estimated": "so small an editor waits for the host, not for the GPU"}
@@ -82,8 +90,9 @@ def dry_run(config: Config, target: Target | None = None) -> Plan:
         durations = {"not measured": "the model is not on this machine; --gpu NAME estimates it for a GPU"}
     else:
         policy = build_policy(config.model, config.lora, config.run.seed, has_old=build_objective(config).has_old)
-        title, measured = "Duration, expected", duration_plan(config, measure(policy, config))
-        durations = {part: _duration(value) for part, value in measured.items()}
+        title, measured = "Duration, expected", measure(policy, config)
+        durations = {part: _duration(value) for part, value in duration_plan(config, measured).items()}
+        problem = problem or check_timeout(config, measured)
     sections = {
         "Batches of an iteration": _batch_rows(config, batch_plan(config)),
         "Memory of a GPU, estimated, GiB": {

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 
 from mteditflow.config import Config
+from mteditflow.evaluate.parts import part_size
 from mteditflow.objective import build_objective
 
 DISK_BYTES_S = 0.2e9  # that a file system of several nodes writes from one of them at the least (ours)
@@ -74,10 +75,9 @@ def num_short_evaluations(config: Config) -> int:
 
 
 def _sessions_of_rank(config: Config, num_sessions: int) -> int:
-    """Count the sessions of an evaluation that the busiest rank makes, whole microbatches of them."""
-    size = config.rollout.microbatch_size
-    rounds = math.ceil(math.ceil(num_sessions / size) / config.run.num_gpus)
-    return min(num_sessions, rounds * size)
+    """Count the sessions of an evaluation that the busiest rank evaluates."""
+    size = part_size(num_sessions, config.rollout.microbatch_size)
+    return min(num_sessions, math.ceil(math.ceil(num_sessions / size) / config.run.num_gpus) * size)
 
 
 def longest_waits(config: Config, num_trained: int, num_weights: int) -> dict[str, float]:
@@ -99,10 +99,14 @@ def longest_waits(config: Config, num_trained: int, num_weights: int) -> dict[st
     return waits
 
 
+def _session_seconds(config: Config, seconds: RowSeconds) -> float:
+    """Seconds of a session that is evaluated."""
+    per_turn = config.evaluation.num_steps * seconds.guided + seconds.decode + seconds.encode + seconds.text
+    return config.num_held_out_turns * per_turn + (seconds.judge or 0.0)
+
+
 def duration_plan(config: Config, seconds: RowSeconds, *, is_text_of_image: bool = False) -> dict[str, float]:
-    """Seconds of an iteration and of the run, saving and start-up left out; evaluations by all ranks, in rounds of a
-    microbatch each.
-    """
+    """Seconds of an iteration and of the run, saving and start-up left out."""
     batches, evaluation, num_gpus = batch_plan(config), config.evaluation, config.run.num_gpus
     images = seconds.decode + seconds.encode
     rollout = batches.rollout_rows * seconds.forward + batches.turn_images * images
@@ -110,10 +114,8 @@ def duration_plan(config: Config, seconds: RowSeconds, *, is_text_of_image: bool
     extra_rows = batches.train_forward_rows - batches.transitions
     training = batches.transitions * seconds.forward_backward + extra_rows * seconds.forward
     num_short = num_short_evaluations(config)
-    sessions = 2 * _sessions_of_rank(config, evaluation.num_sessions)
-    sessions += num_short * _sessions_of_rank(config, evaluation.num_sessions_short)
-    per_turn = evaluation.num_steps * seconds.guided + images + seconds.text
-    evaluations = sessions * (config.num_held_out_turns * per_turn + (seconds.judge or 0.0))
+    whole, short = (_sessions_of_rank(config, num) for num in (evaluation.num_sessions, evaluation.num_sessions_short))
+    evaluations = (2 * whole + num_short * short) * _session_seconds(config, seconds)
     iteration = {"rollout of an iteration": rollout / num_gpus, "updates of an iteration": training / num_gpus}
     if seconds.judge is not None:
         iteration["scores of an iteration"] = batches.trajectories * seconds.judge / num_gpus
@@ -124,3 +126,23 @@ def duration_plan(config: Config, seconds: RowSeconds, *, is_text_of_image: bool
         f"evaluations: before, after, {num_short} short": evaluations,
         f"run, without {left_out}": iterations + evaluations,
     }
+
+
+def check_timeout(config: Config, seconds: RowSeconds, *, is_text_of_image: bool = False) -> str | None:
+    """Say in one line where a rank that is half as fast as the others would not be waited for: it is late by what they
+    do between two meetings. None where it would be.
+    """
+    plan = duration_plan(config, seconds, is_text_of_image=is_text_of_image)
+    part = part_size(config.evaluation.num_sessions, config.rollout.microbatch_size)
+    works = {
+        "a rollout and its scores": plan["rollout of an iteration"] + plan.get("scores of an iteration", 0.0),
+        "an update": plan["updates of an iteration"] / config.optimizer.num_updates,
+        "a part of an evaluation": part * _session_seconds(config, seconds),
+    }
+    name, limit = max(works, key=works.__getitem__), config.distributed.timeout_s
+    if config.run.num_gpus == 1 or works[name] <= limit:
+        return None
+    return (
+        f"distributed.timeout_s is {limit}: {name} may take {works[name]:.0f} s, and a rank that is half as fast as "
+        f"the others would not be waited for; set it to {math.ceil(works[name] / 600) * 600} or more"
+    )

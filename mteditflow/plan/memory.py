@@ -19,7 +19,7 @@ from torch import nn
 
 from mteditflow.config import EMBEDDED, Config, ModelConfig
 from mteditflow.config.model import EMBEDDED_FOLDER
-from mteditflow.evaluate.held_out import NUM_TASKS
+from mteditflow.evaluate.parts import part_size
 from mteditflow.objective import build_objective
 from mteditflow.plan.activations import Kept, Pass, bytes_kept
 from mteditflow.plan.sharding import Cut, at_training, cut_units
@@ -241,7 +241,8 @@ def _other_phases(config: Config, sizes: Sizes, cut: Cut) -> dict[str, float]:
     pictures = rows_at_a_time(model.height, model.width)
     forward = _rows(config, config.rollout.microbatch_size) * sizes.family.saved.forward * _one_width(config, sizes)
     forward += cut.at_work.gathered
-    sessions = min(NUM_TASKS, evaluation.num_sessions) * (config.num_held_out_turns + 1)
+    part = part_size(evaluation.num_sessions, config.rollout.microbatch_size)
+    sessions = min(2 * part, evaluation.num_sessions) * (config.num_held_out_turns + 1)
     return {
         "forward pass of a rollout": forward,
         "autoencoder": pictures * sizes.family.picture_numbers * model.height * model.width * numbers,

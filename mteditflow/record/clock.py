@@ -17,6 +17,8 @@ from typing import Literal, Self, get_args
 import torch
 from torch.profiler import record_function
 
+from mteditflow.record import ending
+
 Phase = Literal[
     "encode text", "encode images", "denoise", "decode", "score", "forward, backward", "optimizer", "evaluate", "save"
 ]
@@ -114,7 +116,11 @@ def _seconds(start: Stamp, end: Stamp) -> float:
 
 @contextmanager
 def phase(name: Phase) -> Iterator[None]:
-    """Show what runs within as a phase, in a trace and on the clock that runs, if one does."""
+    """Show what runs within as a phase, in a trace and on the clock that runs, if one does. Where the run is asked to
+    stop, none begins, but what is done is saved.
+    """
+    if name != "save":
+        ending.check()
     with trace_range(name):
         if _running is None:
             yield
@@ -140,5 +146,6 @@ def trace_range(name: str) -> Iterator[None]:
 def traced(name: str, numbers: Iterable[int]) -> Iterator[int]:
     """Yield the numbers, and show what is done with each as a range in traces, such as `turn 2`."""
     for number in numbers:
+        ending.check()
         with trace_range(f"{name} {number}"):
             yield number

@@ -11,20 +11,20 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
 from mteditflow.advantage import SUCCESS, mean_reward
 from mteditflow.config import AdvantageConfig
 from mteditflow.pictures import to_uint8
 from mteditflow.record.files import is_disk_full, replace_file
+from mteditflow.record.progress import duration, show_sessions, start_bars
 from mteditflow.types import FAULTS, Scores
 
 FILE = "metrics.jsonl"
@@ -46,7 +46,7 @@ class Reporter:
         self._file = self._path.open("ab", buffering=0)  # nothing is left to be written when the disk is full
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=iteration)
         self._first, self._num_iterations, self._start = iteration, num_iterations, time.monotonic()
-        self._progress = _start_progress() if sys.stderr.isatty() else None
+        self._progress = start_bars()
         if self._progress is not None:
             self._task = self._progress.add_task("", total=num_iterations, completed=iteration)
 
@@ -77,6 +77,10 @@ class Reporter:
         else:
             print(text, file=sys.stderr, flush=True)
 
+    def show_sessions(self, num: int) -> AbstractContextManager[Callable[[int], None]]:
+        """Give a function that shows how many of `num` sessions are evaluated."""
+        return show_sessions(num, self._progress, self.say)
+
     def close(self) -> None:
         """Let go of the terminal and the files."""
         if self._progress is not None:
@@ -90,7 +94,7 @@ class Reporter:
             self._progress.update(self._task, completed=done, description=summary(values))
             return
         seconds = (time.monotonic() - self._start) / max(done - self._first, 1)
-        left = _duration(seconds * max(self._num_iterations - done, 0))
+        left = duration(seconds * max(self._num_iterations - done, 0))
         self.say(f"iteration {done}/{self._num_iterations}  {summary(values)}  {left} left")
 
 
@@ -148,21 +152,6 @@ def _truncate(path: Path, iteration: int) -> None:
     if path.exists():
         lines = [f"{text}\n" for value, text in _whole_lines(path) if value["iteration"] < iteration]
         replace_file(path, "".join(lines).encode(), is_durable=True)
-
-
-def _start_progress() -> Progress:
-    columns = (MofNCompleteColumn(), BarColumn(bar_width=24), TimeElapsedColumn(), TextColumn("left"),
-               TimeRemainingColumn(), TextColumn("{task.description}"))  # fmt: skip
-    progress = Progress(*columns, console=Console(stderr=True), speed_estimate_period=600)  # s: an iteration takes many
-    progress.start()
-    return progress
-
-
-def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    if minutes >= 60:
-        return f"{minutes // 60} h {minutes % 60:02d} min"
-    return f"{minutes} min" if minutes >= 2 else f"{seconds:.0f} s"
 
 
 def score_figures(scores: Scores, advantages: Tensor, group: Tensor, config: AdvantageConfig) -> dict[str, float]:

@@ -21,8 +21,10 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Self
 
 import torch
+import torch.distributed as dist
 
 from mteditflow.config.reward import RewardConfig
+from mteditflow.record import ending
 from mteditflow.record.clock import phase
 from mteditflow.reward import Reward, Rewards
 from mteditflow.types import Condition, Rollout, Score, Scores, Turn
@@ -56,15 +58,21 @@ class Overlap:
             self.rewards.close()
         for pool in (self._local, self._remote):
             if pool is not None:
-                pool.shutdown(wait=True, cancel_futures=True)
+                pool.shutdown(wait=kind is None or not dist.is_initialized(), cancel_futures=True)  # ranks end at once
 
-    def __call__(self, rollout: Rollout) -> Scores:
-        """Score a rollout and wait for it: an evaluation's, between iterations."""
-        assert not self._jobs, "an iteration's waves are still being scored"
+    def start(self, rollout: Rollout) -> Callable[[], Scores]:
+        """Have a rollout of an evaluation, between iterations, scored; what is returned waits for its scores. It is
+        called in the order in which rollouts were handed in.
+        """
         self.submit(rollout)
-        (scores,) = self.scores()
-        self.read()  # no part of an iteration
-        return scores
+
+        def wait() -> Scores:
+            scores = next(self.scores())
+            if not self._jobs:
+                self.read()  # no part of an iteration
+            return scores
+
+        return wait
 
     def gather(self, waves: Iterable[Rollout]) -> Rollout:
         """Hand in every wave as it is made, and join them. What a judge raises is raised here, within a wave."""
@@ -88,7 +96,7 @@ class Overlap:
         while self._jobs:
             job, start = self._jobs.popleft(), time.perf_counter()
             with phase("score") if self._is_on else nullcontext():
-                scores = {name: future.result() for name, future in job.items()}
+                scores = {name: ending.result(future) for name, future in job.items()}
             self.exposed_s += time.perf_counter() - start
             yield self.rewards.combine(scores)
 

@@ -19,12 +19,13 @@ import sys
 import threading
 import time
 from collections.abc import Coroutine, Sequence
-from concurrent.futures import CancelledError, Future, as_completed
+from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, wait
 from typing import Any
 
 import httpx
 
 from mteditflow.config.reward import RewardConfig
+from mteditflow.record import ending
 from mteditflow.reward.chat import Wording, read_completion, request
 from mteditflow.reward.vlm import Answer, Question
 
@@ -85,8 +86,12 @@ class RemoteVlm:
         try:
             for question in questions:  # the first are on their way while the next are written
                 futures.append(self._start(self._answer(request(question, self.config), question, problems)))
-            for future in as_completed(futures):
-                future.result()
+            waiting = set(futures)
+            while waiting:
+                done, waiting = wait(waiting, ending.PERIOD_S, FIRST_EXCEPTION)
+                for future in done:
+                    future.result()
+                ending.check()
             return [future.result() for future in futures]
         finally:
             for future in futures:

@@ -3,7 +3,7 @@
 Every cell at every seed is an ordinary run, `STUDY/cells/CELL/seed-N`, trained by `python -m mteditflow.train` in a
 process of its own, so that a crash costs one run. Killed at any moment, the same command goes on: finished runs stay as
 they are, half-trained ones resume from their checkpoints, and a run that another process is at work on (left behind by
-a killed study, or of a second study in the same folder) is waited for. SIGINT and SIGTERM are passed on to the runs,
+a killed study, or of a second study in the same folder) is waited for. SIGINT, SIGTERM and SIGUSR1 stop the runs, too,
 which save. study.json, study.md and the figures are written after every finished run.
 """
 
@@ -33,6 +33,7 @@ from mteditflow.study.cells import CellRun, Comparison, read_study, runs_of, sel
 from mteditflow.study.study_page import write_study
 
 POLL_S = 0.5
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,11 +108,11 @@ class Runner:
         self.pending, self.slots = pending, slots
         self.jobs: list[Job] = []
         self.failed: dict[str, str] = {}
-        self.num_done, self.is_stopping, self.is_waiting = 0, False, False
+        self.num_done, self.is_stopping, self.is_waiting, self.asked = 0, False, False, 0
 
-    def stop(self, _signal: int, _frame: FrameType | None) -> None:
-        """Pass SIGTERM on: every run saves after the iteration at work."""
-        self.is_stopping = True
+    def stop(self, number: int, _frame: FrameType | None) -> None:
+        """Pass the request on as SIGTERM: every run saves its last finished iteration."""
+        self.is_stopping, self.asked = True, number
         for job in self.jobs:
             job.process.terminate()
 
@@ -214,7 +215,7 @@ def write_finished(folder: Path, comparisons: list[Comparison], command: str) ->
 def work(runner: Runner, page: Any, console: Console) -> None:
     """Run everything to its end, or until asked to stop; `page()` is called after every finished run."""
     is_live = console.is_terminal
-    handlers = {number: signal.signal(number, runner.stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.signal(number, runner.stop) for number in STOPPING}
     try:
         with Live(console=console, auto_refresh=False, transient=True) as live:
             while runner.jobs or (runner.pending and not runner.is_stopping):
@@ -251,7 +252,8 @@ def run_study(
     study: Path, folder: Path, *, only: list[str] | None, seeds: list[int] | None, num_jobs: int | None,
     is_dry_run: bool, command: str,
 ) -> int:  # fmt: skip
-    """Run what a study file asks for: 0 when all is finished, 1 when a run failed or was stopped. ValueError: one line.
+    """Run what a study file asks for: 0 when all is finished, 1 when a run failed, 128 and the signal's number when it
+    was stopped. ValueError: one line.
 
     `command` is what the page says that it was made by.
     """
@@ -277,4 +279,5 @@ def run_study(
     console.print(f"report: {path}" if path else "nothing is finished yet", soft_wrap=True, highlight=False)
     if runner.is_stopping:
         console.print("stopped; the same command goes on from there")
-    return 1 if runner.failed or runner.is_stopping else 0
+        return 128 + runner.asked
+    return 1 if runner.failed else 0
