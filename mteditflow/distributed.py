@@ -83,6 +83,15 @@ class Ranks:
             dist.broadcast_object_list(values, source)
         return values[0]
 
+    def to_main(self, value: Any, rank: int) -> Any:
+        """The value of one rank, of anything small that can be pickled, on the main rank; the others have their own."""
+        values = [value]
+        if rank == self.rank and rank > 0:
+            dist.send_object_list(values, 0)
+        elif self.is_main and rank > 0:
+            dist.recv_object_list(values, rank)
+        return values[0]
+
     def barrier(self) -> None:
         """Wait for every rank."""
         if self.world_size > 1:
@@ -234,6 +243,10 @@ def check_world(config: Config, world_size: int, *, is_training: bool = True) ->
         f"num_tasks x group_size = {num_rows} trajectories must be a multiple of the {world_size} ranks that share them"
     )
     require(not is_training or num_rows % world_size == 0, "rollout.num_tasks", config.rollout.num_tasks, remedy)
+    judge, limit = config.reward, config.distributed.timeout_s
+    is_patient = world_size == 1 or judge.judge != "vlm" or not judge.url or judge.max_wait_s < limit
+    remedy = f"the other ranks give up after distributed.timeout_s, {limit} s: must be below it"
+    require(is_patient, "reward.max_wait_s", judge.max_wait_s, remedy)
     is_right = world_size > 1 or config.distributed.shard == "none"
     require(is_right, "distributed.shard", config.distributed.shard, "one rank has nobody to share with: must be none")
 

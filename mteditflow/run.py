@@ -44,7 +44,7 @@ from mteditflow.record.clock import phase
 from mteditflow.record.figures import METRICS
 from mteditflow.record.metrics import Reporter
 from mteditflow.report.run_report import write_report
-from mteditflow.report.seen import Seen, choose, save_seen, seen_sessions
+from mteditflow.report.seen import Seen, choose_of_all, save_seen
 from mteditflow.report.strips import save_strips
 from mteditflow.reward import build_reward, check_judge
 from mteditflow.reward.overlap import Overlap, efficiency
@@ -185,27 +185,24 @@ class Run:
         config, done, judged = self.config, iteration + 1, self.judge.read()
         values = values | alarms.rollout_figures(rollout, scores, self.ranks)
         values |= {"update/learning_rate": self.optimizer.param_groups[0]["lr"]}
+        chosen = choose_of_all(rollout, scores, config.run.num_judged, self.ranks)
         if values["reward/zero_spread_share"] == 1:
             self._say(f"iteration {done}: all groups without spread, nothing to learn from them")
         if config.evaluation.every and done % config.evaluation.every == 0 and done < config.run.num_iterations:
             values |= self._short_evaluation(done)
         if self.ranks.is_main:
-            self._report(iteration, values | alarms.held_out_figures(values), judged, rollout, scores)
+            self._report(iteration, values | alarms.held_out_figures(values), judged, chosen)
         if done % config.run.save_every == 0 or done == config.run.num_iterations:
             self._save(done, self._state())
         elif self.ranks.is_main and not config.lora.is_full:
             self._unsaved = done, _to_host(self._state())
 
-    def _report(
-        self, iteration: int, values: dict[str, float], judged: dict[str, float], rollout: Rollout, scores: Scores
-    ) -> None:
+    def _report(self, iteration: int, values: dict[str, float], judged: dict[str, float], chosen: list[Seen]) -> None:
         """Write and print the figures of an iteration."""
         config, done = self.config, iteration + 1
         self._warn(alarms.find_alarms(values), values, done)
         self._say_graphs(f"iteration {done}")
         drift = self.drift if iteration == 0 else {}
-        num_judged = config.run.num_judged
-        chosen = choose(seen_sessions(rollout, scores), num_judged) if num_judged else []
         save_seen(self.folder, "training", iteration, config.reward.judge, chosen)
         account = self.account.read(values["update/num_transitions"] / self.ranks.world_size)  # of a rank
         judged["reward/overlap_efficiency"] = efficiency(judged, step_seconds(account))

@@ -1,5 +1,6 @@
 """What the command line promises: fields, ranges, one line for anything wrong, and --help without torch."""
 
+import math
 import re
 import subprocess
 import sys
@@ -11,9 +12,12 @@ import pytest
 
 from mteditflow.config import Config, ModelConfig, ObjectiveConfig, OptimizerConfig, RolloutConfig, RunConfig, command
 from mteditflow.config.cli import from_yaml, parse, run_parser, settings, to_config, to_yaml
+from mteditflow.config.distributed import DistributedConfig
 from mteditflow.config.ranges import ranges
+from mteditflow.config.reward import RewardConfig
+from mteditflow.distributed import check_world
 from mteditflow.plan.dry_run import dry_run
-from mteditflow.plan.duration import RowSeconds, batch_plan, duration_plan
+from mteditflow.plan.duration import RowSeconds, batch_plan, check_timeout, duration_plan
 
 ROOT = Path(__file__).parent.parent
 MODULES = ("train", "evaluate", "export", "study", "profile", "data", "judge", "report", "world.pretrain")
@@ -280,8 +284,46 @@ def test_duration_is_extrapolated() -> None:
     eight = duration_plan(replace(config, run=replace(config.run, num_gpus=8)), replace(seconds, judge=0.5, text=0.1))
     assert eight["rollout of an iteration"] == (3072 + 192 + 8 * 3 * 0.1) / 8
     assert eight["scores of an iteration"] == 128 * 0.5 / 8
-    judged = (2 * 100 + 10) * (3 * (4 * 2.0 + 0.5 + 0.1) + 0.5)  # by one rank
+    sessions = 2 * 100 + 10  # of the busiest rank, of one part
+    judged = sessions * (3 * (4 * 2.0 + 0.5 + 0.1) + 0.5)
     assert eight["evaluations: before, after, 1 short"] == pytest.approx(judged)
+    many = replace(config, run=replace(config.run, num_gpus=3), rollout=replace(config.rollout, microbatch_size=16))
+    sessions = 2 * 48 + 10  # 7 parts of 16, of which the first rank has three; a short one is one part
+    assert duration_plan(many, seconds)["evaluations: before, after, 1 short"] == sessions * 3 * (4 * 2.0 + 0.5)
+
+
+def test_a_limit_below_what_a_rank_does_alone_is_said() -> None:
+    """GRPO's rollout is 3072 forwards of a second and 192 s of pictures, on 8 GPUs; an update half of 768 x 8 s / 8."""
+    config = replace(GRPO, run=replace(Config().run, num_gpus=8))
+    seconds = RowSeconds(forward=1.0, forward_backward=8.0, guided=0.1, decode=0.25, encode=0.25)
+
+    def found(seconds: RowSeconds, timeout_s: int) -> str | None:
+        return check_timeout(replace(config, distributed=DistributedConfig(timeout_s=timeout_s)), seconds)
+
+    updates = 768 * 8 / 8 / GRPO.optimizer.num_updates
+    assert found(seconds, math.ceil(updates)) is None
+    assert f"an update may take {updates:.0f} s" in str(found(seconds, math.ceil(updates) - 1))
+    rollout = (3072 + 192) / 8
+    slow = replace(seconds, forward_backward=0.1)
+    line = found(slow, 400)
+    assert line is not None and line.endswith("set it to 600 or more")
+    assert f"distributed.timeout_s is 400: a rollout and its scores may take {rollout:.0f} s" in line
+    assert found(slow, 408) is None
+    slow = replace(slow, guided=10.0)
+    part = 128 * 3 * (Config().evaluation.num_steps * 10 + 0.5)  # a microbatch of sessions
+    assert f"a part of an evaluation may take {part:.0f} s" in str(found(slow, 1800))
+    config = replace(config, run=replace(config.run, num_gpus=1))
+    assert found(slow, 30) is None
+
+
+def test_a_server_is_not_waited_for_longer_than_ranks_wait_for_each_other() -> None:
+    reward = RewardConfig(judge="vlm", url="http://host:8000/v1", max_wait_s=60)
+    config = replace(GRPO, reward=reward, distributed=DistributedConfig(timeout_s=60))
+    check_world(config, 1)
+    with pytest.raises(ValueError, match=r"^reward.max_wait_s is 60: the other ranks give up .*timeout_s, 60 s: must"):
+        check_world(config, 2)
+    check_world(replace(config, distributed=DistributedConfig(timeout_s=61)), 2)
+    check_world(replace(config, reward=replace(reward, judge="exact")), 2)
 
 
 def test_dry_run(tiny_pipeline_folder: Path) -> None:

@@ -148,6 +148,35 @@ def test_a_server_is_asked_about_several_waves_at_once() -> None:
 
 
 @pytest.mark.parametrize("is_remote", [False, True])
+def test_the_judge_is_at_work_beside_rollout_and_training(is_remote: bool) -> None:
+    """A judge that ends with a wave only when the next is made, and with the last wave only when the first group is
+    being trained on: in turn, both would wait for ever. Of 8 trajectories in waves of 2, the fourth wave is the last.
+    """
+    begun, may_end = threading.Semaphore(0), threading.Semaphore(0)
+
+    class Gated(Judge):
+        def __call__(self, rollout: Rollout) -> Score:
+            begun.release()
+            assert may_end.acquire(timeout=20)
+            return super().__call__(rollout)
+
+    def waves() -> Iterator[Rollout]:
+        for first in (0, 2, 4, 6):
+            yield wave_of(2, first)
+            assert begun.acquire(timeout=20)  # this wave is being scored
+            if first < 6:
+                may_end.release()
+
+    config = change(change(Config(), "rollout", num_tasks=2, group_size=4), "advantage", std="group")
+    with Overlap(rewards_of(Gated(is_remote)), RewardConfig(overlap="on"), CPU) as beside:
+        beside.gather(waves())
+        groups = iter(Judged(beside.scores(), config, ONE_RANK))
+        first = next(groups)
+        may_end.release()
+        assert [len(part) for part in (first, *groups)] == [4, 4]
+
+
+@pytest.mark.parametrize("is_remote", [False, True])
 @pytest.mark.parametrize("overlap", ["off", "on"])
 def test_a_judge_that_falls_over_is_heard_within_the_wave(overlap: Any, is_remote: bool) -> None:
     """The wave after is not begun, and no thread is left."""

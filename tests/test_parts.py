@@ -231,6 +231,32 @@ def test_parts_of_something_else_are_not_taken(
     }
 
 
+def test_what_a_broken_judge_said_is_not_kept(
+    policies: list[Policy], config: Config, parts_of: Callable[..., PartFolder], rolled: Parts
+) -> None:
+    """The same line on every rank, and all is evaluated again once it is mended."""
+
+    def broken(rollout: Rollout) -> Scores:
+        scores = judge(rollout)
+        nothing = {name: torch.full_like(values, torch.nan) for name, values in scores.rewards.items()}
+        return replace(scores, rewards=nothing, valid=torch.zeros_like(scores.valid))
+
+    def work(ranks: Ranks) -> str:
+        with (
+            Overlap(GivenRewards(broken), RewardConfig(), ranks.device) as beside,  # pyright: ignore[reportArgumentType]
+            pytest.raises(ValueError, match="10 of 10 held-out sessions could not be scored") as caught,
+        ):
+            evaluate(policies[ranks.rank], tasks, config, "ema", ranks, beside, folder=folder)
+        return str(caught.value)
+
+    folder, tasks = parts_of(), [replace(task, truth=None) for task in held_out_tasks(config)]
+    first, second = on_ranks(2, work)
+    assert first == second and not folder.path.exists()
+    rolled.clear()
+    (found,) = evaluated(policies, config, 1, more=judge, folder=folder)
+    assert rolled == [0, 4, 8] and found[0].valid.sum() == 9
+
+
 def test_the_main_rank_looks_for_a_kept_evaluation(
     policies: list[Policy], config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rolled: Parts
 ) -> None:
@@ -273,7 +299,7 @@ def test_progress_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_the_command_on_two_ranks(config: Config, tmp_path: Path, rolled: Parts) -> None:
-    """By torchrun, after a kill on one rank: the files of one rank, one table, and only the rest is rolled out."""
+    """By torchrun, sharded, after a kill on one rank: the files of one rank, one table, only the rest is rolled out."""
     settings, counts = tmp_path / "config.yaml", tmp_path / "counts"
     settings.write_text(to_yaml(in_chunks(config, 2)))
     script = tmp_path / "evaluate.py"
@@ -298,10 +324,11 @@ def test_the_command_on_two_ranks(config: Config, tmp_path: Path, rolled: Parts)
     with pytest.raises(Killed):
         main([*words, str(tmp_path / "two")])
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    done = subprocess.run([*launch, *words, str(tmp_path / "two")], capture_output=True, text=True, timeout=PATIENCE)
+    words = [*words, str(tmp_path / "two"), "--distributed.shard", "full"]
+    done = subprocess.run([*launch, *words], capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("held-out sessions, percent") == done.stdout.count("page: ") == 1
-    assert sorted(counts.read_text().split()) == ["4", "6", "8"]
+    assert sorted(counts.read_text().split()) == ["4", "6", "8", "8"]  # the second rank keeps step in the last round
     one, two = (
         {p.relative_to(f): p.read_bytes() for p in f.rglob("*") if p.is_file()}
         for f in (tmp_path / "one", tmp_path / "two")

@@ -12,6 +12,7 @@ from PIL import Image
 from rollouts import rollout_of
 from torch import Tensor
 
+from mteditflow.distributed import Ranks
 from mteditflow.record.metrics import append_line, read_lines
 from mteditflow.report import seen
 from mteditflow.report.run_report import write_report
@@ -24,6 +25,7 @@ from mteditflow.report.seen import (
     UNSCORED,
     Seen,
     choose,
+    choose_of_all,
     save_seen,
     seen_sessions,
 )
@@ -104,6 +106,37 @@ def test_parts_choose_what_the_whole_chooses() -> None:
         parts = [session for start in (3, 1, 0, 2) for session in choose(sessions[start::4], num)]
         assert why(choose(parts, num)) == why(choose(sessions, num))
         assert len(choose(sessions, num)) <= num
+
+
+def test_what_other_ranks_made_is_chosen_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ranks, of whom each knows the scores of all, its own rollout and its own judge's words: as one rank chooses,
+    on the main one.
+    """
+    made, post = rollout(6), list[Seen]()
+    words = tuple(f"answer {row}" for row in range(6))
+    judged = replace(scores(JUDGE, truth=torch.rand(6, 2)), words=words, faults=torch.tensor([0, 0, 0, 4, 0, 0]))
+
+    def to_main(self: Ranks, value: Seen | None, rank: int) -> Seen | None:
+        if rank and not self.is_main and value:
+            post.append(value)
+        return post.pop(0) if rank and self.is_main else value
+
+    monkeypatch.setattr(Ranks, "to_main", to_main)
+    chosen = {}
+    for rank in (1, 0):
+        rows = slice(3 * rank, 3 * rank + 3)
+        turns = [replace(turn, image=turn.image[rows]) for turn in made.turns]
+        mine = replace(made, tasks=[made.tasks[rank]], turns=turns, group=torch.zeros(3).long(), member=torch.arange(3))
+        ranks = Ranks(rank=rank, world_size=2, device=torch.device("cpu"))
+        chosen[rank] = choose_of_all(mine, replace(judged, words=words[rows]), 4, ranks)
+    expected = choose(seen_sessions(made, judged), 4)
+    assert chosen[1] == [] and why(chosen[0]) == why(expected) and {task for task, _ in why(expected)} == {10, 11}
+    for found, whole in zip(chosen[0], expected, strict=True):
+        pairs = zip(found.pictures, whole.pictures, strict=True)
+        assert all(torch.equal(*pair) for pair in pairs) and found.rewards["instruction"] == pytest.approx(
+            whole.rewards["instruction"], nan_ok=True
+        )
+        assert (found.words, found.fault, found.truth) == (whole.words, whole.fault, whole.truth)
 
 
 @pytest.mark.parametrize("first", [3, 5])

@@ -1,4 +1,5 @@
-"""Real servers: `transformers serve` with a small judge, and LiteLLM's proxy in front of it, both on loopback.
+"""Real servers: `transformers serve` with the small judge that ships, and LiteLLM's proxy in front of it, both on
+loopback.
 
 They are those of this interpreter, or of the one in the folder MTEDITFLOW_SERVERS (LiteLLM wants an older rich than we
 do, so it has a place of its own). Skipped where neither has them.
@@ -12,18 +13,20 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import product
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import torch
-from serve_transformers import leave_out_videos
-from tiny_judge import COLOUR_SCORES, colour_question, save_vlm, small_tokenizer, teach
+from tiny_judge import small_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mteditflow.config import RewardConfig
+from mteditflow.config import Config, RewardConfig
+from mteditflow.config.reward import SMALL
+from mteditflow.judge.check import Sample, find_problems, make_samples
+from mteditflow.reward.vlm import Answer
 from mteditflow.reward.vlm_local import LocalVlm
 from mteditflow.reward.vlm_server import API_KEY, RemoteVlm
 
@@ -68,78 +71,90 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
-    """Name and url of a judge that tells red from blue, at `transformers serve`, which loads what it is asked for."""
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Where `transformers serve` is, which loads what it is asked for; in float32, as a judge in a CPU's process is."""
     python = BIN / "python"
     code = (
         "from transformers.utils.import_utils import is_serve_available as is_there\nraise SystemExit(not is_there())"
     )
     if not python.is_file() or subprocess.run([python, "-c", code], check=False).returncode:
         pytest.skip("transformers serve is not installed: pip install 'mteditflow[servers]'")
-    folder = tmp_path_factory.mktemp("served")
-    with pytest.MonkeyPatch.context() as patch:
-        leave_out_videos(patch.setattr)
-        save_vlm(folder)
-        vlm = LocalVlm(RewardConfig(judge="vlm", vlm=str(folder), temperature=0, num_retries=0), torch.device("cpu"))
-        teach(vlm)
-        vlm.model.generation_config.do_sample = True
-        vlm.model.save_pretrained(folder)
     port, program = str(free_port()), str(Path(__file__).parent / "serve_transformers.py")
-    words = [str(python), program, "serve", "--host", "127.0.0.1", "--port", port, "--device", "cpu"]
-    with started(words, f"http://127.0.0.1:{port}/health", folder / "log.txt", HF_HUB_OFFLINE="1"):
-        yield str(folder), f"http://127.0.0.1:{port}/v1"
+    words = [str(python), program, "serve", "--host", "127.0.0.1", "--port", port]
+    words += ["--device", "cpu", "--dtype", "float32"]
+    log = tmp_path_factory.mktemp("served") / "log.txt"
+    with started(words, f"http://127.0.0.1:{port}/health", log, HF_HUB_OFFLINE="1"):
+        yield f"http://127.0.0.1:{port}/v1"
+
+
+def config_of(name: str, **values: object) -> RewardConfig:
+    """Of a judge that always writes the likeliest token."""
+    fields = {"temperature": 0.0, "num_retries": 0, "max_answer_tokens": 40, "readout": "direct", **values}
+    return RewardConfig(judge="vlm", vlm=name, **fields)  # pyright: ignore[reportArgumentType]
 
 
 def judge_at(name: str, url: str, **values: object) -> RemoteVlm:
-    fields = {"temperature": 0.0, "num_retries": 0, "max_answer_tokens": 20, "readout": "direct", **values}
-    return RemoteVlm(RewardConfig(judge="vlm", vlm=name, url=url, **fields))  # pyright: ignore[reportArgumentType]
+    return RemoteVlm(config_of(name, url=url, **values))
+
+
+@cache
+def samples() -> list[Sample]:
+    """Sessions of three turns, good and bad ones."""
+    return make_samples(Config(reward=config_of(SMALL)), 8)
+
+
+@cache
+def answers_here() -> list[Answer]:
+    """What the small judge says of them in this process."""
+    return LocalVlm(config_of(SMALL), torch.device("cpu"))([sample.question for sample in samples()])
 
 
 def assert_judges(name: str, url: str) -> None:
-    """Every pair of colours, four at once: red is 1, blue is 5; logprobs there are none."""
-    vlm = judge_at(name, url, num_parallel=4)
-    vlm.check(colour_question([0, 2]))
-    pairs = [*product(COLOUR_SCORES, repeat=2)] * 2
-    answers = vlm([colour_question(pair) for pair in pairs])
-    assert [answer.grades for answer in answers] == [tuple(COLOUR_SCORES[colour] for colour in pair) for pair in pairs]
+    """It says word for word what it says in this process, four at once, and tells good from bad; logprobs there are
+    none.
+    """
+    vlm, questions = judge_at(name, url, num_parallel=4), [sample.question for sample in samples()]
+    vlm.check(questions[0])
+    answers = vlm(questions)
+    assert [(found.text, found.grades) for found in answers] == [(here.text, here.grades) for here in answers_here()]
+    assert find_problems(samples(), answers) == []
     prompt, answered = vlm.num_tokens.values()
-    assert prompt > 9 * 3 * 16 and answered == 9 * 15 + 1  # 16 an image, 15 an answer
+    assert prompt > 10 * 4 * 4 and answered == 9 * 12 + 1  # four an image, nine tags and digits, two breaks, the end
     vlm.close()
     expected = judge_at(name, url, readout="expected")
     with pytest.raises(ValueError, match=r"readout is 'expected', for which .* gives no logprobs: take 'direct'"):
-        expected.check(replace(colour_question([0, 2]), readout="expected"))
+        expected.check(replace(questions[0], readout="expected"))
     expected.close()
 
 
 def refuses(vlm: RemoteVlm, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        vlm.check(colour_question([0, 2]))
+        vlm.check(samples()[0].question)
     vlm.close()
 
 
-def test_transformers_serve(served: tuple[str, str], tmp_path: Path) -> None:
+def test_transformers_serve(url: str, tmp_path: Path) -> None:
     """It answers 200 to a question with pictures for a model of texts too, and 500 for one that is not there."""
-    name, url = served
-    assert_judges(name, url)
+    assert_judges(SMALL, url)
     refuses(judge_at("other", url), r"gives no answer .500: .*as reward.vlm give one of")
-    refuses(judge_at(name, url.removesuffix("/v1")), "answers 404 to /chat/completions")
+    refuses(judge_at(SMALL, url.removesuffix("/v1")), "answers 404 to /chat/completions")
     small: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     tokenizer = small_tokenizer()
     tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
     tokenizer.save_pretrained(tmp_path)
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **small, **ends)).save_pretrained(tmp_path)
-    refuses(judge_at(str(tmp_path), url), "sees no pictures: a question with 3 has no more tokens than one without")
+    refuses(judge_at(str(tmp_path), url), "sees no pictures: a question with 4 has no more tokens than one without")
 
 
 def test_litellm_in_front_of_it(
-    served: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Under another name, with a key; a wrong key and a wrong name are one line each."""
     program = BIN / "litellm"
     if not program.is_file():
         pytest.skip("LiteLLM is not installed in MTEDITFLOW_SERVERS: pip install 'litellm[proxy]'")
-    name, url = served
+    name = config_of(SMALL).vlm_path
     (tmp_path / "proxy.yaml").write_text(
         f"model_list:\n  - model_name: judge\n    litellm_params:\n      model: hosted_vllm/{name}\n"
         f"      api_base: {url}\n      api_key: none\ngeneral_settings:\n  master_key: {KEY}\n"

@@ -119,7 +119,7 @@ class RewardConfig:
     """VLM judge with url: seconds that a question may take there, all in all; a later answer is none. Ours."""
     max_wait_s: Annotated[float, Range(0, 86400)] = 300.0
     """VLM judge with url: seconds to wait for a server that restarts or is busy before the run ends, and for its first
-    answer; under several ranks below torch's 600. Ours."""
+    answer; under several ranks below distributed.timeout_s. Ours."""
     overlap: Literal["off", "on", "green"] = "on"
     """Whether a wave of trajectories is scored while the next is made: by a worker with its own CUDA stream, or one
     with multiprocessors of its own (green, torch >= 2.12); off: in turn, with the same results."""

@@ -54,6 +54,7 @@ from mteditflow.record.progress import show_sessions, start_bars
 from mteditflow.report.strips import draw_sessions
 from mteditflow.reward import build_reward, check_judge
 from mteditflow.reward.overlap import Overlap
+from mteditflow.transformer.sharded import make_mesh
 from mteditflow.types import EditTask
 
 
@@ -105,7 +106,8 @@ def _evaluate_pending(
     for subject in subjects:
         check_fit(subject, shapes, config.model.path)
     wide = common_lora(subjects, config)
-    policy = build_policy(config.model, wide, config.run.seed, has_old=False)
+    mesh = make_mesh(config.distributed, ranks)
+    policy = build_policy(config.model, wide, config.run.seed, has_old=False, mesh=mesh)
     how = {"settings": settings, "judge": "the exact verifier" if is_by_truth else f"the judge {config.reward.judge!r}"}
 
     def say(line: str) -> None:

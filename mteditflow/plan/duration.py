@@ -7,7 +7,10 @@ import math
 from dataclasses import dataclass
 
 from mteditflow.config import Config
+from mteditflow.evaluate.parts import part_size
 from mteditflow.objective import build_objective
+
+DISK_BYTES_S = 0.2e9  # that a file system of several nodes writes from one of them at the least (ours)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +74,39 @@ def num_short_evaluations(config: Config) -> int:
     return (config.run.num_iterations - 1) // every if every else 0
 
 
+def _sessions_of_rank(config: Config, num_sessions: int) -> int:
+    """Count the sessions of an evaluation that the busiest rank evaluates."""
+    size = part_size(num_sessions, config.rollout.microbatch_size)
+    return min(num_sessions, math.ceil(math.ceil(num_sessions / size) / config.run.num_gpus) * size)
+
+
+def longest_waits(config: Config, num_trained: int, num_weights: int) -> dict[str, float]:
+    """Seconds that ranks may wait for one that works alone: writing a checkpoint, and the result, at the least that a
+    disk is to be expected to write, or asking a judge's server that is away. num_trained, num_weights: of the
+    transformer, trained and all.
+    """
+    if config.run.num_gpus == 1:
+        return {}
+    is_cut = config.lora.is_full and config.distributed.shard != "none"
+    copies = 2 + build_objective(config).has_old + 2  # the moments of AdamW
+    checkpoint = 4 * copies * num_trained / (config.run.num_gpus if is_cut else 1)
+    waits = {
+        "a checkpoint, by the main rank": checkpoint / DISK_BYTES_S,
+        "the result, by the main rank": 4 * (num_weights if config.lora.is_full else num_trained) / DISK_BYTES_S,
+    }
+    if config.reward.judge == "vlm" and config.reward.url:
+        waits["a judge's server that is away, reward.max_wait_s"] = config.reward.max_wait_s
+    return waits
+
+
+def _session_seconds(config: Config, seconds: RowSeconds) -> float:
+    """Seconds of a session that is evaluated."""
+    per_turn = config.evaluation.num_steps * seconds.guided + seconds.decode + seconds.encode + seconds.text
+    return config.num_held_out_turns * per_turn + (seconds.judge or 0.0)
+
+
 def duration_plan(config: Config, seconds: RowSeconds, *, is_text_of_image: bool = False) -> dict[str, float]:
-    """Seconds of an iteration and of the run, saving and start-up left out; evaluations are made by one rank."""
+    """Seconds of an iteration and of the run, saving and start-up left out."""
     batches, evaluation, num_gpus = batch_plan(config), config.evaluation, config.run.num_gpus
     images = seconds.decode + seconds.encode
     rollout = batches.rollout_rows * seconds.forward + batches.turn_images * images
@@ -80,9 +114,8 @@ def duration_plan(config: Config, seconds: RowSeconds, *, is_text_of_image: bool
     extra_rows = batches.train_forward_rows - batches.transitions
     training = batches.transitions * seconds.forward_backward + extra_rows * seconds.forward
     num_short = num_short_evaluations(config)
-    sessions = 2 * evaluation.num_sessions + num_short * evaluation.num_sessions_short
-    per_turn = evaluation.num_steps * seconds.guided + images + seconds.text
-    evaluations = sessions * (config.num_held_out_turns * per_turn + (seconds.judge or 0.0))
+    whole, short = (_sessions_of_rank(config, num) for num in (evaluation.num_sessions, evaluation.num_sessions_short))
+    evaluations = (2 * whole + num_short * short) * _session_seconds(config, seconds)
     iteration = {"rollout of an iteration": rollout / num_gpus, "updates of an iteration": training / num_gpus}
     if seconds.judge is not None:
         iteration["scores of an iteration"] = batches.trajectories * seconds.judge / num_gpus
@@ -93,3 +126,23 @@ def duration_plan(config: Config, seconds: RowSeconds, *, is_text_of_image: bool
         f"evaluations: before, after, {num_short} short": evaluations,
         f"run, without {left_out}": iterations + evaluations,
     }
+
+
+def check_timeout(config: Config, seconds: RowSeconds, *, is_text_of_image: bool = False) -> str | None:
+    """Say in one line where a rank that is half as fast as the others would not be waited for: it is late by what they
+    do between two meetings. None where it would be.
+    """
+    plan = duration_plan(config, seconds, is_text_of_image=is_text_of_image)
+    part = part_size(config.evaluation.num_sessions, config.rollout.microbatch_size)
+    works = {
+        "a rollout and its scores": plan["rollout of an iteration"] + plan.get("scores of an iteration", 0.0),
+        "an update": plan["updates of an iteration"] / config.optimizer.num_updates,
+        "a part of an evaluation": part * _session_seconds(config, seconds),
+    }
+    name, limit = max(works, key=works.__getitem__), config.distributed.timeout_s
+    if config.run.num_gpus == 1 or works[name] <= limit:
+        return None
+    return (
+        f"distributed.timeout_s is {limit}: {name} may take {works[name]:.0f} s, and a rank that is half as fast as "
+        f"the others would not be waited for; set it to {math.ceil(works[name] / 600) * 600} or more"
+    )

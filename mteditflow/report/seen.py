@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from mteditflow.advantage import SUCCESS
+from mteditflow.distributed import Ranks
 from mteditflow.record.metrics import append_line, read_lines
 from mteditflow.report.charts import data_uri
 from mteditflow.report.strips import draw_tiles
@@ -58,23 +59,22 @@ class Seen:
 
 
 def seen_sessions(rollout: Rollout, scores: Scores) -> list[Seen]:
-    """Put together what was judged, a session for each trajectory of the rollout; of `scores`, which may be of more
-    trajectories, the first are theirs. Pictures are views.
-    """
-    groups, members, claims = rollout.group.tolist(), rollout.member.tolist(), _claims(scores)
-    rewards = {name: values.tolist() for name, values in scores.rewards.items()}
-    truth = None if scores.truth is None else scores.truth.tolist()
-    tasks, turns = rollout.tasks, rollout.turns
-    return [
-        Seen(
-            task=tasks[g].id, member=members[n], instructions=tasks[g].instructions[: len(turns)],
-            pictures=(tasks[g].source, *(turn.image[n] for turn in turns)),
-            rewards={name: values[n] for name, values in rewards.items()}, truth=truth[n] if truth else None,
-            words=scores.words[n] if n < len(scores.words) else "",
-            fault="" if scores.faults is None else FAULTS[int(scores.faults[n])], claims=claims[n],
-        )
-        for n, g in enumerate(groups)
-    ]  # fmt: skip
+    """Put together what was judged, a session for each trajectory of the rollout. Pictures are views."""
+    claims = _claims(scores)
+    return [_see(rollout, scores, n, 0, claims[n]) for n in range(len(rollout.group))]
+
+
+def _see(rollout: Rollout, scores: Scores, n: int, first: int, claims: Mapping[str, float]) -> Seen:
+    """Put together trajectory `n` of a rollout, whose first is the `first` in the scores; words are the rollout's."""
+    task, turns, place = rollout.tasks[int(rollout.group[n])], rollout.turns, first + n
+    return Seen(
+        task=task.id, member=int(rollout.member[n]), instructions=task.instructions[: len(turns)],
+        pictures=(task.source, *(turn.image[n] for turn in turns)),
+        rewards={name: values[place].tolist() for name, values in scores.rewards.items()},
+        truth=None if scores.truth is None else scores.truth[place].tolist(),
+        words=scores.words[n] if n < len(scores.words) else "",
+        fault="" if scores.faults is None else FAULTS[int(scores.faults[place])], claims=claims,
+    )  # fmt: skip
 
 
 def _claims(scores: Scores) -> list[dict[str, float]]:
@@ -104,21 +104,40 @@ def _standardise(values: Tensor) -> Tensor:
 
 
 def choose(sessions: Sequence[Seen], num: int) -> list[Seen]:
-    """Choose at most `num` sessions: as many for each reason, the earlier reasons first. A session that two reasons
-    choose is there once. Chosen in parts and again among the chosen, they are the same.
+    """Choose at most `num` sessions. Chosen in parts and again among the chosen, they are the same."""
+    ordered = sorted(sessions, key=lambda session: session.key)
+    chosen = _choose_places([session.claims for session in ordered], num)
+    return [_keep(ordered[place], why) for place, why in chosen.items()]
+
+
+def choose_of_all(rollout: Rollout, scores: Scores, num: int, ranks: Ranks) -> list[Seen]:
+    """Choose at most `num` of the trajectories of all ranks, whose scores every rank has; what another rank made comes
+    to the main one, and the others are given nothing.
     """
-    known = list(dict.fromkeys(reason for session in sessions for reason in session.claims))
+    share, claims = ranks.share(len(scores.valid)), _claims(scores)
+    chosen: list[Seen | None] = []
+    for place, why in _choose_places(claims, num).items():
+        maker, session = place // len(share), None
+        if maker == ranks.rank:
+            session = _keep(_see(rollout, scores, place - share.start, share.start, claims[place]), why)
+        chosen.append(ranks.to_main(session, maker))
+    return [session for session in chosen if session] if ranks.is_main else []
+
+
+def _choose_places(claims: Sequence[Mapping[str, float]], num: int) -> dict[int, tuple[str, ...]]:
+    """Choose at most `num` trajectories by what speaks for them, with the reasons: as many for each reason, the earlier
+    reasons first. One that two reasons choose is there once.
+    """
+    known = list(dict.fromkeys(reason for row in claims for reason in row))
     first = [reason for reason in (LOWEST, HIGHEST, TRUTH, UNSCORED) if reason in known]
     reasons = [*first, *(reason for reason in known if reason not in first)]
-    chosen: dict[tuple[int, int], list[str]] = {}
-    for place, reason in enumerate(reasons):
-        quota = num // len(reasons) + (place < num % len(reasons))
-        having = [session for session in sessions if reason in session.claims]
-        having.sort(key=lambda session: (-session.claims[reason], *session.key))
-        for session in having[:quota]:
-            chosen.setdefault(session.key, []).append(reason)
-    found = {session.key: session for session in sessions}
-    return [_keep(found[key], tuple(why)) for key, why in chosen.items()]
+    chosen: dict[int, tuple[str, ...]] = {}
+    for number, reason in enumerate(reasons):
+        quota = num // len(reasons) + (number < num % len(reasons))
+        having = [(-row[reason], place) for place, row in enumerate(claims) if reason in row]
+        for _, place in sorted(having)[:quota]:
+            chosen[place] = (*chosen.get(place, ()), reason)
+    return chosen
 
 
 def _keep(session: Seen, reasons: tuple[str, ...]) -> Seen:
