@@ -262,8 +262,9 @@ def test_a_signal_while_loading_ends_at_once(
     """Even where no handler in Python can run."""
     monkeypatch.setattr("mteditflow.run.build_policy", lambda *_, **__: forked_ranks.hang(tmp_path, grace_s=100))
     process = forked_ranks.Fork(lambda: train(arguments(tmp_path / "run")))
+    end = time.monotonic() + forked_ranks.PATIENCE
     while not (tmp_path / "hangs-0").exists():
-        assert process.poll() is None
+        assert process.poll() is None and time.monotonic() < end
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGUSR1)
     assert process.wait() == 128 + signal.SIGUSR1
@@ -290,7 +291,9 @@ def test_a_fork_is_not_the_run(tmp_path: Path) -> None:
             (tmp_path / "ready").touch()
             time.sleep(forked_ranks.PATIENCE)
             os._exit(1)
+        end = time.monotonic() + forked_ranks.PATIENCE
         while not (tmp_path / "ready").exists():
+            assert time.monotonic() < end
             time.sleep(0.01)
         os.kill(pid, signal.SIGTERM)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGTERM
