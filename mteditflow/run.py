@@ -1,7 +1,8 @@
 """A run is a folder: what is written there, and how a killed run goes on as if it had not been.
 
 config.yaml  rubric.txt (of reward.rubric)  metrics.jsonl  tensorboard/  strips/  judge/  checkpoints/
-evaluation_before|after.json  comparison.json  lora/ (or weights/, of full fine-tuning)  report.html
+evaluating_before|after/ (at work)  evaluation_before|after.json  comparison.json  lora/ (or weights/, of full
+fine-tuning)  report.html
 """
 
 import os
