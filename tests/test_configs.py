@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from mteditflow.config.cli import changed_fields, from_yaml, settings
+from mteditflow.config.distributed import DistributedConfig
 from mteditflow.plan.dry_run import dry_run
 from mteditflow.plan.memory import MARGIN, read_sizes
 from mteditflow.policy import FAMILIES, family_of
@@ -40,7 +41,6 @@ WITHOUT_USER = {
     "reward.green_sms": "goes with reward.overlap green, which a GPU and torch 2.12 decide",
     "reward.also": "a user's function: docs/judge.md",
     "evaluation.num_strips": "must be at most num_sessions: lower in a run with few",
-    "distributed.shard": "a base that does not fit one GPU: docs/scaling.md",
     "distributed.timeout_s": "how long the slowest rank may work alone: docs/scaling.md",
     "run.backend": "names the implementation where auto is not wanted",
     "run.num_judged": "what is kept of a run to be looked at: more where pictures are small",
@@ -129,6 +129,29 @@ def test_what_does_not_fit_names_the_levers() -> None:
     problem = dry_run(replace(config, optimizer=replace(config.optimizer, microbatch_size=16))).problem
     assert problem is not None and "lower optimizer.microbatch_size or set model.is_checkpointed true" in problem
     assert "serve the judge elsewhere and set reward.url" in problem
+    assert "distributed.shard" not in problem
+    config = from_yaml(FOLDER / "flux2_dev_80gb_grpo_8gpu.yaml")
+    problem = dry_run(replace(config, distributed=DistributedConfig())).problem
+    assert problem is not None and "set distributed.shard full, or take model.base" in problem
+    with pytest.raises(
+        ValueError, match=r"distributed\.shard is 'full': cuts .* run\.num_gpus is 1: take none, or more"
+    ):
+        dry_run(replace(config, run=replace(config.run, num_gpus=1)))
+    with pytest.raises(ValueError, match=r"rollout\.num_tasks is 16: .* 256 trajectories must be a multiple of the 24"):
+        dry_run(replace(config, run=replace(config.run, num_gpus=24)))
+
+
+def test_how_long_a_rank_may_wait() -> None:
+    """A checkpoint of all weights, their moments and averages takes longer to write than ranks wait for it."""
+    config = from_yaml(FOLDER / "kontext_grpo_8gpu.yaml")
+    table = dry_run(config).table
+    assert "a checkpoint, by the main rank" in table and "distributed.timeout_s" in table
+    short = replace(
+        config, distributed=DistributedConfig(timeout_s=30), reward=replace(config.reward, url="http://a/v1")
+    )
+    problem = dry_run(short).problem
+    assert problem is not None and problem.startswith("distributed.timeout_s is 30: ranks may wait 300 s")
+    assert "reward.max_wait_s" in problem and "raise it" in problem
 
 
 def test_the_study_of_methods() -> None:

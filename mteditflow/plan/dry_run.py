@@ -15,11 +15,21 @@ import psutil
 import torch
 
 from mteditflow.config import Config
+from mteditflow.distributed import check_world
 from mteditflow.objective import build_objective
-from mteditflow.plan.duration import Batches, RowSeconds, batch_plan, check_timeout, duration_plan
+from mteditflow.plan.duration import (
+    Batches,
+    RowSeconds,
+    batch_plan,
+    check_timeout,
+    duration_plan,
+    longest_waits,
+)
 from mteditflow.plan.estimate import describe, estimate
-from mteditflow.plan.gpus import Target
+from mteditflow.plan.gpus import GPUS, Gpu, Target
 from mteditflow.plan.memory import GIB, Sizes, folder_of, memory_plan, read_sizes
+from mteditflow.plan.sharding import GPUS_PER_NODE
+from mteditflow.plan.traffic import NETWORKS, traffic
 from mteditflow.policy import Policy, build_policy
 from mteditflow.types import Condition
 
@@ -56,21 +66,22 @@ def dry_run(config: Config, target: Target | None = None) -> Plan:
     """
     sizes = read_sizes(config)
     memory = memory_plan(config, sizes)
+    check_world(config, config.run.num_gpus)
     total, free = sum(memory.values()), free_gib()
     if target:
         limit, name = target.gpu.gib, f"--gpu {target.gpu.name}"
     else:
         limit, name = (config.run.gpu_gib, "run.gpu_gib") if config.run.gpu_gib else (free, "free on this machine now")
-    problem = _excess(memory, limit) if total > limit else None
+    problem = _excess(config, memory, limit) if total > limit else _impatience(config, sizes)
     notes: list[str] = []
-    if problem:
+    if total > limit:
         title, durations = "Duration", {"not estimated": "the run does not fit"}
     elif target:
         title = f"Duration on {config.run.num_gpus} x {target.gpu.name}, estimated"
         seconds = estimate(config, sizes, memory["judge"], target)
         if seconds:
             durations = _costs(config, sizes, target, seconds)
-            problem = check_timeout(config, seconds[0], is_text_of_image=sizes.family.is_text_of_image)
+            problem = problem or check_timeout(config, seconds[0], is_text_of_image=sizes.family.is_text_of_image)
             notes = [line for note in describe(config, target) for line in textwrap.wrap(note, NOTE_WIDTH)]
         else:
             durations = {"not estimated": "so small an editor waits for the host, not for the GPU"}
@@ -81,7 +92,7 @@ def dry_run(config: Config, target: Target | None = None) -> Plan:
         policy = build_policy(config.model, config.lora, config.run.seed, has_old=build_objective(config).has_old)
         title, measured = "Duration, expected", measure(policy, config)
         durations = {part: _duration(value) for part, value in duration_plan(config, measured).items()}
-        problem = check_timeout(config, measured)
+        problem = problem or check_timeout(config, measured)
     sections = {
         "Batches of an iteration": _batch_rows(config, batch_plan(config)),
         "Memory of a GPU, estimated, GiB": {
@@ -89,6 +100,11 @@ def dry_run(config: Config, target: Target | None = None) -> Plan:
         },
         title: durations,
     }
+    if config.run.num_gpus > 1:
+        sections["Between GPUs, of an iteration"] = _traffic_rows(config, sizes, target.gpu if target else GPUS["h200"])
+        waits = {name: _duration(value) for name, value in _waits(config, sizes).items()}
+        limit = _duration(config.distributed.timeout_s)
+        sections["Ranks that wait for one, at most"] = waits | {"distributed.timeout_s": limit}
     lines = []
     for heading, rows in sections.items():
         lines += [heading, *(f"  {name:<{TABLE_WIDTH}}{value}" for name, value in rows.items()), ""]
@@ -112,11 +128,45 @@ def _span(values: Sequence[str]) -> str:
     return " to ".join(dict.fromkeys(values))
 
 
-def _excess(memory: dict[str, float], limit: float) -> str:
-    """What does not fit, with the levers of the three largest parts that have one, largest first."""
-    parts = sorted((part for part in memory if part in LEVERS and memory[part] > 0), key=lambda part: -memory[part])
-    levers = dict.fromkeys(f"{LEVERS[part]} ({part}: {memory[part]:.1f})" for part in parts[:3])
-    return f"the run needs about {sum(memory.values()):.1f} GiB of a GPU's {limit:.1f}: {'; or '.join(levers)}"
+def _excess(config: Config, memory: dict[str, float], limit: float) -> str:
+    """What does not fit, with the levers of the three largest parts that have one, largest first. Sharding is one where
+    there are several GPUs.
+    """
+    levers = dict(LEVERS)
+    if config.run.num_gpus > 1 and config.distributed.shard == "none":
+        cut = "set distributed.shard full"
+        levers["base: transformer"] = f"{cut}, or {levers['base: transformer']}"
+        if config.lora.is_full:
+            levers |= {"adapter, averages": cut, "gradient, optimizer": cut}
+    parts = sorted((part for part in memory if part in levers and memory[part] > 0), key=lambda part: -memory[part])
+    chosen = parts[:3] if "base: transformer" in parts[:3] or levers == LEVERS else [*parts[:3], "base: transformer"]
+    said = dict.fromkeys(f"{levers[part]} ({part}: {memory[part]:.1f})" for part in chosen)
+    return f"the run needs about {sum(memory.values()):.1f} GiB of a GPU's {limit:.1f}: {'; or '.join(said)}"
+
+
+def _waits(config: Config, sizes: Sizes) -> dict[str, float]:
+    return longest_waits(config, sizes.num_trained, sizes.num_transformer)
+
+
+def _impatience(config: Config, sizes: Sizes) -> str | None:
+    """What ranks would not wait for."""
+    limit = config.distributed.timeout_s
+    too_long = {name: seconds for name, seconds in _waits(config, sizes).items() if seconds > limit}
+    if not too_long:
+        return None
+    name = max(too_long, key=lambda name: too_long[name])
+    return f"distributed.timeout_s is {limit}: ranks may wait {too_long[name]:.0f} s for one ({name}): raise it"
+
+
+def _traffic_rows(config: Config, sizes: Sizes, gpu: Gpu) -> dict[str, str]:
+    """What a GPU sends, and the seconds that takes over the networks between nodes."""
+    found, is_one_node = traffic(config, sizes), config.run.num_gpus <= GPUS_PER_NODE
+    rows = {f"{part.name}, GB sent by a GPU": f"{part.sent() / 1e9:.3g}" for part in found}
+    for network in NETWORKS[:1] if is_one_node else NETWORKS:
+        seconds = sum(part.seconds(gpu, network) for part in found)
+        name = f"{gpu.link:g} GB/s in a node" if is_one_node else network.name
+        rows[f"seconds, {name}"] = f"{seconds:.2f}"
+    return rows
 
 
 def measure(policy: Policy, config: Config) -> RowSeconds:

@@ -10,6 +10,8 @@ from mteditflow.config import Config
 from mteditflow.evaluate.parts import part_size
 from mteditflow.objective import build_objective
 
+DISK_BYTES_S = 0.2e9  # that a file system of several nodes writes from one of them at the least (ours)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Batches:
@@ -78,30 +80,23 @@ def _sessions_of_rank(config: Config, num_sessions: int) -> int:
     return min(num_sessions, math.ceil(math.ceil(num_sessions / size) / config.run.num_gpus) * size)
 
 
-def _session_seconds(config: Config, seconds: RowSeconds) -> float:
-    """Seconds of a session that is evaluated."""
-    per_turn = config.evaluation.num_steps * seconds.guided + seconds.decode + seconds.encode + seconds.text
-    return config.num_held_out_turns * per_turn + (seconds.judge or 0.0)
-
-
-def check_timeout(config: Config, seconds: RowSeconds, plan: dict[str, float]) -> str | None:
-    """Say in one line where a rank that is twice as slow as the others would not be waited for: it is late by what they
-    do between two collectives. plan: `duration_plan` of the same.
+def longest_waits(config: Config, num_trained: int, num_weights: int) -> dict[str, float]:
+    """Seconds that ranks may wait for one that works alone: writing a checkpoint, and the result, at the least that a
+    disk is to be expected to write, or asking a judge's server that is away. num_trained, num_weights: of the
+    transformer, trained and all.
     """
-    part = part_size(config.evaluation.num_sessions, config.rollout.microbatch_size)
-    works = {
-        "a rollout and its scores": plan["rollout of an iteration"] + plan.get("scores of an iteration", 0.0),
-        "an update": plan["updates of an iteration"] / config.optimizer.num_updates,
-        "a part of an evaluation": part * _session_seconds(config, seconds),
+    if config.run.num_gpus == 1:
+        return {}
+    is_cut = config.lora.is_full and config.distributed.shard != "none"
+    copies = 2 + build_objective(config).has_old + 2  # the moments of AdamW
+    checkpoint = 4 * copies * num_trained / (config.run.num_gpus if is_cut else 1)
+    waits = {
+        "a checkpoint, by the main rank": checkpoint / DISK_BYTES_S,
+        "the result, by the main rank": 4 * (num_weights if config.lora.is_full else num_trained) / DISK_BYTES_S,
     }
-    name, longest = max(works.items(), key=lambda item: item[1])
-    limit = config.distributed.timeout_s
-    if config.run.num_gpus == 1 or longest <= limit:
-        return None
-    return (
-        f"distributed.timeout_s is {limit}: {name} may take {longest:.0f} s, and a rank that is twice as slow is not "
-        f"waited for; set it to {math.ceil(longest / 600) * 1200}"
-    )
+    if config.reward.judge == "vlm" and config.reward.url:
+        waits["a judge's server that is away, reward.max_wait_s"] = config.reward.max_wait_s
+    return waits
 
 
 def _session_seconds(config: Config, seconds: RowSeconds) -> float:
@@ -148,6 +143,6 @@ def check_timeout(config: Config, seconds: RowSeconds, *, is_text_of_image: bool
     if config.run.num_gpus == 1 or works[name] <= limit:
         return None
     return (
-        f"distributed.timeout_s is {limit}: {name} may take {works[name]:.0f} s, and a rank that is half as fast as the "
-        f"others would not be waited for; set it to {math.ceil(works[name] / 600) * 600} or more"
+        f"distributed.timeout_s is {limit}: {name} may take {works[name]:.0f} s, and a rank that is half as fast as "
+        f"the others would not be waited for; set it to {math.ceil(works[name] / 600) * 600} or more"
     )

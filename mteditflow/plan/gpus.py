@@ -60,7 +60,8 @@ FASTER = Shares(
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """A model of GPU: GiB that torch can have, peaks in TFLOP/s, TB/s of its memory, watts of the board at most."""
+    """A model of GPU: GiB that torch can have, peaks in TFLOP/s, TB/s of its memory, watts of the board at most, GB/s
+    in one direction to the others of its node: NVLink, else PCIe."""
 
     name: str
     device: str  # what `torch.cuda.get_device_name()` contains
@@ -70,35 +71,36 @@ class Gpu:
     fp32: float
     bandwidth: float
     watts: int
+    link: float
     source: str
     shares: Shares = UNREPORTED
 
 
 GPUS = {gpu.name: gpu for gpu in (
     Gpu(name="h100", device="H100 80GB HBM3", gib=79, bf16=989, fp8=1979, fp32=67, bandwidth=3.35, watts=700,
-        source="NVIDIA's datasheet of the H100 SXM", shares=HOPPER),
+        link=450, source="NVIDIA's datasheet of the H100 SXM", shares=HOPPER),
     Gpu(name="h100_pcie", device="H100 PCIe", gib=79, bf16=756, fp8=1513, fp32=51, bandwidth=2.0, watts=350,
-        source="NVIDIA's datasheet of the H100 PCIe"),
+        link=63, source="NVIDIA's datasheet of the H100 PCIe"),
     Gpu(name="h200", device="H200", gib=139, bf16=989, fp8=1979, fp32=67, bandwidth=4.8, watts=700,
-        source="NVIDIA's datasheet of the H200 SXM", shares=HOPPER),
+        link=450, source="NVIDIA's datasheet of the H200 SXM", shares=HOPPER),
     Gpu(name="b200", device="B200", gib=178, bf16=2250, fp8=4500, fp32=75, bandwidth=8.0, watts=1000,
-        source="NVIDIA's specifications of the HGX B200", shares=FASTER),
+        link=900, source="NVIDIA's specifications of the HGX B200", shares=FASTER),
     Gpu(name="a100_80", device="A100-SXM4-80GB", gib=79, bf16=312, fp8=0, fp32=19.5, bandwidth=2.04, watts=400,
-        source="NVIDIA's datasheet of the A100 SXM"),
+        link=300, source="NVIDIA's datasheet of the A100 SXM"),
     Gpu(name="a100_40", device="A100-SXM4-40GB", gib=39, bf16=312, fp8=0, fp32=19.5, bandwidth=1.56, watts=400,
-        source="NVIDIA's datasheet of the A100 SXM"),
+        link=300, source="NVIDIA's datasheet of the A100 SXM"),
     Gpu(name="l40s", device="L40S", gib=44, bf16=362, fp8=733, fp32=91.6, bandwidth=0.86, watts=350,
-        source="NVIDIA's datasheet of the L40S", shares=ADA_SERVER),
+        link=31.5, source="NVIDIA's datasheet of the L40S", shares=ADA_SERVER),
     Gpu(name="l4", device="L4", gib=22, bf16=121, fp8=242, fp32=30.3, bandwidth=0.3, watts=72,
-        source="NVIDIA's datasheet of the L4"),
+        link=31.5, source="NVIDIA's datasheet of the L4"),
     Gpu(name="rtx3090", device="RTX 3090", gib=23, bf16=71, fp8=0, fp32=35.6, bandwidth=0.94, watts=350,
-        source="NVIDIA's whitepaper of the GA102"),
+        link=31.5, source="NVIDIA's whitepaper of the GA102"),
     Gpu(name="rtx4090", device="RTX 4090", gib=23, bf16=165, fp8=330, fp32=82.6, bandwidth=1.01, watts=450,
-        source="NVIDIA's whitepaper of the Ada architecture"),
+        link=31.5, source="NVIDIA's whitepaper of the Ada architecture"),
     Gpu(name="rtx5090", device="RTX 5090", gib=31, bf16=209, fp8=419, fp32=104.8, bandwidth=1.79, watts=575,
-        source="NVIDIA's whitepaper of the RTX Blackwell architecture"),
+        link=63, source="NVIDIA's whitepaper of the RTX Blackwell architecture"),
     Gpu(name="rtx6000ada", device="RTX 6000 Ada", gib=47, bf16=364, fp8=728, fp32=91.1, bandwidth=0.96, watts=300,
-        source="NVIDIA's datasheet of the RTX 6000 Ada"),
+        link=31.5, source="NVIDIA's datasheet of the RTX 6000 Ada"),
 )}  # fmt: skip
 
 
