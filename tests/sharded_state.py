@@ -1,6 +1,7 @@
 """A toy that is cut over ranks, and what is saved of it: written by 4 ranks, and read by 1, 2 and 8."""
 
 import errno
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint import filesystem
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
@@ -204,7 +204,7 @@ def check_faults(ranks: Ranks, folder: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         if ranks.rank == 2:
-            patch.setattr(filesystem.os, "fsync", no_room)
+            patch.setattr(os, "fsync", no_room)
         with pytest.raises(ValueError, match="no room on the disk to save"):
             Run._save(run, 2, Run._state(run))
     with pytest.MonkeyPatch.context() as patch:
