@@ -31,21 +31,12 @@ def seconds_of(num_ranks: int, folder: Path, words: list[str]) -> float:
     """Train, and return the median seconds of an iteration."""
     script = folder / "rank.py"
     script.write_text(RANK)
-    launch = (
-        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)] if num_ranks > 1 else []
-    )
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
     run = folder / f"{num_ranks}-ranks"
     overrides = [word for name, value in SETTINGS.items() for word in (f"--{name}", str(value))]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    command = [
-        sys.executable,
-        *(torchrun if num_ranks > 1 else []),
-        str(script),
-        *overrides,
-        "--run.folder",
-        str(run),
-        *words,
-    ]
+    program = [sys.executable, *(torchrun if num_ranks > 1 else []), str(script)]
+    command = [*program, *overrides, "--run.folder", str(run), *words]
     subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     iterations = [
         sum(value for name, value in line.items() if name.startswith("time/") and name != SAVING)
