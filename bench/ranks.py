@@ -37,7 +37,9 @@ def seconds_of(num_ranks: int, folder: Path, words: list[str]) -> float:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     program = [sys.executable, *(torchrun if num_ranks > 1 else []), str(script)]
     command = [*program, *overrides, "--run.folder", str(run), *words]
-    subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr)
     iterations = [
         sum(value for name, value in line.items() if name.startswith("time/") and name != SAVING)
         for line in read_lines(run / "metrics.jsonl")
