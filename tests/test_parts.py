@@ -231,6 +231,32 @@ def test_parts_of_something_else_are_not_taken(
     }
 
 
+def test_what_a_broken_judge_said_is_not_kept(
+    policies: list[Policy], config: Config, parts_of: Callable[..., PartFolder], rolled: Parts
+) -> None:
+    """The same line on every rank, and all is evaluated again once it is mended."""
+
+    def broken(rollout: Rollout) -> Scores:
+        scores = judge(rollout)
+        nothing = {name: torch.full_like(values, torch.nan) for name, values in scores.rewards.items()}
+        return replace(scores, rewards=nothing, valid=torch.zeros_like(scores.valid))
+
+    def work(ranks: Ranks) -> str:
+        with (
+            Overlap(GivenRewards(broken), RewardConfig(), ranks.device) as beside,  # pyright: ignore[reportArgumentType]
+            pytest.raises(ValueError, match="10 of 10 held-out sessions could not be scored") as caught,
+        ):
+            evaluate(policies[ranks.rank], tasks, config, "ema", ranks, beside, folder=folder)
+        return str(caught.value)
+
+    folder, tasks = parts_of(), [replace(task, truth=None) for task in held_out_tasks(config)]
+    first, second = on_ranks(2, work)
+    assert first == second and not folder.path.exists()
+    rolled.clear()
+    (found,) = evaluated(policies, config, 1, more=judge, folder=folder)
+    assert rolled == [0, 4, 8] and found[0].valid.sum() == 9
+
+
 def test_the_main_rank_looks_for_a_kept_evaluation(
     policies: list[Policy], config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rolled: Parts
 ) -> None:

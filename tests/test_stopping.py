@@ -254,16 +254,17 @@ def test_waiting_for_a_judge_ends_by_a_signal(capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().err == "mteditflow: stopped by SIGINT; the same command goes on after iteration 7\n"
 
 
-def test_a_fork_is_not_the_run() -> None:
+def test_a_fork_is_not_the_run(tmp_path: Path) -> None:
     """A signal to a child, as when a pool of workers is ended, is none to the run."""
-
-    def child() -> int:
-        while True:
-            time.sleep(1)
-
     with ending.Ending() as run:
-        process = forked_ranks.Fork(child)
-        os.kill(process.pid, signal.SIGTERM)
-        assert process.wait() == -signal.SIGTERM
+        pid = os.fork()
+        if pid == 0:
+            (tmp_path / "ready").touch()
+            time.sleep(forked_ranks.PATIENCE)
+            os._exit(1)
+        while not (tmp_path / "ready").exists():
+            time.sleep(0.01)
+        os.kill(pid, signal.SIGTERM)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGTERM
         time.sleep(2 * ending.PERIOD_S)
         assert not run.asked

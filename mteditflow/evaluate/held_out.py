@@ -64,8 +64,9 @@ def evaluate(
     kept as it goes. show: is told how many sessions are evaluated, at first and after each round. ValueError, on every
     rank, where more than half could not be scored.
     """
-    is_by_truth, size = has_truth(tasks), part_size(len(tasks), config.rollout.microbatch_size)
-    assert is_by_truth or judge is not None, "tasks without truth need a judge"
+    size = part_size(len(tasks), config.rollout.microbatch_size)
+    score = partial(partial, _by_truth) if has_truth(tasks) else judge and judge.start
+    assert score is not None, "tasks without truth need a judge"
     cuts = [tasks[first : first + size] for first in range(0, len(tasks), size)]
     gathered = Gathered(ranks, folder, config.run.num_judged if see else 0)
     missing = {number: len(cut) for number, cut in enumerate(cuts) if number not in gathered.parts}
@@ -80,8 +81,7 @@ def evaluate(
                 yield round_, None
                 continue
             num_images = max(0, config.evaluation.num_strips - round_.mine * size)
-            wait = partial(_by_truth, rollout) if is_by_truth else judge.start(rollout)
-            yield round_, partial(_make_part, rollout, wait, num_images, gathered.num_seen)
+            yield round_, partial(_make_part, rollout, score(rollout), num_images, gathered.num_seen)
 
     with policy.adapters.use(adapter):
         show(gathered.num_sessions)
@@ -90,7 +90,12 @@ def evaluate(
             show(gathered.num_sessions)
     if see is not None:
         see(gathered.seen)
-    return _join([gathered.parts[number] for number in range(len(cuts))], tasks, config)
+    try:
+        return _join([gathered.parts[number] for number in range(len(cuts))], tasks, config)
+    except ValueError:
+        if folder is not None and ranks.is_main:
+            folder.remove()  # its judge will be another when it has been mended
+        raise
 
 
 def _roll_out(
