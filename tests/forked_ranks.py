@@ -25,7 +25,7 @@ from mteditflow.record import ending
 from mteditflow.world.render import atlas
 
 PRELOADED = (train, SummaryWriter, atlas())
-PATIENCE = 120  # seconds for another process
+PATIENCE = 300  # seconds for another process, on a machine that others use too
 HEEDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 
 
