@@ -5,6 +5,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # before a library reads it: a hub asked in vain is asked again for a minute
 os.environ["MTEDITFLOW_CACHE"] = ""  # a test neither reads nor leaves an evaluation; those that do say where
 
+import signal
 from functools import partial
 from pathlib import Path
 
@@ -33,6 +34,12 @@ TINY_WORDS = ("make", "the", "red", "blue", "square", "circle", "remove", "add",
 def one_thread() -> None:
     """Tests compare bits and run beside other work: one thread."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def heeded_interrupt() -> None:
+    """A shell has its background jobs ignore SIGINT, and a run then leaves it so."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

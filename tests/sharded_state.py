@@ -1,6 +1,7 @@
 """A toy that is cut over ranks, and what is saved of it: written by 4 ranks, and read by 1, 2 and 8."""
 
 import errno
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint import filesystem
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
@@ -146,7 +146,7 @@ def check_saved(ranks: Ranks, folder: Path, kind: str) -> None:
     run = as_run(folder, adapters_of(mesh_of(kind, ranks)), ranks)
     for number in range(LAST):
         step(run, number)
-        Run._save(run, number + 1)
+        Run._save(run, number + 1, Run._state(run))
     ranks.barrier()
     assert names(folder) == ["iteration-000002", "iteration-000003"]
     files = [path.name for path in (folder / "checkpoints" / "iteration-000003").rglob("*.safetensors")]
@@ -175,7 +175,7 @@ def check_damaged(ranks: Ranks, folder: Path) -> None:
     run, told = as_run(folder, adapters_of(mesh_of("full", ranks)), ranks), list[str]()
     for number in range(2):
         step(run, number)
-        Run._save(run, number + 1)
+        Run._save(run, number + 1, Run._state(run))
     for iteration, expected in ((2, 1), (1, 0)):
         if ranks.is_main:
             path = folder / "checkpoints" / f"iteration-{iteration:06d}" / "shards"
@@ -197,27 +197,27 @@ def check_faults(ranks: Ranks, folder: Path) -> None:
     """A full disk under one rank, and a rank that sees another folder, are one line on all; what was there stays."""
     run = as_run(folder, adapters_of(mesh_of("full", ranks)), ranks)
     step(run, 0)
-    Run._save(run, 1)
+    Run._save(run, 1, Run._state(run))
 
     def no_room(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.MonkeyPatch.context() as patch:
         if ranks.rank == 2:
-            patch.setattr(filesystem.os, "fsync", no_room)
+            patch.setattr(os, "fsync", no_room)
         with pytest.raises(ValueError, match="no room on the disk to save"):
-            Run._save(run, 2)
+            Run._save(run, 2, Run._state(run))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "SECONDS_TO_SEE", 1)
         elsewhere = as_run(folder if ranks.rank != 2 else folder / "elsewhere", run.policy.adapters, ranks)
         elsewhere.optimizer = run.optimizer
         with pytest.raises(ValueError, match=r"ranks 2 do not see .* all nodes share"):
-            Run._save(elsewhere, 2)
+            Run._save(elsewhere, 2, Run._state(elsewhere))
         with pytest.raises(ValueError, match=r"ranks 2 do not see .* all nodes share"):
             checkpoint.load_latest(elsewhere.folder, CONFIG, refuse, ranks=ranks)
     ranks.barrier()
     assert names(folder) == ["iteration-000001"]
-    Run._save(run, 2)
+    Run._save(run, 2, Run._state(run))
     assert names(folder) == ["iteration-000001", "iteration-000002"]  # whole when this rank goes on
 
 

@@ -124,7 +124,7 @@ def test_scores_come_in_the_order_of_the_waves(overlap: Any, is_remote: bool) ->
     with Overlap(rewards_of(judge), RewardConfig(overlap=overlap), CPU) as beside:
         assert torch.equal(beside.gather(waves).member, torch.arange(12))
         scores = list(beside.scores())
-        again = beside(waves[1])
+        again = beside.start(waves[1])()
     found = torch.cat([score.instruction[:, 0] for score in [*scores, again]])
     assert torch.equal(found, torch.tensor([*range(12), 2, 3]) * 7 % 5 / 4)
     is_here = [thread == threading.get_ident() for thread in judge.threads]

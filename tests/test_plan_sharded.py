@@ -10,13 +10,11 @@ import torch
 import torch.distributed as dist
 from test_activations import DEV, KLEIN, KONTEXT, QWEN, one_width
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from true_width import SIDE, TEXT, Blocks, build, fake_tensors
+from true_width import SIDE, TEXT, build, fake_tensors
 
 from mteditflow.plan.memory import GATHERED, GIB, TRAINING, memory_plan
-from mteditflow.transformer.base import QuantisedLinear
 
 NUM_RANKS = 8
 CUT: dict[str, Any] = {"distributed__shard": "full", "run__num_gpus": NUM_RANKS}
@@ -40,29 +38,13 @@ def mesh() -> Iterator[DeviceMesh]:
     dist.destroy_process_group()
 
 
-def cut(blocks: Blocks, mesh: DeviceMesh) -> None:
-    whole = set()
-    if not blocks.config.lora.is_full:
-        whole = {weight for copy in blocks.adapters._weights.values() for weight in copy.values()}
-    for module in blocks.transformer.modules():
-        if isinstance(module, QuantisedLinear):
-            for name in ("weight", "scale"):
-                value = getattr(module, name)
-                delattr(module, name)
-                module.register_parameter(name, torch.nn.Parameter(value, requires_grad=False))
-    for unit in (*blocks.blocks, blocks.transformer):
-        fully_shard(unit, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
-        unit.set_force_sum_reduction_for_comms(True)
-
-
 @pytest.mark.parametrize(("path", "base", "num_double", "num_single", "fields"), CASES)
 def test_a_rank(
     path: str, base: str, num_double: int, num_single: int, fields: dict[str, Any], mesh: DeviceMesh
 ) -> None:
     """What stays to the byte, and the peak of a training pass within 10 %."""
     with fake_tensors():
-        blocks = build(path, base, num_double, num_single, **CUT, **fields)
-        cut(blocks, mesh)
+        blocks = build(path, base, num_double, num_single, mesh, **CUT, **fields)
         weights = [weight for weight in blocks.transformer.parameters() if isinstance(weight, DTensor)]
         for weight in weights:
             if weight.requires_grad:
@@ -73,12 +55,10 @@ def test_a_rank(
             blocks.forward().float().square().mean().backward()
         kept = sum(weight.to_local().untyped_storage().nbytes() for weight in weights)
     plan = {part: size * GIB for part, size in memory_plan(blocks.config, blocks.sizes).items()}
-    print({part: round(size / 2**20) for part, size in plan.items() if size > 0})
     is_full = blocks.config.lora.is_full
     assert kept == (plan["adapter, averages"] / 3 if is_full else plan["base: transformer"])
     text, is_qwen, unit = TEXT / (2 * SIDE**2 + TEXT), "Qwen" in path, one_width(blocks)
     ends = (1 + is_qwen * text * 11) * unit * (not blocks.config.model.is_checkpointed)
     peak = account.live("peak") - at_start
     planned = plan[GATHERED] + plan[TRAINING] - ends
-    print("at start", at_start / 2**20, "peak", peak / 2**20, "planned", planned / 2**20, peak / planned)
     assert peak == pytest.approx(planned, rel=0.1)

@@ -16,7 +16,7 @@ from mteditflow.config.distributed import DistributedConfig
 from mteditflow.distributed import Ranks
 from mteditflow.transformer.sharded import make_mesh
 
-PATIENCE = 500  # seconds, after which ranks that wait for each other count as hung
+PATIENCE = 900  # seconds, after which ranks that wait for each other count as hung
 
 
 @pytest.fixture(scope="module")

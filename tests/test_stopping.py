@@ -1,6 +1,7 @@
 """Two ranks under torchrun: who speaks when one fails, that all end, and that the rest goes on as if undisturbed."""
 
 import os
+import random
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -153,6 +154,33 @@ def test_a_killed_first_rank_is_named_by_another(arguments: Arguments, tmp_path:
     assert_gone(ranks_of(tmp_path))
 
 
+@pytest.mark.parametrize("shard", ["none", "full"])
+def test_a_random_rank_may_be_killed_at_a_random_moment(arguments: Arguments, tmp_path: Path, shard: str) -> None:
+    """torchrun starts again, and the metrics are bit-equal. MTEDITFLOW_NUM_KILLS: how often, once if unset."""
+
+    def words(name: str) -> list[str]:
+        return arguments(tmp_path / name / "run", distributed__shard=shard, run__save_every=2, evaluation__every=2)
+
+    (tmp_path / "whole").mkdir()
+    begin = time.monotonic()
+    assert forked_ranks.start(tmp_path / "whole" / "log", words("whole")).wait() == 0
+    seconds, chance = time.monotonic() - begin, random.SystemRandom()
+    for number in range(int(os.environ.get("MTEDITFLOW_NUM_KILLS", "1"))):
+        folder, rank, delay = tmp_path / str(number), chance.randrange(2), chance.uniform(0, seconds)
+        folder.mkdir()
+        process = forked_ranks.start(folder / "log", words(str(number)), num_restarts=1)
+        end = time.monotonic() + forked_ranks.PATIENCE
+        while not (folder / "pids").exists() or len(ranks_of(folder)) < 2:
+            assert process.poll() is None and time.monotonic() < end
+            time.sleep(0.01)
+        time.sleep(delay)
+        print(f"kill {number}: rank {rank}, {delay:.2f} s after the start, of {seconds:.2f} s")
+        with suppress(ProcessLookupError):  # it has come to its end
+            os.kill(ranks_of(folder)[rank], signal.SIGKILL)
+        assert process.wait() == 0, (folder / "log").read_text()
+        assert_same_run(folder / "run", tmp_path / "whole" / "run")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name)
 def test_ranks_that_hang_stop_in_time_and_the_rest_goes_on(
     arguments: Arguments, whole: Path, tmp_path: Path, number: signal.Signals
@@ -234,8 +262,9 @@ def test_a_signal_while_loading_ends_at_once(
     """Even where no handler in Python can run."""
     monkeypatch.setattr("mteditflow.run.build_policy", lambda *_, **__: forked_ranks.hang(tmp_path, grace_s=100))
     process = forked_ranks.Fork(lambda: train(arguments(tmp_path / "run")))
+    end = time.monotonic() + forked_ranks.PATIENCE
     while not (tmp_path / "hangs-0").exists():
-        assert process.poll() is None
+        assert process.poll() is None and time.monotonic() < end
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGUSR1)
     assert process.wait() == 128 + signal.SIGUSR1
@@ -262,7 +291,9 @@ def test_a_fork_is_not_the_run(tmp_path: Path) -> None:
             (tmp_path / "ready").touch()
             time.sleep(forked_ranks.PATIENCE)
             os._exit(1)
+        end = time.monotonic() + forked_ranks.PATIENCE
         while not (tmp_path / "ready").exists():
+            assert time.monotonic() < end
             time.sleep(0.01)
         os.kill(pid, signal.SIGTERM)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGTERM

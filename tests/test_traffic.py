@@ -36,6 +36,5 @@ def test_bytes_are_those_that_are_sent(case: str, folder: Path) -> None:
             assert num_bytes < 1000
             continue
         of_kind = [part for part in planned if part.kind == kind]
-        print(case, kind, num_bytes, found["calls"], [(p.name, p.count, p.count * p.num_bytes) for p in of_kind])
         assert sum(part.count * part.num_bytes for part in of_kind) == pytest.approx(num_bytes, abs=0.5)
         assert sum(part.count for part in of_kind) == found["calls"][kind]

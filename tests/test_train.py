@@ -155,7 +155,7 @@ def test_a_signal_stops_at_the_next_microbatch_and_the_rest_goes_on(
     room, name = where.rsplit(".", 1)
     function = getattr(sys.modules[room], name)
 
-    def ask_and_go_on(*args: Any) -> Any:
+    def ask_and_go_on(*args: Any, **named: Any) -> Any:
         file, is_training = (
             tmp_path / "metrics.jsonl",
             room != "mteditflow.rollout" or args[0].adapters.selected != "off",
@@ -163,7 +163,7 @@ def test_a_signal_stops_at_the_next_microbatch_and_the_rest_goes_on(
         if is_training and file.exists() and file.read_bytes().count(b"\n") == num_done:
             assert not calls, "the next is begun"
             calls.append(os.kill(os.getpid(), number))
-        return function(*args)
+        return function(*args, **named)
 
     calls: list[None] = []
     before = [signal.getsignal(number) for number in ending.SIGNALS]

@@ -20,6 +20,7 @@ from torch import Tensor
 from mteditflow.config import Config
 from mteditflow.config.cli import from_overrides
 from mteditflow.data import training_tasks
+from mteditflow.distributed import alone
 from mteditflow.objective import build_objective
 from mteditflow.policy import build_policy
 from mteditflow.policy.optimizer import build_optimizer
@@ -106,7 +107,9 @@ if __name__ == "__main__":
     os.environ["HF_HUB_OFFLINE"], os.environ["MTEDITFLOW_CACHE"] = "1", ""
     torch.set_num_threads(1)
     config = config_of(Path(sys.argv[1]), "whole")
-    build_policy(config.model, config.lora, 0, has_old=False)  # what it imports, ranks need not
+    policy = build_policy(config.model, config.lora, 0, has_old=True)
+    tasks = training_tasks(config, 0, alone())
+    next(sample_waves(policy, build_objective(config), tasks, config, 0, alone()))  # what this imports, ranks need not
     for num_ranks in (2, 4):
         checks = {name: partial(count_iteration, name) for name, (number, _) in CASES.items() if number == num_ranks}
         fork(num_ranks, Path(sys.argv[1]), checks)

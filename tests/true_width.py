@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
+from torch.distributed.device_mesh import DeviceMesh
 
 from mteditflow.config import Config
 from mteditflow.config.cli import from_overrides
@@ -26,6 +27,7 @@ from mteditflow.transformer.base import quantise
 from mteditflow.transformer.full_weights import full_weights
 from mteditflow.transformer.lean_qwen import make_lean
 from mteditflow.transformer.lora import lora_adapters
+from mteditflow.transformer.sharded import shard
 
 SIDE, TEXT, ROWS = 32, 512, 2  # tokens per side at 512 px, and of a text; rows: what is copied in a batch is seen
 
@@ -97,8 +99,12 @@ class Blocks:
         return self.transformer(**self.inputs, return_dict=False)[0]
 
 
-def build(path: str, base: str, num_double: int, num_single: int, **fields: Any) -> Blocks:
-    """Build blocks of a published model at 512 px, within `fake_tensors`. fields: of the config, 'section__name'."""
+def build(
+    path: str, base: str, num_double: int, num_single: int, mesh: DeviceMesh | None = None, **fields: Any
+) -> Blocks:
+    """Build blocks of a published model at 512 px, within `fake_tensors`, cut where there is a mesh. fields: of the
+    config, 'section__name'.
+    """
     known = MODELS[path]
     transformer = dict(known.transformer) | {"num_layers": num_double}
     if "num_single_layers" in transformer:
@@ -123,10 +129,12 @@ def build(path: str, base: str, num_double: int, num_single: int, **fields: Any)
     if "Qwen" in path:
         make_lean(model)
     if config.lora.is_full:
-        adapters = full_weights(model, config.lora, has_old=False)
+        adapters = full_weights(model, config.lora, has_old=False, device=torch.device("cpu"), mesh=mesh)
         model = adapters.transformer
     else:
         adapters = lora_adapters(model, config.lora, sizes.family.targets, seed=0, has_old=False)
+    if mesh is not None and not config.lora.is_full:
+        shard(model, mesh, adapters.parameters())
     if config.model.is_checkpointed:
         model.enable_gradient_checkpointing()
     return Blocks(

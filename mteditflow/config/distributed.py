@@ -12,7 +12,8 @@ class DistributedConfig:
 
     shard: Literal["none", "full", "hybrid"] = "none"
     """The base on every GPU whole (none); cut over all of them (full), for one that does not fit; or over those of a
-    node (hybrid), which gathers faster between nodes. The adapter is whole everywhere."""
+    node (hybrid), with no gathering between nodes. A LoRA is whole everywhere; with lora.is_full all copies of the
+    weights are cut, with gradients and moments, and all nodes must see run.folder."""
     timeout_s: Annotated[int, Range(30, 86_400)] = 1800
     """Seconds after which a rank that waits for another gives up; above the longest that one works alone."""
 

@@ -82,21 +82,17 @@ def _sessions_of_rank(config: Config, num_sessions: int) -> int:
 
 def longest_waits(config: Config, num_trained: int, num_weights: int) -> dict[str, float]:
     """Seconds that ranks may wait for one that works alone: writing a checkpoint, and the result, at the least that a
-    disk is to be expected to write, or asking a judge's server that is away. num_trained, num_weights: of the
-    transformer, trained and all.
+    disk is to be expected to write. num_trained, num_weights: of the transformer, trained and all.
     """
     if config.run.num_gpus == 1:
         return {}
     is_cut = config.lora.is_full and config.distributed.shard != "none"
     copies = 2 + build_objective(config).has_old + 2  # the moments of AdamW
     checkpoint = 4 * copies * num_trained / (config.run.num_gpus if is_cut else 1)
-    waits = {
+    return {
         "a checkpoint, by the main rank": checkpoint / DISK_BYTES_S,
         "the result, by the main rank": 4 * (num_weights if config.lora.is_full else num_trained) / DISK_BYTES_S,
     }
-    if config.reward.judge == "vlm" and config.reward.url:
-        waits["a judge's server that is away, reward.max_wait_s"] = config.reward.max_wait_s
-    return waits
 
 
 def _session_seconds(config: Config, seconds: RowSeconds) -> float:

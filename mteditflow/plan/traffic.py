@@ -111,7 +111,7 @@ def traffic(config: Config, sizes: Sizes) -> list[Collective]:
             )
         )  # fmt: skip
     if cut.gradients is not None:
-        num_units = len(cut.gradients.blocks) + 1
+        num_units = sum(size > 0 for size in (*cut.gradients.blocks, cut.gradients.root))
         scattered = Collective(
             name="gradients, scattered", kind="scatter", count=passes.backward * num_units,
             num_bytes=cut.gradients.total / num_units, num_ranks=over,

@@ -4,7 +4,7 @@ turn-images per second and per kWh, and what the GPU says of itself. Of the firs
     time/PHASE_s            what the iteration waited for (record/clock.py): all phases and `other` add up to it
     beside/PHASE_s          what another thread did meanwhile, where one did
     speed/...               see `speed_figures`
-    gpu/..., memory/...     record/gpu.py, record/metrics.py; turn_images_per_kwh by all that the GPU drew,
+    gpu/..., memory/...     profile/gpu.py, record/metrics.py; turn_images_per_kwh by all that the GPU drew,
                             evaluations and checkpoints included
 """
 
@@ -19,8 +19,8 @@ from mteditflow.plan.duration import batch_plan
 from mteditflow.plan.flops import ForwardFlops, forward_flops, matmul_ceiling
 from mteditflow.plan.memory import num_passes
 from mteditflow.policy import Policy
+from mteditflow.profile.gpu import open_meter
 from mteditflow.record.clock import ROLLOUT, STEP, Clock
-from mteditflow.record.gpu import open_meter
 from mteditflow.record.metrics import used_memory
 
 TRAINING = "forward, backward"

@@ -92,6 +92,8 @@ class Ending:
         if self._is_one_of_many and is_of_a_lost_rank(error) and not self.asked:
             self._is_asked.wait(LOST_S)
         with self._hold:
+            if self.asked:
+                self.save()
             self._is_over, code = True, self._say_end(error)
             if self._is_one_of_many:
                 _exit(code)

@@ -11,10 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
 from mteditflow.distributed import Ranks
@@ -33,7 +35,7 @@ def write_shards(folder: Path, state: Mapping[str, Mapping[str, Tensor]], ranks:
     """
     flat = {f"{group}/{name}": tensor.detach() for group, tensors in state.items() for name, tensor in tensors.items()}
     try:
-        dcp.save(flat, storage_writer=dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True))
+        save(flat, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
     except CheckpointException as error:  # on all ranks, whichever failed
         raise next(iter(error.failures.values()))[0] from None
     own = folder.glob(f"shard-{ranks.rank + 1:05d}-*.safetensors")
@@ -44,7 +46,7 @@ def read_shards(folder: Path, group: str, like: Mapping[str, Tensor]) -> dict[st
     """Read a group: a tensor that has its like, of the same shape, cut as that is and where that is; else whole, on the
     host. Every rank reads for itself.
     """
-    reader = dcp.HuggingFaceStorageReader(str(folder))
+    reader = HuggingFaceStorageReader(str(folder))
     state: dict[str, Tensor] = {}
     for key, found in reader.read_metadata().state_dict_metadata.items():
         name = key.removeprefix(f"{group}/")
@@ -56,7 +58,7 @@ def read_shards(folder: Path, group: str, like: Mapping[str, Tensor]) -> dict[st
             )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # so it is meant
-        dcp.load(state, storage_reader=reader, no_dist=True)
+        load(state, storage_reader=reader, no_dist=True)
     return {key.removeprefix(f"{group}/"): tensor for key, tensor in state.items()}
 
 

@@ -151,19 +151,25 @@ class QuantisedLinear(nn.Linear):
         weight, scale = (torch.cat(part) for part in zip(*parts, strict=True))
         self.register_buffer("weight", weight)
         self.register_buffer("scale", scale)
+        self.stored: torch.dtype | None = None  # of the weight, where it is a parameter
         bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().to(device), requires_grad=False)
         self.register_parameter("bias", bias)
 
     def make_parameters(self) -> None:
-        """Make frozen parameters of weight and scales, which is what FSDP cuts."""
+        """Make frozen parameters of weight and scales, which is what FSDP cuts. Whole numbers pass for float8, byte by
+        byte: until torch 2.12 what is cut may need a gradient for a moment, which they cannot.
+        """
+        self.stored = self.weight.dtype
         for name in ("weight", "scale"):
             value = getattr(self, name)
+            value = value if value.is_floating_point() else value.view(FLOAT8)
             delattr(self, name)
             self.register_parameter(name, nn.Parameter(value, requires_grad=False))
 
     def forward(self, input: Tensor) -> Tensor:
         """Map (..., in) to (..., out), in the dtype of the input."""
-        rows = frozen_linear(input.flatten(0, -2), self.weight, self.scale, self.bias)
+        weight = self.weight if self.stored is None else self.weight.view(self.stored)
+        rows = frozen_linear(input.flatten(0, -2), weight, self.scale, self.bias)
         return rows if input.ndim == 2 else rows.unflatten(0, input.shape[:-1])
 
 
