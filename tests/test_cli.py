@@ -295,7 +295,7 @@ def test_duration_is_extrapolated() -> None:
 def test_a_limit_below_what_a_rank_does_alone_is_said() -> None:
     """GRPO's rollout is 3072 forwards of a second and 192 s of pictures, on 8 GPUs; an update half of 768 x 8 s / 8."""
     config = replace(GRPO, run=replace(Config().run, num_gpus=8))
-    seconds = RowSeconds(forward=1.0, forward_backward=8.0, guided=0.1, decode=0.25, encode=0.25)
+    seconds = RowSeconds(forward=1.0, forward_backward=8.0, guided=0.01, decode=0.25, encode=0.25)
 
     def found(seconds: RowSeconds, timeout_s: int) -> str | None:
         return check_timeout(replace(config, distributed=DistributedConfig(timeout_s=timeout_s)), seconds)
