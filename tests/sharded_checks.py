@@ -26,8 +26,8 @@ import torch
 import torch.distributed as dist
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 from flux2_parts import MAX_TEXT_TOKENS, save_tiny
+from sharded_parts import assert_equal_bits, inputs, perturb, velocities_and_gradients
 from sharded_state import check_damaged, check_faults, check_other_model, check_resumed, check_saved, check_trained
-from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from mteditflow import policy as policies
@@ -55,14 +55,12 @@ from mteditflow.rollout import sample_waves
 from mteditflow.train import train
 from mteditflow.transformer import compiled
 from mteditflow.transformer.sharded import clip_, cut_like, make_mesh, whole_on_host
-from mteditflow.types import Condition
 from mteditflow.update import update
 
 LORA, FULL = LoraConfig(rank=4, alpha=16), LoraConfig(is_full=True, targets=())
 SIZE, NUM_ROWS = 64, 2
 DEADLINE = 120  # seconds after which a rank that waits for another counts as hung
 CUTS = ("full", "hybrid")
-PROMPT = "make the red square blue"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,53 +74,6 @@ class Place:
     def model(self, **fields: Any) -> ModelConfig:
         """The tiny FLUX.1-Kontext."""
         return ModelConfig(path=str(self.folder / "kontext"), max_text_tokens=8, **fields)
-
-
-def draw(*shape: int, seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def inputs(policy: Policy, rank: int) -> tuple[Tensor, Tensor, Condition]:
-    """Latents, noise levels and condition of two rows, others on each rank."""
-    source, scale = draw(NUM_ROWS, 3, SIZE, SIZE, seed=5 + rank).clamp(-1, 1), policy.config.cfg_scale
-    text = policy.encode_text([PROMPT] * NUM_ROWS, source, has_cfg=scale != 1)
-    condition = Condition(text=text, image=policy.encode_image(source), cfg_scale=scale)
-    latents = draw(NUM_ROWS, policy.num_tokens, policy.num_channels, seed=20 + rank)
-    return latents, torch.linspace(1, 0.3, NUM_ROWS), condition
-
-
-def perturb(policy: Policy, name: Any, scale: float = 0.05) -> None:
-    """Move an adapter from where all start, alike on all ranks, cut or not."""
-    state = whole_on_host(policy.adapters.state(name), is_kept=True)
-    moved = {key: w + scale * draw(*w.shape, seed=len(name) + i) for i, (key, w) in enumerate(state.items())}
-    policy.adapters.load(name, moved)
-
-
-def velocities_and_gradients(policy: Policy, rank: int) -> list[Tensor]:
-    """Under each adapter without gradients, then with them under `current`, with others used while the graph waits."""
-    for i, name in enumerate(("current", "old", "ema")):
-        perturb(policy, name, 0.05 + 0.05 * i)
-    given, found = inputs(policy, rank), list[Tensor]()
-    for name in ("current", "old", "ema", "off"):
-        with policy.adapters.use(name), torch.no_grad():
-            found.append(policy.velocity(*given))
-    assert not any(torch.equal(found[0], other) for other in found[1:])
-    trained = policy.velocity(*given)
-    with policy.adapters.use("off"), torch.no_grad():
-        policy.velocity(*given)
-    trained.square().sum().backward()
-    found.append(trained.detach())
-    for _, weight in policy.adapters.trainable:
-        assert weight.grad is not None
-        found.append(weight.grad)
-    assert all(bool(value.any()) for value in found)
-    return found
-
-
-def assert_equal_bits(mine: list[Tensor], whole: list[Tensor]) -> None:
-    assert len(mine) == len(whole)
-    differing = [i for i, (a, b) in enumerate(zip(mine, whole, strict=True)) if not torch.equal(a, b)]
-    assert not differing, f"{len(differing)} of {len(mine)} differ in bits: {differing[:9]}"
 
 
 def both(place: Place, model: ModelConfig, lora: LoraConfig, shard: Any = "full", **options: Any) -> list[Policy]:
@@ -372,7 +323,7 @@ def start(world_size: int, folder: Path, names: list[str]) -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    # a fork of torch for CUDA dies in its first backward pass (2.11)
+    # a fork of torch for CUDA (2.11) ended without a word, of which the cause is not known
     context: Any = multiprocessing.get_context("spawn" if torch.version.cuda else "fork")
     given = world_size, port, folder, names
     processes = [context.Process(target=be_rank, args=(rank, *given)) for rank in range(world_size)]
