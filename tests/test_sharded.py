@@ -50,5 +50,5 @@ def test_a_node_of_one_rank_has_nobody_to_share_with(monkeypatch: pytest.MonkeyP
 
 
 def test_no_graph_is_captured_of_what_is_gathered() -> None:
-    with pytest.raises(ValueError, match=r"rollout.cuda_graph is on: distributed.shard gathers weights"):
+    with pytest.raises(ValueError, match=r"rollout.cuda_graph is 'on': distributed.shard gathers weights"):
         Config(distributed=DistributedConfig(shard="full"), rollout=RolloutConfig(cuda_graph="on"))
