@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from mteditflow.config import Config
@@ -166,7 +167,7 @@ def start(config: Config, *, is_training: bool = True) -> Ranks:
     return Ranks(rank=rank, world_size=world_size, device=device)
 
 
-def _new_part(store: dist.Store, rank: int, world_size: int, timeout_s: float) -> dist.Store:
+def _new_part(store: Store, rank: int, world_size: int, timeout_s: float) -> Store:
     """A part of the store that the first rank names, for all that have started with it.
 
     torchrun keeps one store through its restarts, and a rank that finds there what a dead one has left waits for that
@@ -178,7 +179,7 @@ def _new_part(store: dist.Store, rank: int, world_size: int, timeout_s: float) -
         store.set(f"arrived/{rank}", word)
         part = store.get(f"part of/{word}").decode()
         store.set(f"{part}/met/{rank}", "")
-        return dist.PrefixStore(part, store)
+        return PrefixStore(part, store)
     told, missing = set[bytes](), list(range(1, world_size))
     while missing := [other for other in missing if not store.check([f"{word}/met/{other}"])]:
         arrived = [f"arrived/{other}" for other in missing if store.check([f"arrived/{other}"])]
@@ -188,7 +189,7 @@ def _new_part(store: dist.Store, rank: int, world_size: int, timeout_s: float) -
         if time.monotonic() > end:
             raise ValueError(f"ranks {', '.join(map(str, missing))} have not come in {timeout_s} s: see their output")
         time.sleep(0.02)
-    return dist.PrefixStore(word, store)
+    return PrefixStore(word, store)
 
 
 def read_environment() -> tuple[int, int, int]:

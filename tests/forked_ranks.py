@@ -83,7 +83,7 @@ def start(log: Path, arguments: Sequence[str], *, num_ranks: int = 2, num_restar
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
         sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
-        subprocess_handler.Popen = popen
+        subprocess_handler.Popen = popen  # pyright: ignore[reportPrivateImportUsage]
         words = ["--standalone", "--nproc-per-node", str(num_ranks), "--max-restarts", str(num_restarts), "--no-python"]
         torchrun.main([*words, "mteditflow", *arguments])
         return 0

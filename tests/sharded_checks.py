@@ -299,14 +299,14 @@ def run_checks(folder: Path, checks: dict[str, Check], ranks: Ranks) -> None:
             (folder / f"{name}-{ranks.world_size}.txt").write_text(said)
 
 
-def be_rank(rank: int, world_size: int, port: int, folder: Path, names: list[str]) -> None:
-    """Be one of the ranks, two of which make a node."""
+def be_rank(rank: int, world_size: int, port: int, folder: Path, names: list[str], more: dict[str, Check]) -> None:
+    """Be one of the ranks, two of which make a node. more: checks besides those of PHASES."""
     os.environ |= {
         "RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank % 2), "LOCAL_WORLD_SIZE": "2",
         "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "HF_HUB_OFFLINE": "1", "MTEDITFLOW_CACHE": "",
     }  # fmt: skip
     torch.set_num_threads(1)
-    checks = dict(PHASES)[world_size]
+    checks = dict(PHASES)[world_size] | more
     if world_size > 1:
         dist.init_process_group("gloo", timeout=timedelta(seconds=DEADLINE))
     with pytest.MonkeyPatch.context() as patch:
@@ -318,14 +318,14 @@ def be_rank(rank: int, world_size: int, port: int, folder: Path, names: list[str
         dist.destroy_process_group()
 
 
-def start(world_size: int, folder: Path, names: list[str]) -> None:
-    """Run checks on so many ranks, and wait for them."""
+def start(world_size: int, folder: Path, names: list[str], more: dict[str, Check] | None = None) -> None:
+    """Run checks on so many ranks, of PHASES or `more`, and wait for them."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     # a fork of torch for CUDA (2.11) ended without a word, of which the cause is not known
     context: Any = multiprocessing.get_context("spawn" if torch.version.cuda else "fork")
-    given = world_size, port, folder, names
+    given = world_size, port, folder, names, more or {}
     processes = [context.Process(target=be_rank, args=(rank, *given)) for rank in range(world_size)]
     for process in processes:
         process.start()

@@ -176,8 +176,9 @@ def test_what_is_finished_is_kept(
         return evaluate(policy, tasks, config, adapter, *rest, **more)
 
     monkeypatch.setattr(compare_editors, "evaluate", counted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit) as caught:
         command("base", run, other)
+    assert caught.value.code == 130
     out = command("base", run, other)
     assert calls == ["off", "ema", "ema", "ema"]
     files = {path: path.read_bytes() for path in out.glob("*/*")}

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from mteditflow.profile import gpu as module
 from mteditflow.profile.gpu import GpuMeter, open_meter
-from mteditflow.record import gpu as module
 
 CUDA = torch.device("cuda", 0)
 NAMES = {"gpu/power_w", "gpu/sm_clock_mhz", "gpu/memory_clock_mhz", "gpu/temperature_c", "gpu/memory_used_gib"}

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from sharded_checks import Place, fork
+from sharded_checks import Place, start
 from torch import Tensor
 
 from mteditflow.config import Config
@@ -112,4 +112,4 @@ if __name__ == "__main__":
     next(sample_waves(policy, build_objective(config), tasks, config, 0, alone()))  # what this imports, ranks need not
     for num_ranks in (2, 4):
         checks = {name: partial(count_iteration, name) for name, (number, _) in CASES.items() if number == num_ranks}
-        fork(num_ranks, Path(sys.argv[1]), checks)
+        start(num_ranks, Path(sys.argv[1]), list(checks), checks)

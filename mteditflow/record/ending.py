@@ -212,11 +212,13 @@ class Board:
 
     def __init__(self, ranks: "Ranks") -> None:
         import torch.distributed as dist
+        from torch._C._distributed_c10d import PrefixStore
 
         self.ranks, self._host = ranks, socket.gethostname()
-        store = dist.distributed_c10d._get_default_store().clone()
-        store.set_timeout(timedelta(seconds=STORE_S))
-        self._store = dist.PrefixStore("ending", store)
+        store: Any = dist.distributed_c10d._get_default_store()
+        mine = store.clone()
+        mine.set_timeout(timedelta(seconds=STORE_S))
+        self._store = PrefixStore("ending", mine)
         self._store.set(f"process/{ranks.rank}", f"{os.getpid()} {self._host}")
 
     def claim(self, line: str) -> bool:
