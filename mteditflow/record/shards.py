@@ -38,8 +38,8 @@ def write_shards(folder: Path, state: Mapping[str, Mapping[str, Tensor]], ranks:
         save(flat, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
     except CheckpointException as error:  # on all ranks, whichever failed
         raise next(iter(error.failures.values()))[0] from None
-    own = folder.glob(f"shard-{ranks.rank + 1:05d}-*.safetensors")
-    return {path.name: sha256(path) for path in own}
+    mine = folder.glob(f"shard-{ranks.rank + 1:05d}-*.safetensors")
+    return {path.name: sha256(path) for path in mine}
 
 
 def read_shards(folder: Path, group: str, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
