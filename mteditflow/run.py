@@ -47,7 +47,7 @@ from mteditflow.record.metrics import Reporter
 from mteditflow.report.run_report import write_report
 from mteditflow.report.seen import Seen, choose_of_all, save_seen
 from mteditflow.report.strips import save_strips
-from mteditflow.reward import build_reward, check_judge
+from mteditflow.reward import build_reward, check_judge, is_trained_by_group
 from mteditflow.reward.overlap import Overlap, efficiency
 from mteditflow.transformer.compiled import count_graphs
 from mteditflow.transformer.sharded import make_mesh
@@ -114,8 +114,11 @@ class Run:
         """Say where training cannot begin before the last trajectory is scored."""
         config = self.config
         is_slow, num_groups = config.reward.judge == "vlm", config.rollout.num_tasks / self.ranks.world_size
-        if config.reward.overlap == "off" or not is_slow or num_groups < 2 or config.advantage.std == "group":
+        if config.reward.overlap == "off" or not is_slow or num_groups < 2 or is_trained_by_group(config, self.ranks):
             return []
+        if config.advantage.std == "group":
+            cause = "a base that is cut" if config.distributed.shard != "none" else "a group that lies across ranks"
+            return [f"training waits for the last score of all ranks, because of {cause} (docs/scaling.md)"]
         return [
             "advantage.std is 'global', over the scores of all groups: training waits for the last of them; with "
             "'group' it begins with the first group that is scored"

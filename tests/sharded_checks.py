@@ -168,14 +168,14 @@ def check_run(place: Place, objective: Any, lora: LoraConfig, tolerance: float, 
             assert cut[name] == pytest.approx(value, rel=tolerance, abs=tolerance, nan_ok=True), name
     assert evaluations[0][0] == evaluations[1][0] and (tolerance > 0 or evaluations[0] == evaluations[1])
     if lora.is_full:
-        own, other = (
+        mine, other = (
             FluxTransformer2DModel.from_pretrained(
                 place.scratch / name / "weights", subfolder="transformer"
             ).state_dict()
             for name in ("full", "none")
         )
         # AdamW's first step is as large as the learning rate, 3e-4, where a gradient is rounding alone
-        assert own.keys() == other.keys() and all((own[key] - other[key]).abs().max() <= 6e-4 for key in own)
+        assert mine.keys() == other.keys() and all((mine[key] - other[key]).abs().max() <= 6e-4 for key in mine)
 
 
 def check_compiled(place: Place) -> None:

@@ -23,7 +23,7 @@ from mteditflow.objective import build_objective
 from mteditflow.policy import Policy, build_policy
 from mteditflow.profile.command import build_case
 from mteditflow.profile.overlap import compare, hidden_share, table
-from mteditflow.reward import Judged, Rewards, cut_scores
+from mteditflow.reward import Judged, Rewards, cut_scores, is_trained_by_group
 from mteditflow.reward.overlap import Busy, Overlap, efficiency, join
 from mteditflow.rollout import cut_waves, sample_rollout, sample_waves
 from mteditflow.types import EditTask, Rollout, Score, Scores
@@ -262,6 +262,20 @@ def test_a_group_is_trained_on_before_the_last_is_scored() -> None:
         config = change(Config(), "rollout", num_tasks=3, group_size=4)
         next(iter(Judged(waves(), change(config, "advantage", std=std), ONE_RANK)))
         assert taken == expected
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "std", "shard", "expected"),
+    [(1, "group", "none", True), (3, "group", "none", True), (2, "group", "none", False), (3, "global", "none", False),
+     (3, "group", "full", False)],
+)  # fmt: skip
+def test_when_a_group_is_trained_on_as_soon_as_it_is_scored(
+    num_ranks: int, std: str, shard: str, expected: bool
+) -> None:
+    """Three groups: of two ranks each has one and a half."""
+    config = change(change(Config(), "rollout", num_tasks=3, group_size=4), "advantage", std=std)
+    config = change(config, "distributed", shard=shard)
+    assert is_trained_by_group(config, Ranks(rank=0, world_size=num_ranks, device=CPU)) is expected
 
 
 def test_too_few_scores_stop_before_the_last_group_is_used_up() -> None:

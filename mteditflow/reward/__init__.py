@@ -168,6 +168,14 @@ def _reasons(scores: Scores) -> str:
     return f" ({', '.join(f'{name} {count}' for name, count in counts.most_common())}{quoted})"
 
 
+def is_trained_by_group(config: Config, ranks: Ranks) -> bool:
+    """Whether a group is trained on as soon as it is scored: advantage.std is 'group', no group lies across ranks, and
+    no base is cut over them, since they then run equally many microbatches. Else the scores of every rank are needed.
+    """
+    is_whole = len(ranks.share(config.rollout.num_tasks * config.rollout.group_size)) % config.rollout.group_size == 0
+    return config.advantage.std == "group" and is_whole and config.distributed.shard == "none"
+
+
 class Judged:
     """What the trajectories of an iteration are worth, group after group as their scores come in.
 
@@ -183,15 +191,12 @@ class Judged:
         self._waves, self._config, self._ranks = scores, config, ranks
 
     def __iter__(self) -> Iterator[Tensor]:
-        """Yield the advantages (M, K) of this rank's trajectories in order, group by group where advantage.std is
-        'group' and no group lies across ranks; else all at once, since they need the scores of every rank. So do
-        sharded ranks, which run equally many microbatches. GuardError, before the last is used, where too many
-        trajectories have no score.
+        """Yield the advantages (M, K) of this rank's trajectories in order, group by group or all at once. GuardError,
+        before the last is used, where too many trajectories have no score.
         """
         config, size = self._config, self._config.rollout.group_size
-        num_rows = config.rollout.num_tasks * size
+        num_rows, is_by_group = config.rollout.num_tasks * size, is_trained_by_group(config, self._ranks)
         share, num_yielded, waves = self._ranks.share(num_rows), 0, list[Scores]()
-        is_by_group = config.advantage.std == "group" and len(share) % size == 0 and config.distributed.shard == "none"
         for wave in self._waves:
             waves.append(wave)
             if is_by_group:
