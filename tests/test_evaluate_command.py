@@ -175,7 +175,7 @@ def test_what_is_finished_is_kept(
             raise KeyboardInterrupt  # killed while the second subject is evaluated
         return evaluate(policy, tasks, config, adapter, *rest, **more)
 
-    monkeypatch.setattr(compare_editors, "evaluate", counted)
+    monkeypatch.setattr(compare_editors, "evaluate_editor", counted)
     with pytest.raises(SystemExit) as caught:
         command("base", run, other)
     assert caught.value.code == 130

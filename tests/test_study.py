@@ -149,7 +149,7 @@ def test_study_is_run_once(write: Write, forked: list[str], tmp_path: Path, monk
             assert row["after"][name] == pytest.approx(
                 (after[0][name] + after[1][name]) / 2, abs=0.0101
             )  # two decimals
-    assert two["gain"]["value"] == pytest.approx(two["after"]["O"] - found["before"]["O"], abs=0.02)
+    assert two["gain"]["value"] == pytest.approx(two["after"]["O"] - found["editors"][0]["before"]["O"], abs=0.02)
     assert one["difference"]["value"] == pytest.approx(one["after"]["O"] - two["after"]["O"], abs=0.02)
     page = (folder / "study.md").read_text()
     assert turns["verdict"] in page and "| two | 0, 1 |" in page and "4 of 4 runs are finished" in page

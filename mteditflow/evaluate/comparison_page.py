@@ -14,10 +14,11 @@ from mteditflow.record.figures import METRICS, figure
 from mteditflow.record.files import read_json
 from mteditflow.record.templates import write_page
 from mteditflow.report.charts import NUM_COLORS, Curve, chart, data_uri, edit_types
+from mteditflow.report.drift_curves import drift_charts, drift_note, exposure_charts
 
 TITLES = {
     "O": ("O by turn", "√(IF · CC)."),
-    "MT": ("Success by turn (MT)", "The turn's instruction is carried out: the exposure-bias curve."),
+    "MT": ("Success by turn (MT)", "The turn's instruction is carried out."),
     "IF": ("All instructions so far (IF)", "No turn up to this one has failed."),
     "CC": ("Consistency (CC)", "What no instruction touched is as in the source image."),
 }
@@ -37,6 +38,9 @@ def write_comparison(folder: Path, reports: Reports, gains: Reports, strips: lis
         "colors": {name: place % NUM_COLORS for place, name in enumerate(names)},
         "notes": {metric: _note(metric, reports[names[0]]) for metric in TITLES},
         "charts": list(filter(None, (_chart(metric, reports) for metric in TITLES))),
+        "drift": drift_charts(reports),
+        "drift_note": drift_note(reports),
+        "exposure": exposure_charts(reports),
         "edit_types": edit_types(reports),
         "strips": [data_uri(png_bytes(picture, is_small=True)) for picture in strips],
     }

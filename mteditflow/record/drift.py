@@ -1,0 +1,178 @@
+"""How far a picture has drifted from its source, measured where no instruction has touched it.
+
+Of a source x and an edit x', luma y and y', chroma u = x - y and u' = x' - y', and h = x - B x the fine detail of the
+source (B is the binomial filter of world/drift.py), over the pixels that no instruction so far has touched,
+
+    y' = a (y + s h_y) + b      contrast = a - 1, sharpness = s
+    u' = g (u + s h_u) + c      saturation = g / a - 1; of the colour c that a grey pixel takes
+                                cast = (c_red - c_blue) / 2, tint = c_green - (c_red + c_blue) / 2
+
+by least squares; all are 0 for the source itself, and above 0 warmer, greener, harder, more colourful, sharper. They
+invert `world.drift.drifted`, clipped pixels aside: its cast d is (d, d / 4) here, and its fade, saturation and blur d
+are -d. Fine detail of the edit that the source does not have is grain, the standard deviation of as much white noise.
+
+The fit is made NUM_FITS times, each time without the quarter of the pixels that it explained worst before: what an edit
+has changed against its instruction, and all of what it was to change where nobody knows where that is. A source
+without contrast, colour or detail cannot show that it loses them: RIDGE pulls what is not known to 0.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn.functional import conv2d, pad
+
+from mteditflow.types import Box, EditTask, Rollout
+from mteditflow.world.drift import BINOMIAL, LUMA
+from mteditflow.world.verify import untouched_pixels
+
+KINDS = ("cast", "tint", "contrast", "saturation", "sharpness", "grain")
+"""In the order of every array and table."""
+BACKGROUND_CHANGE = "background_change"  # an edit type, the world's and EdiVal's
+NUM_FITS, KEPT_SHARE = 3, 0.75
+RIDGE, RIDGE_DETAIL = 1e-3, 1e-4  # squares of a pixel's range of 2: contrasts of 0.03, details of 0.01
+SIDE = 64  # pixels of each side that are looked at, at least: all of the miniature's, some 5,000 of a large picture's
+MIN_PIXELS = 32  # of those that are looked at: below, the drift is not known
+NOISE_GAIN = (1 - 2 * BINOMIAL[2, 2] + BINOMIAL.square().sum()).sqrt().item()  # of white noise, by 1 - B
+CHUNK = 16  # pictures at a time
+
+
+def measure_drift(sources: Tensor, pictures: Tensor, untouched: Tensor) -> Tensor:
+    """Measure the drift (N, 6), in the order of KINDS, of pictures (N, 3, H, W) in [-1, 1] from their sources, over the
+    pixels where `untouched` (N, H, W) bool; NaN where these are too few, or a picture is not finite.
+    """
+    if not len(pictures):
+        return pictures.new_zeros(0, len(KINDS))
+    parts = zip(*(value.split(CHUNK) for value in (sources, pictures, untouched)), strict=True)
+    return torch.cat([_measure(*part) for part in parts])
+
+
+def measure_rollout(rollout: Rollout) -> Tensor:
+    """Measure the drift (N, K, 6) of every turn of a rollout, on the host."""
+    device = rollout.turns[0].image.device
+    masks, group = torch.stack([untouched_masks(task) for task in rollout.tasks]).to(device), rollout.group.to(device)
+    sources = rollout.sources.to(device)
+    drift = [
+        measure_drift(sources, made.image, mask[group]).cpu()
+        for made, mask in zip(rollout.turns, masks.unbind(1), strict=False)  # a session may be longer than the rollout
+    ]
+    return torch.stack(drift, dim=1)
+
+
+def untouched_masks(task: EditTask) -> Tensor:
+    """Mark the pixels of a task's source that no instruction up to a turn touches, (K, H, W) bool: the embedded world
+    knows them; else they are outside the boxes of the objects that are touched or, once the background was changed,
+    within those of the others. Of a task that knows neither (`knows_untouched`), the whole picture.
+    """
+    num_turns = len(task.instructions)
+    if task.truth is not None:
+        return torch.stack([untouched_pixels(task.truth, turn) for turn in range(num_turns)])
+    whole = torch.ones(task.source.shape[-2:], dtype=torch.bool)
+    if not knows_untouched(task):
+        return whole.expand(num_turns, *whole.shape)
+    masks = []
+    for turn in range(num_turns):
+        kept = task.untouched[turn] if task.untouched else task.objects
+        is_changed = BACKGROUND_CHANGE in task.edit_types[: turn + 1]
+        inside = _within([region.box for region in kept if region.box], whole.shape)
+        touched = _within([region.box for region in task.objects if region.box and region not in kept], whole.shape)
+        masks.append((inside if is_changed else whole) & ~touched)
+    return torch.stack(masks)
+
+
+def knows_untouched(task: EditTask) -> bool:
+    """Say whether a task tells what no instruction touches: by its truth, or by objects with boxes."""
+    return task.truth is not None or (bool(task.untouched) and any(region.box for region in task.objects))
+
+
+def _within(boxes: list[Box], size: tuple[int, ...]) -> Tensor:
+    """Mark the pixels whose centres lie within one of the boxes, (H, W) bool."""
+    y, x = ((torch.arange(side) + 0.5) / side for side in size)
+    mask = torch.zeros(size, dtype=torch.bool)
+    for left, top, right, bottom in boxes:
+        mask |= ((y >= top) & (y < bottom))[:, None] & ((x >= left) & (x < right))
+    return mask
+
+
+def _measure(sources: Tensor, pictures: Tensor, untouched: Tensor) -> Tensor:
+    """`measure_drift` of a few pictures."""
+    pictures = pictures.float()
+    x, detail, edit, edit_detail, weight = _sample(
+        sources.float(), _detail(sources.float()), pictures, _detail(pictures), untouched[:, None].float()
+    )
+    weight = weight[:, 0]  # (N, M)
+    is_known = weight.sum(1) >= MIN_PIXELS
+    drift, missed = _fit(x, detail, edit, weight)
+    for _ in range(NUM_FITS - 1):
+        weight = _keep_best(missed, weight)
+        drift, missed = _fit(x, detail, edit, weight)
+    grain = _grain(_luma(detail), _luma(edit_detail), weight)
+    drift = torch.cat([drift, grain[:, None]], dim=1)
+    return drift.masked_fill(~(is_known & pictures.flatten(1).isfinite().all(1))[:, None], torch.nan)
+
+
+def _sample(*values: Tensor) -> Iterator[Tensor]:
+    """Take every so many-th pixel of each (N, C, H, W): (N, C, M). An odd stride meets every place of a latent's 8 x 8
+    or 16 x 16 pixels.
+    """
+    height, width = values[0].shape[-2:]
+    rows, columns = (max(1, side // SIDE - (side // SIDE + 1) % 2) for side in (height, width))
+    for value in values:
+        yield value[..., rows // 2 :: rows, columns // 2 :: columns].flatten(2)
+
+
+def _detail(pictures: Tensor) -> Tensor:
+    """Compute x - B x of pictures (N, 3, H, W)."""
+    kernel = BINOMIAL.to(pictures).expand(3, 1, 5, 5)
+    return pictures - conv2d(pad(pictures, (2, 2, 2, 2), mode="replicate"), kernel, groups=3)
+
+
+def _luma(pixels: Tensor) -> Tensor:
+    """Weigh the colours of pixels (N, 3, M): (N, M)."""
+    return torch.einsum("c,ncm->nm", LUMA.to(pixels), pixels)
+
+
+def _fit(x: Tensor, detail: Tensor, edit: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Fit the drift but for its grain, (N, 5), to pixels (N, 3, M) by weighted least squares; also returns the squared
+    error of each pixel, (N, M).
+    """
+    weight = weight / weight.sum(1, keepdim=True).clamp(min=1e-12)
+
+    def mean(values: Tensor) -> Tensor:
+        return torch.einsum("nm,n...m->n...", weight, values)[..., None]
+
+    y, h, change = (v - mean(v) for v in (_luma(x), _luma(detail), _luma(edit - x)))  # (N, M)
+    yy, hh, yh, yd, hd = (mean(p * q) for p, q in ((y, y), (h, h), (y, h), (y, change), (h, change)))  # (N, 1)
+    yy, hh = yy + RIDGE, hh + RIDGE_DETAIL
+    contrast, on_detail = (hh * yd - yh * hd) / (yy * hh - yh * yh), (yy * hd - yh * yd) / (yy * hh - yh * yh)
+    gain = (1 + contrast).clamp(min=0.1)
+    sharpness = on_detail / gain
+
+    as_sharp = x + sharpness[..., None] * detail
+    before, after = (v - _luma(v)[:, None] for v in (as_sharp, edit))  # chroma (N, 3, M)
+    u, shift = before - mean(before), after - before
+    moved = shift - mean(shift)
+    slope = mean(u * moved).sum(1) / (mean(u * u).sum(1) + RIDGE)  # (N, 1)
+    colour = (mean(shift) - slope[:, None] * mean(before))[..., 0]  # (N, 3)
+    red, green, blue = colour.unbind(1)
+
+    missed = (change - contrast * y - on_detail * h)[:, None] + moved - slope[:, None] * u
+    columns = ((red - blue) / 2, green - (red + blue) / 2, contrast[:, 0], ((1 + slope) / gain - 1)[:, 0],
+               sharpness[:, 0])  # fmt: skip
+    return torch.stack(columns, dim=1), missed.square().sum(1)
+
+
+def _keep_best(missed: Tensor, weight: Tensor) -> Tensor:
+    """Take the weight (N, M) of the pixels that were missed most, a quarter of all weight."""
+    order = missed.masked_fill(weight == 0, torch.inf).argsort(dim=1)
+    total = weight.gather(1, order).cumsum(1)
+    is_kept = (total <= KEPT_SHARE * total[:, -1:]).to(weight)
+    return weight * torch.zeros_like(weight).scatter(1, order, is_kept)
+
+
+def _grain(detail: Tensor, edit: Tensor, weight: Tensor) -> Tensor:
+    """Measure the fine detail (N, M) of edits beside that of their sources: (N,), as the white noise that has as much."""
+    weight = weight / weight.sum(1, keepdim=True).clamp(min=1e-12)
+    both, alone = ((weight * detail * value).sum(1, keepdim=True) for value in (edit, detail))
+    rest = edit - both / (alone + RIDGE_DETAIL) * detail
+    return (weight * rest.square()).sum(1).sqrt() / NOISE_GAIN
