@@ -164,9 +164,8 @@ def check_run(place: Place, objective: Any, lora: LoraConfig, tolerance: float, 
     assert whole.keys() == cut.keys() and whole["update/num_transitions"] > 0
     assert any(name.startswith("base/") for name in whole) == ("base" in fields)
     for name, value in whole.items():
-        if name.split("/")[0] in ("update", "reward", "drift", "alarm", "base") and not name.endswith(
-            ("_s", "_efficiency")
-        ):
+        is_of_training = name.split("/")[0] in ("update", "reward", "drift", "alarm", "base")
+        if is_of_training and not name.endswith(("_s", "_efficiency")):
             assert cut[name] == pytest.approx(value, rel=tolerance, abs=tolerance, nan_ok=True), name
     assert evaluations[0][0] == evaluations[1][0] and (tolerance > 0 or evaluations[0] == evaluations[1])
     if lora.is_full:

@@ -12,6 +12,7 @@ from finished_runs import Page
 from mteditflow.config.cli import from_yaml
 from mteditflow.config.command import report as command
 from mteditflow.export.card import read_usage
+from mteditflow.record.drift import KINDS
 from mteditflow.record.figures import METRICS, figure
 from mteditflow.record.files import read_json
 from mteditflow.report.charts import ticks
@@ -78,7 +79,7 @@ def test_the_code_is_that_of_the_card(lora_run: Path, weights_run: Path, klein_r
 def test_charts_are_of_what_the_objective_gives(lora_run: Path, klein_run: Path) -> None:
     """GRPO has a ratio; nothing else has, and no page misses it."""
     ours, other = (Page(folder / "report.html") for folder in (lora_run, klein_run))
-    assert ours.tags.count("svg") == 13 and other.tags.count("svg") == 11
+    assert ours.tags.count("svg") == 13 + len(KINDS) and other.tags.count("svg") == 11 + len(KINDS)
     assert "Clip fraction" in ours.text and "Clip fraction" not in other.text
 
 

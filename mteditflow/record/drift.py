@@ -171,7 +171,7 @@ def _keep_best(missed: Tensor, weight: Tensor) -> Tensor:
 
 
 def _grain(detail: Tensor, edit: Tensor, weight: Tensor) -> Tensor:
-    """Measure the fine detail (N, M) of edits beside that of their sources: (N,), as the white noise that has as much."""
+    """Measure the fine detail (N, M) of edits beside their sources': (N,), as the white noise that has as much."""
     weight = weight / weight.sum(1, keepdim=True).clamp(min=1e-12)
     both, alone = ((weight * detail * value).sum(1, keepdim=True) for value in (edit, detail))
     rest = edit - both / (alone + RIDGE_DETAIL) * detail
