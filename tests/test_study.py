@@ -286,6 +286,8 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
                  "cell 'turns: a' and cell 'turns: c' disagree on held-out data: evaluation.num_sessions is 4 and 5"),
     "hand-off": ({"cells": {"a": {}, "b": {"rollout.hand_off": "latents"}}},
                  "disagree on held-out data: rollout.hand_off is 'pixels' and 'latents'"),
+    "editor": ({"cells": CELLS | {"c": {"model.path": "drifting"}}},
+               "cell 'turns: a' and cell 'turns: c' disagree on the editor: model.path is "),
     "same": ({"cells": {"a": {}, "b": {"data.num_turns": 2}}}, "comparison turns has cells that are the same config"),
     "single": ({"cells": {"a": {}}}, "comparison turns has cells that are the same config, or a single one"),
     "no map": ({"cells": {"a": {}, "b": 3}}, "cell 'turns: b' is 3: must be a map of overrides"),
