@@ -37,19 +37,20 @@ def measured(before: Tensor, after: Tensor) -> dict[str, Tensor]:
 
 
 def test_the_source_itself_has_not_drifted() -> None:
-    assert measure_drift(x := pictures(), x, everywhere(x)).abs().max() < 1e-4
+    x = pictures()
+    assert measure_drift(x, x, everywhere(x)).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("axis", AXES)
 @pytest.mark.parametrize("size", [0.2, 0.05, -0.1])
 def test_what_was_applied_is_read(axis: str, size: float) -> None:
-    """RIDGE takes 1e-3 of a variance: at most 4 % of these pictures' colour and contrast, and of their detail 10 %."""
+    """RIDGE takes 1e-5 of a variance, of which the smoothest three quarters of a picture have 1e-4 at least: 10 %."""
     x, drift = pictures(), torch.zeros(8, 4)
     drift[:, AXES.index(axis)] = size
     found, (kind, sign) = measured(x, drifted(x, drift)), SIGNS[axis]
-    assert found[kind].tolist() == pytest.approx([sign * size] * 8, rel=0.1 if axis == "blur" else 0.04)
+    assert found[kind].tolist() == pytest.approx([sign * size] * 8, rel=0.1)
     if axis == "cast":
-        assert found["tint"].tolist() == pytest.approx([size / 4] * 8, rel=0.04)
+        assert found["tint"].tolist() == pytest.approx([size / 4] * 8, rel=0.1)
     others = [found[name].abs().max().item() for name in KINDS if name not in (kind, "tint" if axis == "cast" else "")]
     assert max(others) < 0.15 * abs(size)
 

@@ -12,15 +12,16 @@ invert `world.drift.drifted`, clipped pixels aside: its cast d is (d, d / 4) her
 are -d. Fine detail of the edit that the source does not have is grain, the standard deviation of as much white noise.
 
 The fit is made NUM_FITS times, each time without the quarter of the pixels that it explained worst before: what an edit
-has changed against its instruction, and all of what it was to change where nobody knows where that is. A source
-without contrast, colour or detail cannot show that it loses them: RIDGE pulls what is not known to 0.
+has changed against its instruction, and all of what it was to change where nobody knows where that is. Grain leaves out
+pixels with a neighbour, within B, that was touched. A source without contrast, colour or detail cannot show that it
+loses them: RIDGE pulls what is not known to 0. All are cut to [-1, 1]: a picture that has nothing of its source left.
 """
 
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.nn.functional import conv2d, pad
+from torch.nn.functional import conv2d, max_pool2d, pad
 
 from mteditflow.types import Box, EditTask, Rollout
 from mteditflow.world.drift import BINOMIAL, LUMA
@@ -30,7 +31,7 @@ KINDS = ("cast", "tint", "contrast", "saturation", "sharpness", "grain")
 """In the order of every array and table."""
 BACKGROUND_CHANGE = "background_change"  # an edit type, the world's and EdiVal's
 NUM_FITS, KEPT_SHARE = 3, 0.75
-RIDGE, RIDGE_DETAIL = 1e-3, 1e-4  # squares of a pixel's range of 2: contrasts of 0.03, details of 0.01
+RIDGE, RIDGE_DETAIL = 1e-5, 1e-6  # variances, pixels being in [-1, 1]: of 8 bit they are known to 5e-6
 SIDE = 64  # pixels of each side that are looked at, at least: all of the miniature's, some 5,000 of a large picture's
 MIN_PIXELS = 32  # of those that are looked at: below, the drift is not known
 NOISE_GAIN = (1 - 2 * BINOMIAL[2, 2] + BINOMIAL.square().sum()).sqrt().item()  # of white noise, by 1 - B
@@ -62,17 +63,16 @@ def measure_rollout(rollout: Rollout) -> Tensor:
 def untouched_masks(task: EditTask) -> Tensor:
     """Mark the pixels of a task's source that no instruction up to a turn touches, (K, H, W) bool: the embedded world
     knows them; else they are outside the boxes of the objects that are touched or, once the background was changed,
-    within those of the others. Of a task that knows neither (`knows_untouched`), the whole picture.
+    within those of the others. Of a task that knows neither (`knows_untouched`), the whole picture, until the background
+    was changed.
     """
     num_turns = len(task.instructions)
     if task.truth is not None:
         return torch.stack([untouched_pixels(task.truth, turn) for turn in range(num_turns)])
     whole = torch.ones(task.source.shape[-2:], dtype=torch.bool)
-    if not knows_untouched(task):
-        return whole.expand(num_turns, *whole.shape)
     masks = []
     for turn in range(num_turns):
-        kept = task.untouched[turn] if task.untouched else task.objects
+        kept = task.untouched[turn] if knows_untouched(task) else task.objects
         is_changed = BACKGROUND_CHANGE in task.edit_types[: turn + 1]
         inside = _within([region.box for region in kept if region.box], whole.shape)
         touched = _within([region.box for region in task.objects if region.box and region not in kept], whole.shape)
@@ -97,17 +97,20 @@ def _within(boxes: list[Box], size: tuple[int, ...]) -> Tensor:
 def _measure(sources: Tensor, pictures: Tensor, untouched: Tensor) -> Tensor:
     """`measure_drift` of a few pictures."""
     pictures = pictures.float()
-    x, detail, edit, edit_detail, weight = _sample(
-        sources.float(), _detail(sources.float()), pictures, _detail(pictures), untouched[:, None].float()
-    )
-    weight = weight[:, 0]  # (N, M)
+    is_near = max_pool2d((~untouched[:, None]).float(), 5, stride=1, padding=2)  # of what was touched
+    x, detail, edit, edit_detail, masks = _sample(
+        sources.float(), _detail(sources.float()), pictures, _detail(pictures),
+        torch.cat([untouched[:, None].float(), 1 - is_near], dim=1),
+    )  # fmt: skip
+    weight, inner = masks.unbind(1)  # (N, M)
     is_known = weight.sum(1) >= MIN_PIXELS
     drift, missed = _fit(x, detail, edit, weight)
     for _ in range(NUM_FITS - 1):
         weight = _keep_best(missed, weight)
         drift, missed = _fit(x, detail, edit, weight)
-    grain = _grain(_luma(detail), _luma(edit_detail), weight)
-    drift = torch.cat([drift, grain[:, None]], dim=1)
+    weight = weight * inner
+    grain = _grain(_luma(detail), _luma(edit_detail), weight).masked_fill(weight.sum(1) < MIN_PIXELS, torch.nan)
+    drift = torch.cat([drift, grain[:, None]], dim=1).clamp(-1, 1)
     return drift.masked_fill(~(is_known & pictures.flatten(1).isfinite().all(1))[:, None], torch.nan)
 
 
