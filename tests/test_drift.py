@@ -44,15 +44,15 @@ def test_the_source_itself_has_not_drifted() -> None:
 @pytest.mark.parametrize("axis", AXES)
 @pytest.mark.parametrize("size", [0.2, 0.05, -0.1])
 def test_what_was_applied_is_read(axis: str, size: float) -> None:
-    """RIDGE takes 1e-5 of a variance, of which the smoothest three quarters of a picture have 1e-4 at least: 10 %."""
+    """RIDGE takes 1e-5 of a variance, of which the smoothest three quarters of a picture have some 1e-3: 1 %."""
     x, drift = pictures(), torch.zeros(8, 4)
     drift[:, AXES.index(axis)] = size
     found, (kind, sign) = measured(x, drifted(x, drift)), SIGNS[axis]
-    assert found[kind].tolist() == pytest.approx([sign * size] * 8, rel=0.1)
+    assert found[kind].tolist() == pytest.approx([sign * size] * 8, rel=0.02)
     if axis == "cast":
-        assert found["tint"].tolist() == pytest.approx([size / 4] * 8, rel=0.1)
+        assert found["tint"].tolist() == pytest.approx([size / 4] * 8, rel=0.02)
     others = [found[name].abs().max().item() for name in KINDS if name not in (kind, "tint" if axis == "cast" else "")]
-    assert max(others) < 0.15 * abs(size)
+    assert max(others) < 0.04 * abs(size)  # of a blur, the grain: it is no multiple of the source's detail
 
 
 def test_several_drifts_at_once_are_told_apart() -> None:
@@ -60,7 +60,7 @@ def test_several_drifts_at_once_are_told_apart() -> None:
     found = measured(x, drifted(x, drift))
     for axis, size in zip(AXES, drift[0].tolist(), strict=True):
         kind, sign = SIGNS[axis]
-        assert found[kind].mean().item() == pytest.approx(sign * size, abs=0.02), axis
+        assert found[kind].mean().item() == pytest.approx(sign * size, abs=0.005), axis
 
 
 def test_a_few_changed_pixels_do_not_count() -> None:
@@ -77,7 +77,7 @@ def test_white_noise_is_grain() -> None:
     x = pictures()
     found = measured(x, x + 0.1 * noise(*x.shape))
     luma = 0.1 * (0.299**2 + 0.587**2 + 0.114**2) ** 0.5
-    assert found["grain"].mean().item() == pytest.approx(luma, rel=0.15)  # without the worst quarter of the pixels
+    assert found["grain"].mean().item() == pytest.approx(luma, rel=0.05)
     assert all(found[kind].abs().max() < 0.05 for kind in KINDS if kind != "grain")
 
 
@@ -103,14 +103,14 @@ def test_a_picture_that_is_not_finite_and_too_few_pixels_are_unknown() -> None:
     after[1, 0, 3, 3] = torch.nan
     mask[2] = False
     mask[3] = False
-    mask[3, :5, :6] = True  # 30 pixels
+    mask[3, :8, :8] = True  # 64 pixels, of which every third is looked at
     found = measure_drift(x, after, mask)
     assert found.isnan().all(1).tolist() == [False, True, True, True] and not found[0].isnan().any()
 
 
 def test_the_world_is_measured_where_nothing_was_touched() -> None:
     """The pictures that the instructions ask for have not drifted, however much was edited; drifted ones have, by as
-    much at every turn that still has something untouched.
+    much at every turn that still has something untouched; grain needs more of it.
     """
     sessions = [make_session(f"masks/{n}", 4, held_out=False) for n in range(12)]
     tasks = [
@@ -120,8 +120,9 @@ def test_the_world_is_measured_where_nothing_was_touched() -> None:
     truth = torch.stack([render([s.scenes()[turn + 1] for s in sessions]) for turn in range(4)])  # (K, N, ...)
     found = measure_rollout(rollout_of(tasks, truth))
     assert found.shape == (12, 4, 6) and found.nan_to_num().abs().max() < 1e-3
-    is_known = ~found.isnan().any(2)
+    is_known = ~found[..., 0].isnan()
     assert is_known[:, 0].all() and is_known.float().mean() > 0.8
+    assert torch.equal(found[..., :5].isnan().any(2), ~is_known) and found[..., 5].isnan().float().mean() < 0.4
     warm = torch.stack([drifted(picture, torch.tensor([0.1, 0, 0, 0]).expand(12, 4)) for picture in truth])
     cast = measure_rollout(rollout_of(tasks, warm))[..., 0]
     assert torch.equal(cast.isnan(), ~is_known) and cast.nanmean(0).tolist() == pytest.approx([0.1] * 4, abs=0.02)

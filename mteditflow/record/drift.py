@@ -17,11 +17,12 @@ pixels with a neighbour, within B, that was touched. A source without contrast, 
 loses them: RIDGE pulls what is not known to 0. All are cut to [-1, 1]: a picture that has nothing of its source left.
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.nn.functional import conv2d, max_pool2d, pad
+from torch.nn.functional import conv2d, pad
 
 from mteditflow.types import Box, EditTask, Rollout
 from mteditflow.world.drift import BINOMIAL, LUMA
@@ -31,21 +32,21 @@ KINDS = ("cast", "tint", "contrast", "saturation", "sharpness", "grain")
 """In the order of every array and table."""
 BACKGROUND_CHANGE = "background_change"  # an edit type, the world's and EdiVal's
 NUM_FITS, KEPT_SHARE = 3, 0.75
-RIDGE, RIDGE_DETAIL = 1e-5, 1e-6  # variances, pixels being in [-1, 1]: of 8 bit they are known to 5e-6
-SIDE = 64  # pixels of each side that are looked at, at least: all of the miniature's, some 5,000 of a large picture's
-MIN_PIXELS = 32  # of those that are looked at: below, the drift is not known
-NOISE_GAIN = (1 - 2 * BINOMIAL[2, 2] + BINOMIAL.square().sum()).sqrt().item()  # of white noise, by 1 - B
-CHUNK = 16  # pictures at a time
+RIDGE, RIDGE_DETAIL = 1e-5, 1e-7  # variances, pixels being in [-1, 1]: of 8 bit they are known to 5e-6
+NUM_PIXELS = 2048  # of a picture that are looked at, at most: every third of the miniature's
+MIN_PIXELS = 24  # untouched ones of these: below, the drift is not known
+KEPT_NOISE = 0.621  # variance of white noise in the KEPT_SHARE of the pixels that have least of it, in three colours
+NOISE_GAIN = (KEPT_NOISE * (1 - BINOMIAL[2, 2]) ** 2 + BINOMIAL.square().sum() - BINOMIAL[2, 2] ** 2).sqrt().item()
+CHUNK = 8  # pictures at a time, the last ones filled up: beside others a picture's figures have other bits
 
 
 def measure_drift(sources: Tensor, pictures: Tensor, untouched: Tensor) -> Tensor:
     """Measure the drift (N, 6), in the order of KINDS, of pictures (N, 3, H, W) in [-1, 1] from their sources, over the
     pixels where `untouched` (N, H, W) bool; NaN where these are too few, or a picture is not finite.
     """
-    if not len(pictures):
-        return pictures.new_zeros(0, len(KINDS))
-    parts = zip(*(value.split(CHUNK) for value in (sources, pictures, untouched)), strict=True)
-    return torch.cat([_measure(*part) for part in parts])
+    rows = torch.arange(math.ceil(len(pictures) / CHUNK) * CHUNK, device=pictures.device).clamp(max=len(pictures) - 1)
+    parts = [_measure(sources[part], pictures[part], untouched[part]) for part in rows.split(CHUNK)]
+    return torch.cat(parts)[: len(pictures)]
 
 
 def measure_rollout(rollout: Rollout) -> Tensor:
@@ -97,31 +98,31 @@ def _within(boxes: list[Box], size: tuple[int, ...]) -> Tensor:
 def _measure(sources: Tensor, pictures: Tensor, untouched: Tensor) -> Tensor:
     """`measure_drift` of a few pictures."""
     pictures = pictures.float()
-    is_near = max_pool2d((~untouched[:, None]).float(), 5, stride=1, padding=2)  # of what was touched
+    mask = untouched[:, None].float()
+    is_inner = 1 - conv2d(1 - mask, mask.new_ones(1, 1, 5, 5), padding=2).clamp(max=1)  # no neighbour was touched
     x, detail, edit, edit_detail, masks = _sample(
         sources.float(), _detail(sources.float()), pictures, _detail(pictures),
-        torch.cat([untouched[:, None].float(), 1 - is_near], dim=1),
+        torch.cat([mask, is_inner], dim=1),
     )  # fmt: skip
     weight, inner = masks.unbind(1)  # (N, M)
     is_known = weight.sum(1) >= MIN_PIXELS
-    drift, missed = _fit(x, detail, edit, weight)
+    (drift, missed), kept = _fit(x, detail, edit, weight), weight
     for _ in range(NUM_FITS - 1):
-        weight = _keep_best(missed, weight)
-        drift, missed = _fit(x, detail, edit, weight)
-    weight = weight * inner
+        kept = _keep_best(missed, weight)
+        drift, missed = _fit(x, detail, edit, kept)
+    weight = kept * inner
     grain = _grain(_luma(detail), _luma(edit_detail), weight).masked_fill(weight.sum(1) < MIN_PIXELS, torch.nan)
     drift = torch.cat([drift, grain[:, None]], dim=1).clamp(-1, 1)
     return drift.masked_fill(~(is_known & pictures.flatten(1).isfinite().all(1))[:, None], torch.nan)
 
 
 def _sample(*values: Tensor) -> Iterator[Tensor]:
-    """Take every so many-th pixel of each (N, C, H, W): (N, C, M). An odd stride meets every place of a latent's 8 x 8
-    or 16 x 16 pixels.
+    """Take every so many-th pixel of each (N, C, H, W), row after row: (N, C, M). An odd stride meets every place of a
+    latent's 8 x 8 or 16 x 16 pixels.
     """
-    height, width = values[0].shape[-2:]
-    rows, columns = (max(1, side // SIDE - (side // SIDE + 1) % 2) for side in (height, width))
+    stride = values[0][0, 0].numel() // NUM_PIXELS | 1
     for value in values:
-        yield value[..., rows // 2 :: rows, columns // 2 :: columns].flatten(2)
+        yield value.flatten(2)[..., stride // 2 :: stride].contiguous()
 
 
 def _detail(pictures: Tensor) -> Tensor:
