@@ -64,8 +64,8 @@ def measure_rollout(rollout: Rollout) -> Tensor:
 def untouched_masks(task: EditTask) -> Tensor:
     """Mark the pixels of a task's source that no instruction up to a turn touches, (K, H, W) bool: the embedded world
     knows them; else they are outside the boxes of the objects that are touched or, once the background was changed,
-    within those of the others. Of a task that knows neither (`knows_untouched`), the whole picture, until the background
-    was changed.
+    within those of the others. Of a task that knows neither (`knows_untouched`), the whole picture, as long as the
+    background was not changed.
     """
     num_turns = len(task.instructions)
     if task.truth is not None:
