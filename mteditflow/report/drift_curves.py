@@ -79,8 +79,8 @@ def drift_note(reports: Reports) -> str:
     which = "all sessions" if num_whole == num else f"{num_whole} of {num} sessions"
     return (
         f"Against the source. The data of {which} do not say what no instruction touches (objects with boxes, "
-        "docs/data.md): there it is of the whole picture, as long as the background is not changed, without the quarter "
-        "of it that fits worst, so that large edits are part of it."
+        "docs/data.md): there it is of the whole picture, as long as the background is not changed, without the "
+        "quarter of it that fits worst, so that large edits are part of it."
     )
 
 
