@@ -78,7 +78,7 @@ def test_white_noise_is_grain() -> None:
     found = measured(x, x + 0.1 * noise(*x.shape))
     luma = 0.1 * (0.299**2 + 0.587**2 + 0.114**2) ** 0.5
     assert found["grain"].mean().item() == pytest.approx(luma, rel=0.05)
-    assert all(found[kind].abs().max() < 0.05 for kind in KINDS if kind != "grain")
+    assert all(found[kind].abs().max() < 0.1 for kind in KINDS if kind != "grain")  # 3 x 0.067 / sqrt(1,000 x 0.005)
 
 
 def test_what_a_source_does_not_have_it_cannot_lose() -> None:

@@ -42,8 +42,8 @@ GROWTH = (
 NO_EDIT_SHARE = "share of turns that return their input"
 OVER_EDIT_SHARE = f"share of turns with consistency below {OVER_EDIT}"
 GAP = "success in training, by the judge, less success on held-out sessions, by the truth"
-# docs/log.md, 2026-11-26: what tasks, noise and an honest run move them by, and what is seen with the eye
-LIMITS = {"cast": 0.05, "tint": 0.05, "contrast": 0.08, "saturation": 0.12, "sharpness": 0.15, "grain": 0.03}
+# docs/log.md, 2026-11-26: five and more standard errors of what other tasks move them by
+LIMITS = {"cast": 0.04, "tint": 0.04, "contrast": 0.06, "saturation": 0.1, "sharpness": 0.12, "grain": 0.02}
 ALARMS = {
     **{
         f"alarm/{kind}_drift": Alarm(title=f"{kind.capitalize()} drifts more", meaning=ADDED, threshold=limit)

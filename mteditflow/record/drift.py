@@ -36,7 +36,9 @@ RIDGE, RIDGE_DETAIL = 1e-5, 1e-7  # variances, pixels being in [-1, 1]: of 8 bit
 NUM_PIXELS = 2048  # of a picture that are looked at, at most: every third of the miniature's
 MIN_PIXELS = 24  # untouched ones of these: below, the drift is not known
 KEPT_NOISE = 0.621  # variance of white noise in the KEPT_SHARE of the pixels that have least of it, in three colours
-NOISE_GAIN = (KEPT_NOISE * (1 - BINOMIAL[2, 2]) ** 2 + BINOMIAL.square().sum() - BINOMIAL[2, 2] ** 2).sqrt().item()
+ROW = BINOMIAL.sum(1)  # B is its outer product
+_CENTRE, REACH = BINOMIAL.max(), len(ROW) // 2
+NOISE_GAIN = (KEPT_NOISE * (1 - _CENTRE) ** 2 + BINOMIAL.square().sum() - _CENTRE**2).sqrt().item()
 CHUNK = 8  # pictures at a time, the last ones filled up: beside others a picture's figures have other bits
 
 
@@ -98,10 +100,11 @@ def _within(boxes: list[Box], size: tuple[int, ...]) -> Tensor:
 def _measure(sources: Tensor, pictures: Tensor, untouched: Tensor) -> Tensor:
     """`measure_drift` of a few pictures."""
     pictures = pictures.float()
-    mask = untouched[:, None].float()
-    is_inner = 1 - conv2d(1 - mask, mask.new_ones(1, 1, 5, 5), padding=2).clamp(max=1)  # no neighbour was touched
+    mask, sources = untouched[:, None].float(), sources.float()
+    is_inner = 1 - _filter(1 - mask, torch.ones_like(ROW)).clamp(max=1)  # no neighbour was touched
+    luma = torch.einsum("c,nchw->nhw", LUMA.to(pictures), pictures)[:, None]
     x, detail, edit, edit_detail, masks = _sample(
-        sources.float(), _detail(sources.float()), pictures, _detail(pictures),
+        sources, sources - _filter(sources, ROW), pictures, luma - _filter(luma, ROW),
         torch.cat([mask, is_inner], dim=1),
     )  # fmt: skip
     weight, inner = masks.unbind(1)  # (N, M)
@@ -111,7 +114,7 @@ def _measure(sources: Tensor, pictures: Tensor, untouched: Tensor) -> Tensor:
         kept = _keep_best(missed, weight)
         drift, missed = _fit(x, detail, edit, kept)
     weight = kept * inner
-    grain = _grain(_luma(detail), _luma(edit_detail), weight).masked_fill(weight.sum(1) < MIN_PIXELS, torch.nan)
+    grain = _grain(_luma(detail), edit_detail[:, 0], weight).masked_fill(weight.sum(1) < MIN_PIXELS, torch.nan)
     drift = torch.cat([drift, grain[:, None]], dim=1).clamp(-1, 1)
     return drift.masked_fill(~(is_known & pictures.flatten(1).isfinite().all(1))[:, None], torch.nan)
 
@@ -125,10 +128,12 @@ def _sample(*values: Tensor) -> Iterator[Tensor]:
         yield value.flatten(2)[..., stride // 2 :: stride].contiguous()
 
 
-def _detail(pictures: Tensor) -> Tensor:
-    """Compute x - B x of pictures (N, 3, H, W)."""
-    kernel = BINOMIAL.to(pictures).expand(3, 1, 5, 5)
-    return pictures - conv2d(pad(pictures, (2, 2, 2, 2), mode="replicate"), kernel, groups=3)
+def _filter(pictures: Tensor, row: Tensor) -> Tensor:
+    """Filter pictures (N, C, H, W) by a row of weights, along the rows and along the columns."""
+    row, channels = row.to(pictures), pictures.shape[1]
+    across, down = (row.view(1, 1, *shape).expand(channels, 1, *shape) for shape in ((1, len(row)), (len(row), 1)))
+    padded = pad(pictures, (REACH,) * 4, mode="replicate")
+    return conv2d(conv2d(padded, across, groups=channels), down, groups=channels)
 
 
 def _luma(pixels: Tensor) -> Tensor:
