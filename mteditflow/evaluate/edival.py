@@ -184,4 +184,4 @@ def _interval(samples: Floats, digits: int = 2) -> list[float | None] | None:
 
 
 def _round(value: float, digits: int = 2) -> float | None:
-    return None if np.isnan(value) else round(float(value), digits)
+    return None if np.isnan(value) else round(float(value), digits) + 0.0  # no -0.0
