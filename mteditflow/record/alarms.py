@@ -63,14 +63,19 @@ def is_unedited(before: Tensor, after: Tensor) -> Tensor:
     return change.flatten(1).amax(1) <= NO_EDIT
 
 
-def rollout_figures(rollout: Rollout, scores: Scores, ranks: Ranks) -> dict[str, float]:
-    """Measure the finite pictures of all ranks' trajectories, and the consistency that is scored. scores: of all."""
+def _measure(rollout: Rollout) -> Tensor:
+    """Measure the drift of every turn, say which are unedited, and whether all pictures are finite: (N, 7 K + 1)."""
     pictures = [rollout.sources, *(turn.image.to(rollout.sources) for turn in rollout.turns)]
     is_finite = torch.stack([picture.flatten(1).isfinite().all(1) for picture in pictures]).all(0)
     unedited = torch.stack([is_unedited(before, after) for before, after in pairwise(pictures)], dim=1)  # (N, K)
-    drift = measure_rollout(rollout)  # (N, K, 6)
-    rows = ranks.gather(torch.cat([drift.flatten(1), unedited, is_finite[:, None]], dim=1))
-    drift, unedited = rows[rows[:, -1] > 0][:, :-1].split([drift[0].numel(), unedited.shape[1]], dim=1)
+    return torch.cat([measure_rollout(rollout).flatten(1), unedited, is_finite[:, None]], dim=1)
+
+
+def rollout_figures(rollout: Rollout, scores: Scores, ranks: Ranks) -> dict[str, float]:
+    """Measure the finite pictures of all ranks' trajectories, and the consistency that is scored. scores: of all."""
+    rows = ranks.gather(_measure(rollout))
+    num_turns = rows.shape[1] // (len(KINDS) + 1)
+    drift, unedited, _ = rows[rows[:, -1] > 0].split([len(KINDS) * num_turns, num_turns, 1], dim=1)
     values = dict(_drift_figures(drift.unflatten(1, (-1, len(KINDS)))))
     values["alarm/no_edit_share"] = unedited.mean().item()
     if "consistency" in scores.rewards:
