@@ -16,6 +16,7 @@ from mteditflow.config import Config
 from mteditflow.config.reward import RewardConfig
 from mteditflow.data import held_out_tasks
 from mteditflow.distributed import Ranks
+from mteditflow.evaluate.comparison_page import terminal_table
 from mteditflow.evaluate.edival import Evaluation, compare, summary
 from mteditflow.evaluate.exposure import evaluate_editor, num_sessions, true_input_tasks
 from mteditflow.evaluate.held_out import evaluate, is_comparable, load_verdicts, part_folder, save_verdicts
@@ -163,6 +164,8 @@ def test_figures_by_hand() -> None:
     assert 0 <= low < 50 < high <= 100
     after = evaluation([[1, 1], [1, 1], [1, 1], [1, 0]], [[1, 1], [1, 1], [1, float("nan")], [1, 0]])
     assert summary(after)["turns"][1]["MT_true"] == 66.67 and summary(after)["turns"][1]["compounding"] == 0
+    caption = terminal_table({"base": summary(before)}, {}).caption
+    assert isinstance(caption, str) and caption.startswith("base, turn 2: 75.0 % on true inputs, 50.0 [")
     change = compare(before, after)["turns"][1]
     assert change["compounding_change"] == pytest.approx(-33.33) and change["cast_size_change"] == 0
     assert before.drift is not None

@@ -69,7 +69,9 @@ def _note(metric: str, report: dict[str, Any]) -> str:
 
 
 def terminal_table(reports: Reports, gains: Reports) -> Table:
-    """Make a table of the metrics of every editor, and its gains over the first, at turns 1, 2, 3 and the last."""
+    """Make a table of the metrics of every editor, and its gains over the first, at turns 1, 2, 3 and the last; below
+    it what compounds, where that was evaluated.
+    """
     first = next(iter(reports))
     num_turns = len(reports[first]["turns"])
     title = f"{reports[first]['num_sessions']} held-out sessions, percent [95 % interval]"
@@ -87,6 +89,12 @@ def terminal_table(reports: Reports, gains: Reports) -> Table:
                     "", "gain", *(str(figure(gains[name]["turns"][n], f"{metric}_gain")) for metric in METRICS)
                 )
         table.add_section()
+    lasts = {name: report["turns"][-1] for name, report in reports.items() if report.get("true_inputs")}
+    table.caption = "\n".join(
+        f"{name}, turn {num_turns}: {figure(last, 'MT_true').value} % on true inputs, "
+        f"{figure(last, 'compounding')} points more than on its own output"
+        for name, last in lasts.items()
+    )
     return table
 
 
