@@ -116,7 +116,8 @@ def test_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def load_dataset(name: str, split: str) -> datasets.Dataset:
         calls.append((name, split))
-        return datasets.Dataset.from_dict({"image": [str(photo("chelsea.png"))], "prompt": ["Add a hat"]})
+        picture = {"bytes": photo("chelsea.png").read_bytes(), "path": None}
+        return datasets.Dataset.from_dict({"image": [picture], "prompt": ["Add a hat"]})
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     for name in ("someone/edits", "someone/edits:test"):

@@ -194,7 +194,7 @@ def test_coco_to_sessions_that_can_be_read(coco: Path, capsys: pytest.CaptureFix
     said = capsys.readouterr().out
     assert "6 sessions of 4 turns" in said and "2 images left out: no object that can be edited" in said
     assert "1 images left out: no such file" in said and "of another size than its entry says" in said
-    sessions = read_sessions(str(coco / "out" / "a.jsonl"))
+    sessions = read_sessions(str(coco / "out" / "a.jsonl"), str(coco))
     assert sessions.faults == [] and sessions.unused == () and len(sessions.found) == 6
     assert {len(it.instructions) for it in sessions.found} == {4} == {len(it.untouched) for it in sessions.found}
     assert {it.file.resolve() for it in sessions.found if it.file} == {
@@ -207,7 +207,7 @@ def test_coco_to_sessions_that_can_be_read(coco: Path, capsys: pytest.CaptureFix
         {"name": "spoon", "box": [0.66667, 0.2, 0.96667, 0.8]},
         {"name": "spoon", "box": [0.01667, 0.2, 0.1, 0.8]},
     ]
-    assert main(["check", str(coco / "out" / "a.jsonl")]) == 0
+    assert main(["check", str(coco / "out" / "a.jsonl"), "--allowed_folder", str(coco)]) == 0
 
 
 def test_the_same_seed_gives_the_same_sessions_whatever_else_is_there(coco: Path) -> None:

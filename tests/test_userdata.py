@@ -20,7 +20,7 @@ from mteditflow.config import Config, DataConfig, EvaluationConfig, ModelConfig,
 from mteditflow.config.command import check, train
 from mteditflow.data import check_data, held_out_tasks, training_tasks
 from mteditflow.data.images import fit_picture, read_picture
-from mteditflow.data.userdata import is_held_out_image
+from mteditflow.data.userdata import held_out_images, is_held_out_image
 from mteditflow.distributed import Ranks
 from mteditflow.record.metrics import read_lines
 from mteditflow.reward.exact import ExactInstruction
@@ -59,7 +59,7 @@ def first(tasks: list[EditTask]) -> list[str]:
 
 
 RECORDS = [record(name, i) for i in range(3) for name in PHOTOS]
-HELD_OUT = {name for name in PHOTOS if is_held_out_image(f"photos/{name}", SHARE)}
+HELD_OUT = {Path(name).name for name in held_out_images((f"photos/{name}" for name in PHOTOS), SHARE)}
 
 
 def test_a_task_is_the_picture_and_its_instructions(make: Callable[..., Config]) -> None:
