@@ -125,9 +125,7 @@ def test_colours_of_16_bits() -> None:
     flower[0, 0] = 255
     assert np.abs(pixels(read_picture(png_of_16_bits(flower * 257))) - flower).max() == 0
     for bits in (8, 12, 14):
-        with pytest.raises(
-            ValueError, match="has 16 bits for a colour and uses at most 14 of them"
-        ):
+        with pytest.raises(ValueError, match="has 16 bits for a colour and uses at most 14 of them"):
             read_picture(png_of_16_bits(flower * (2**bits - 1) // 255))
 
 

@@ -56,11 +56,11 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
     "subject_replace": ("Replace {old} with {new}", "Swap {old} for {new}", "Turn {old} into {new}"),
     "color_alter": ("Change the color of {old} to {value}", "Make {old} {value}", "Paint {old} {value}"),
     "material_alter": ("Change the material of {old} to {value}", "Make {old} look as if made of {value}"),
-    "position_change": ("Move {old} {place}", "Change the position of {old} to {place}"),
+    "position_change": ("Move {old} {place}", "Put {old} {place}"),
     "count_change": ("Change the number of {plural} to {value}", "Show {value} {plural} in all"),
     "background_change": (
         "Change the background to {value}, keep {kept} unchanged",
-        "Set the scene in {value} and leave {kept} as before",
+        "Replace the background with {value} and leave {kept} as before",
     ),
     "text_change": ("Replace the text '{old}' with '{value}'", "Change the text '{old}' to '{value}'"),
 }
