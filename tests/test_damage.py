@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,11 +102,10 @@ def run_all(path: Path, num_images: int) -> tuple[set[str], set[str]]:
         function.cache_clear()
     config = Config(
         data=DataConfig(path=str(path), num_turns=1, held_out_share=0.3), rollout=RolloutConfig(num_tasks=2),
-        evaluation=EvaluationConfig(num_sessions=1, num_sessions_short=1, num_strips=1),
+        evaluation=EvaluationConfig(num_sessions=2, num_sessions_short=1, num_strips=1),
     )  # fmt: skip
     check_data(config, is_speaking=False)
     held_out = userdata.held_out_source(config.data, config.num_held_out_turns)
-    config = replace(config, evaluation=replace(config.evaluation, num_sessions=1))
     seen = {task.instructions[0] for task in held_out_tasks(config)}
     for session in held_out.sessions:
         task = held_out.task(session, 0, config)
@@ -293,7 +291,7 @@ def test_nothing_is_printed_that_a_terminal_acts_on(
     for function in (userdata.read_named, userdata.training_source, userdata.held_out_source):
         function.cache_clear()
     config = Config(data=DataConfig(path=str(path), num_turns=1), evaluation=EvaluationConfig(
-        num_sessions=1, num_sessions_short=1, num_strips=1))  # fmt: skip
+        num_sessions=2, num_sessions_short=1, num_strips=1))  # fmt: skip
     with pytest.raises(ValueError, match="held-out sessions"):
         check_data(config, is_speaking=True)
     with pytest.raises(SystemExit):
@@ -321,7 +319,7 @@ def test_the_split_of_few_images_is_balanced(folder: Path, capsys: pytest.Captur
     (folder / "a.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in RIGHT))
     config = Config(
         data=DataConfig(path=str(folder / "a.jsonl"), num_turns=1, held_out_share=0.3),
-        evaluation=EvaluationConfig(num_sessions=1, num_sessions_short=1, num_strips=1),
+        evaluation=EvaluationConfig(num_sessions=2, num_sessions_short=1, num_strips=1),
     )  # fmt: skip
     check_data(config, is_speaking=True)
     said = capsys.readouterr().err

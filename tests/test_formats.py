@@ -12,8 +12,9 @@ import pytest
 from photos import PHOTOS, copy_photos, photo
 
 from mteditflow.config.command import data as main
-from mteditflow.data.formats import EDIVAL_COLUMNS, read_sessions
+from mteditflow.data.formats import read_sessions
 from mteditflow.data.images import read_picture
+from mteditflow.data.published import EDIVAL_COLUMNS
 from mteditflow.data.sessions import Sessions
 from mteditflow.types import Region
 

@@ -159,6 +159,13 @@ def test_pictures_of_phones(tmp_path: Path) -> None:
         read_picture(b"\0\0\0\x18ftypmp42" + b"\0" * 100)
 
 
+def test_heic(tmp_path: Path) -> None:
+    heif = pytest.importorskip("pillow_heif", reason="of the extra `data`, not of `test`")
+    flower = Image.open(photo("flower.jpg")).convert("RGB").resize((96, 64))
+    heif.from_pillow(flower).save(tmp_path / "a.heic", quality=95)
+    assert np.abs(pixels(read_picture(tmp_path / "a.heic")) - pixels(flower)).mean() < 4  # of lossy compression
+
+
 def test_damage_is_one_line(tmp_path: Path) -> None:
     whole = photo("china.jpg").read_bytes()
     cases = {

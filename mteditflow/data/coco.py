@@ -26,7 +26,7 @@ import yaml
 
 from mteditflow.config.errors import suggest
 from mteditflow.config.ranges import require
-from mteditflow.data.generate import TEMPLATES, Thing, Words, generate, untouched_regions
+from mteditflow.data.generate import SHARES, Thing, Words, generate, untouched_regions
 from mteditflow.data.images import SUFFIXES, is_turned, read_size
 from mteditflow.data.rows import csv_body
 from mteditflow.data.sessions import Folder, check_text, digest
@@ -161,7 +161,7 @@ def _make_lines(
     """Draw the sessions of the entries, a line each; count what they ask for."""
     lines, edit_types, folder = list[str](), Counter[str](), os.path.realpath(Path(order.out).parent)
     for entry in entries:
-        path = Path(os.path.relpath(order.folder.find(entry.name)[1], folder)).as_posix()
+        path = Path(os.path.relpath(order.folder.file(entry.name), folder)).as_posix()
         for copy in range(order.per_image):
             record = make_record(path, entry.things, order.turns, Random(f"{order.seed}/{entry.name}/{copy}"), words)
             if len(record["instructions"]) < order.turns:
@@ -208,7 +208,7 @@ def read_words(path: str, edit_types: str) -> Words:
 
 def _read_shares(text: str) -> dict[str, float]:
     """Read the edit types that are drawn, and how often relative to each other."""
-    shares = dict.fromkeys(TEMPLATES, 0.0 if text else 1.0)
+    shares = dict.fromkeys(SHARES, 0.0) if text else dict(SHARES)
     for part in filter(None, text.split(",")):
         name, _, share = part.strip().partition("=")
         require(name in shares, "--edit_types", name, suggest(name, list(shares)))
@@ -245,7 +245,7 @@ def _reason_to_skip(entry: Entry, folder: Folder) -> str:
         return "no object that can be edited"
     try:
         check_text(entry.name, "file_name")
-        file = folder.find(entry.name)[1]
+        file = folder.file(entry.name)
         if entry.size is None:
             return "turned by its EXIF data, and whether its boxes are is not known" if is_turned(file) else ""
         return "" if read_size(file) == entry.size else "the file is of another size than its entry says"

@@ -129,11 +129,11 @@ def _read_records(rows: Iterable[tuple[str, Read]], folder: Folder, image_fields
 
     def parse(place: str, record: Mapping[str, Any]) -> Entry:
         unused[place] = find_unused([name for name in record if name not in image_fields[1:]], "field")
-        return record, *folder.find(image_name(record, image_fields))
+        return record, partial(folder.find, image_name(record, image_fields))
 
     def parse_turns(rows: list[Row]) -> Entry:
         record, first = turn_record(rows)
-        return record, *folder.find(image_name(first, ("source_img",)))
+        return record, partial(folder.find, image_name(first, ("source_img",)))
 
     turns, pico, others = list[Row](), list[Row](), list[Row]()
     for row in records:
@@ -202,7 +202,7 @@ def _read_texts(path: Path, names: list[Path], folder: Folder) -> Sessions:
             raise RowError("line", f"{text.name} is not text in UTF-8") from None
         except OSError as error:
             raise RowError("line", f"{text.name} cannot be read: {error.strerror}") from None
-        return {"instructions": [line for line in lines if line.strip()]}, *folder.find(str(image))
+        return {"instructions": [line for line in lines if line.strip()]}, partial(folder.find, str(image))
 
     def miss(others: list[Path]) -> Entry:
         remedy = "save it as PNG or JPEG"

@@ -64,6 +64,7 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
     ),
     "text_change": ("Replace the text '{old}' with '{value}'", "Change the text '{old}' to '{value}'"),
 }
+SHARES = dict.fromkeys(TEMPLATES, 1.0) | {"position_change": 1.5}  # which can be asked for least often
 TO_ONE = ("Change the number of {plural} to 1", "Show only one {name}", "Leave only one {name}")
 FIRST_TEXT = ("Add the text '{value}' to the image", "Write '{value}' on the image")  # where there is none to change
 SOMEWHERE = ("Add {new} to the image", "Put {new} somewhere in the image")  # where there is nothing to put it next to
@@ -78,7 +79,7 @@ class Words:
     materials: tuple[str, ...] = MATERIALS
     backgrounds: tuple[str, ...] = BACKGROUNDS
     texts: tuple[str, ...] = TEXTS
-    shares: Mapping[str, float] = field(default_factory=lambda: dict.fromkeys(TEMPLATES, 1.0))
+    shares: Mapping[str, float] = field(default_factory=lambda: dict(SHARES))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from mteditflow.data.rows import csv_rows
 from mteditflow.data.sessions import (
     Entry,
     Folder,
+    Located,
     RowError,
     Sessions,
     check_text,
@@ -85,17 +86,20 @@ def pico_entries(rows: list[Row], folder: Folder) -> Iterator[tuple[str, partial
     addresses = {pico_source(record) for _, record in rows}
     ids = _open_images_ids(folder.root / files[OPEN_IMAGES_URLS], addresses) if OPEN_IMAGES_URLS in files else {}
 
-    def parse(record: Mapping[str, Any]) -> Entry:
+    def locate(record: Mapping[str, Any]) -> Located:
         address, local = pico_source(record), record.get(PICO_LOCAL)
         names = [local] if isinstance(local, str) and local else []
-        if names and os.path.isfile(folder.root / check_text(local, PICO_LOCAL)):
-            return _pico_fields(record), *folder.find(local)
+        if names and os.path.isfile(folder.root / check_text(names[0], PICO_LOCAL)):
+            return folder.find(names[0])
         names = [PurePosixPath(name).name for name in (*names, unquote(urlsplit(address).path)) if name]
         names += [f"{ids[address]}.jpg"] if address in ids else []
         found = next((files[name] for name in names if name in files), None)
         if found is None:
             raise RowError("image", f"no picture of {shorten(address, 200)} in {folder.root}: download it to there")
-        return _pico_fields(record), *folder.find(found)
+        return folder.find(found)
+
+    def parse(record: Mapping[str, Any]) -> Entry:
+        return {"instructions": record[PICO_PROMPTS]}, partial(locate, record)
 
     return ((place, partial(parse, record)) for place, record in rows)
 
@@ -106,10 +110,6 @@ def pico_source(record: Mapping[str, Any]) -> str:
     named = [file for file in files if isinstance(file, Mapping)] if isinstance(files, list) else []
     found = [file.get("url") for file in named if file.get("id") == PICO_SOURCE]
     return found[0] if found and isinstance(found[0], str) else ""
-
-
-def _pico_fields(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {"instructions": record[PICO_PROMPTS]}
 
 
 def _open_images_ids(path: Path, addresses: set[str]) -> dict[str, str]:
@@ -139,7 +139,7 @@ def read_edival(path: Path, folder: Folder) -> Sessions:
         by_image.setdefault(index, []).append(row)
 
     def parse(index: str) -> Entry:
-        return _edival_record(by_image[index]), *_edival_image(folder, index)
+        return _edival_record(by_image[index]), partial(_edival_image, folder, index)
 
     sessions = make_sessions(((places[index], partial(parse, index)) for index in by_image), faults)
     return replace(sessions, unused=tuple(sorted(set(columns) - set(EDIVAL_COLUMNS))))
@@ -176,11 +176,11 @@ def _last(value: Any) -> Any:
     return value[-1] if isinstance(value, list) and value else value
 
 
-def _edival_image(folder: Folder, index: str) -> tuple[str, Path]:
+def _edival_image(folder: Folder, index: str) -> Located:
     """Find the picture of an image_index by the names that EdiVal's code looks for; RowError where none is there."""
     check_text(index, "image_index")
     names = [f"{index}{stem}{suffix}" for stem in ("_input_raw", "") for suffix in SUFFIXES]
     paths = (f"{sub}/{name}" for sub in EDIVAL_FOLDERS for name in names)
     missing = f"{EDIVAL_FOLDERS[1]}/{index}_input_raw.jpg"
-    _, file = folder.find(next((path for path in paths if os.path.isfile(folder.root / path)), missing))
+    file = folder.file(next((path for path in paths if os.path.isfile(folder.root / path)), missing))
     return file.name, file

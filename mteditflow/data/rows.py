@@ -71,8 +71,12 @@ def _parse(line: str) -> dict[str, Any]:
     """Read a line as a JSON object. RowError where it is none that can be read."""
     try:
         record = json.loads(line, object_pairs_hook=_once)
+    except RowError:
+        raise
     except json.JSONDecodeError as error:
         raise RowError("line", f"is not JSON: {error.msg}") from None
+    except ValueError:  # Python's limit
+        raise RowError("line", "has a number of more digits than can be read") from None
     except RecursionError:
         raise RowError("line", "is not JSON that can be read: nested too deeply") from None
     if not isinstance(record, dict):
@@ -81,11 +85,11 @@ def _parse(line: str) -> dict[str, Any]:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make an object of its fields. ValueError where one is given twice."""
+    """Make an object of its fields. RowError where one is given twice."""
     record = dict(pairs)
     if len(record) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"has {next(name for name in names if names.count(name) > 1)} twice: give it once")
+        raise RowError("fields", f"has {next(name for name in names if names.count(name) > 1)} twice: give it once")
     return record
 
 

@@ -32,8 +32,10 @@ Picture = Path | Callable[[], Path | bytes]
 """A file, or what reads the picture inside a table."""
 R = TypeVar("R")
 Kind = Literal["line", "fields", "image", "path"]
-Entry = tuple[Mapping[str, Any], str, Picture]
-"""A record, the image's name, and the image."""
+Located = tuple[str, Picture]
+"""An image's name, and the image."""
+Entry = tuple[Mapping[str, Any], Callable[[], Located]]
+"""A record, and what finds its image. ValueError where it is not there."""
 
 
 class RowError(ValueError):
@@ -53,10 +55,14 @@ class Folder:
     root: Path
     allowed: Path
 
-    def find(self, name: str) -> tuple[str, Path]:
-        """Find the picture that a row names: its name, which is one however it is spelt, and its file.
+    def find(self, name: str) -> Located:
+        """Find the picture that a row names: its name, which is one however it is spelt, and its file, as `file`."""
+        file = self.file(name)
+        return unicodedata.normalize("NFC", Path(os.path.relpath(file, self.root)).as_posix()), file
 
-        RowError where it is not there, or leaves the folder, by `..`, from the root of the machine, or by a link.
+    def file(self, name: str) -> Path:
+        """Find a picture's file. RowError where it is not there, or leaves the folder, by `..`, from the root of the
+        machine, or by a link.
         """
         if "://" in name:
             raise RowError("image", f"{shorten(name)} is an address: download the picture, and name its file")
@@ -67,7 +73,7 @@ class Folder:
             )
         if not os.path.isfile(file):  # False, too, of a name that is too long
             raise RowError("image", f"no such file: {shorten(str(file), 200)}")
-        return unicodedata.normalize("NFC", Path(os.path.relpath(file, self.root)).as_posix()), file
+        return file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +166,7 @@ def shorten(value: object, length: int = SHOWN_LETTERS) -> str:
     return text if len(text) <= length else f"{text[:length]}... ({len(text):,} letters)"
 
 
-def make_session(place: str, record: Mapping[str, Any], image: str, picture: Picture) -> UserSession:
+def make_session(place: str, record: Mapping[str, Any], locate: Callable[[], Located]) -> UserSession:
     """Make a session of the fields of a record. ValueError: which field is wrong, and what it should be."""
     fields = {name: value for name, value in record.items() if value is not None}
     if ("instructions" in fields) == ("prompt" in fields):
@@ -180,6 +186,7 @@ def make_session(place: str, record: Mapping[str, Any], image: str, picture: Pic
     if "untouched_objects" in fields and not is_one_each:
         raise ValueError(f"untouched_objects must be {num_turns} lists, one for each instruction")
     untouched = tuple(tuple(_region(value, "untouched_objects", objects) for value in turn) for turn in turns)
+    image, picture = locate()
     return UserSession(
         place=place, image=image, picture=picture, instructions=instructions, edit_types=edit_types, objects=objects,
         untouched=untouched,

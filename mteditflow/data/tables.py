@@ -117,8 +117,9 @@ def _read_table(table: Any, name: str, folder: Folder | None) -> Sessions:
 
     def entry(record: Mapping[str, Any], row: Mapping[str, Any], called: str) -> Entry:
         if is_path:
-            return record, *folders[0].find(image_name(row, (image,)))
-        return record, called, partial(_picture_of, pictures, image, row[ROW], folders)
+            return record, partial(folders[0].find, image_name(row, (image,)))
+        picture = partial(_picture_of, pictures, image, row[ROW], folders)
+        return record, lambda: (called, picture)
 
     def parse(read: Callable[[], Mapping[str, Any]]) -> Entry:
         record = read()
@@ -171,7 +172,7 @@ def _picture_of(table: Any, column: str, number: int, folders: Sequence[Folder])
         return image["bytes"]
     for folder in folders[:-1]:
         try:
-            return folder.find(image["path"])[1]
+            return folder.file(image["path"])
         except ValueError:
             continue
-    return folders[-1].find(image["path"])[1]
+    return folders[-1].file(image["path"])
