@@ -101,7 +101,7 @@ def run_all(path: Path, num_images: int) -> tuple[set[str], set[str]]:
     for function in (userdata.read_named, userdata.training_source, userdata.held_out_source):
         function.cache_clear()
     config = Config(
-        data=DataConfig(path=str(path), num_turns=1, held_out_share=0.3), rollout=RolloutConfig(num_tasks=2),
+        data=DataConfig(path=str(path), num_turns=1, held_out_share=0.5), rollout=RolloutConfig(num_tasks=2),
         evaluation=EvaluationConfig(num_sessions=2, num_sessions_short=1, num_strips=1),
     )  # fmt: skip
     check_data(config, is_speaking=False)
