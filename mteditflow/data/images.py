@@ -67,7 +67,7 @@ def is_turned(source: Path | bytes) -> bool:
 def read_picture(source: Path | bytes) -> Image.Image:
     """Read a picture as 8-bit sRGB, as it is meant to be seen. ValueError in one line where it cannot be read."""
     with _open(source) as picture:
-        stored = str(picture.tile)
+        stored = str(getattr(picture, "tile", ""))
         picture.load()
         _check_depth(picture, stored)
         return to_rgb(ImageOps.exif_transpose(picture))
@@ -163,7 +163,7 @@ def _check_depth(picture: Image.Image, stored: str) -> None:
     if ";16" not in stored or picture.mode not in ("RGB", "RGBA", "LA"):
         return
     bands = picture.getbands()[: -1 if picture.mode.endswith("A") else None]
-    brightest = max(picture.getchannel(band).getextrema()[1] for band in bands)
+    brightest = max(np.asarray(picture.getchannel(band)).max() for band in bands)
     if brightest <= DARK:
         raise PictureError("has 16 bits for a colour and uses at most 14 of them: save it with 8 bits")
 

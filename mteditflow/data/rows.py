@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from mteditflow.data.sessions import FIELDS, RowError
 
@@ -22,11 +22,11 @@ Read = Callable[[], dict[str, Any]]
 
 
 @contextmanager
-def _open(path: Path) -> Iterator[IO[bytes]]:
+def _open(path: Path) -> Iterator[gzip.GzipFile | io.BufferedReader]:
     """Open a file, gzipped or not. ValueError where it is text of a computer that writes two bytes a letter."""
     with gzip.open(path) if path.suffix.lower() == GZIP else path.open("rb") as file:
         try:
-            head = file.peek(2)[:2]  # pyright: ignore[reportAttributeAccessIssue]  # both are buffered
+            head = file.peek(2)[:2]
         except CUT as error:
             raise ValueError(f"cannot be read ({' '.join(str(error).split())}): give a file that can") from None
         if head in UTF_16:
