@@ -44,7 +44,7 @@ EXPECTED = {
 
 def magicbrush(turns: list[tuple[Any, Any, str, Any]]) -> datasets.Dataset:
     """A table with the columns and types of the hub's osunlp/MagicBrush."""
-    files = [str(photo(name)) for *_, name, _ in turns]
+    files = [{"bytes": photo(name).read_bytes(), "path": name} for *_, name, _ in turns]  # as on the hub
     columns = {
         "img_id": [it[0] for it in turns], "turn_index": [it[1] for it in turns], "source_img": files,
         "mask_img": files, "instruction": [it[3] for it in turns], "target_img": files,
