@@ -18,7 +18,7 @@ from rich.console import Console
 from mteditflow.config import Config
 from mteditflow.config.cli import to_yaml
 from mteditflow.config.rubric import read_rubric
-from mteditflow.data import check_data, held_out_tasks, training_tasks
+from mteditflow.data import all_instructions, check_data, held_out_tasks, training_tasks
 from mteditflow.distributed import Ranks
 from mteditflow.evaluate.comparison_page import final_table
 from mteditflow.evaluate.edival import Evaluation, point_metrics
@@ -141,9 +141,18 @@ class Run:
             )
         if is_slow_in_bfloat16(self.policy.device) and self.policy.dtype == torch.bfloat16:
             self.reporter.say(f"model.base {config.model.base!r} computes in bfloat16, slowly here: float32 is faster")
-        for line in lines:
+        for line in [*lines, *self._cut()]:
             self.reporter.say(line)
         self._say_graphs("at the start")
+
+    def _cut(self) -> list[str]:
+        """Say how many instructions of a user's data are longer than the text encoder reads."""
+        texts, limit = all_instructions(self.config), self.config.model.max_text_tokens
+        num = sum(map(self.policy.editor.is_cut, texts))
+        cut = (
+            f"{num} of {len(texts)} instructions are longer than model.max_text_tokens {limit}: their ends are not read"
+        )
+        return [cut] if num else []
 
     def _say(self, line: str) -> None:
         """Print a line for the user, on the main rank."""
@@ -283,7 +292,7 @@ class Run:
             self.reporter.close()
             console = Console()
             console.print(final_table(self.folder))
-            console.print(f"report: {report}", soft_wrap=True, highlight=False)
+            console.print(f"report: {report}", soft_wrap=True, highlight=False, markup=False)
             console.print(f"use it: {use}", soft_wrap=True, highlight=False, markup=False)
         self.ranks.barrier()
 
