@@ -48,11 +48,11 @@ from mteditflow.record.metrics import FILE, Reporter, read_lines
 from mteditflow.report.run_report import write_report
 from mteditflow.report.seen import Seen, choose_of_all, save_seen
 from mteditflow.report.strips import save_strips
-from mteditflow.reward import build_reward, check_judge, is_trained_by_group
+from mteditflow.reward import Judged, build_reward, check_judge, is_trained_by_group
 from mteditflow.reward.overlap import Overlap, efficiency
 from mteditflow.transformer.compiled import count_graphs
 from mteditflow.transformer.sharded import make_mesh
-from mteditflow.types import Rollout, Scores
+from mteditflow.types import Rollout
 
 
 class Run:
@@ -196,10 +196,10 @@ class Run:
         finally:
             self._stack.close()
 
-    def record(self, iteration: int, values: dict[str, float], rollout: Rollout, scores: Scores) -> None:
+    def record(self, iteration: int, values: dict[str, float], rollout: Rollout, scored: Judged) -> None:
         """The end of an iteration: metrics, what the judge saw, evaluation, checkpoint, which comes last."""
-        config, done, judged = self.config, iteration + 1, self.judge.read()
-        values = values | alarms.rollout_figures(rollout, scores, self.ranks)
+        config, done, judged, scores = self.config, iteration + 1, self.judge.read(), scored.scores
+        values = values | alarms.rollout_figures(rollout, scores, self.ranks, scored.group, scored.advantages)
         values |= {"update/learning_rate": self.optimizer.param_groups[0]["lr"]}
         chosen = choose_of_all(rollout, scores, config.run.num_judged, self.ranks)
         if values["reward/zero_spread_share"] == 1:
