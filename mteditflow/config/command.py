@@ -282,7 +282,7 @@ def pretrain(argv: Sequence[str]) -> int:
     add("--vae_batches", type=int, default=10_000, help="of 4 pictures")
     add("--decoder_batches", type=int, default=2500, help="of 4 pictures, in which the decoder alone is trained on")
     add("--num_pairs", type=int, default=48_000, help="clean single edits to learn from")
-    add("--edit_batches", type=int, default=5000, help="of the editor's training on them")
+    add("--edit_batches", type=int, default=6500, help="of the editor's training on them")
     add("--num_drifting", type=int, default=20_000, help="single edits of drifting chains to learn from")
     add("--drift_batches", type=int, default=600, help="of the editor's training on them")
     add("--batch_size", type=int, default=48, help="edits in one of them")
