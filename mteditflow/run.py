@@ -18,7 +18,7 @@ from rich.console import Console
 from mteditflow.config import Config
 from mteditflow.config.cli import to_yaml
 from mteditflow.config.rubric import read_rubric
-from mteditflow.data import check_data, held_out_tasks, training_tasks
+from mteditflow.data import all_instructions, check_data, held_out_tasks, training_tasks
 from mteditflow.distributed import Ranks
 from mteditflow.evaluate.comparison_page import final_table
 from mteditflow.evaluate.edival import Evaluation, point_metrics
@@ -48,11 +48,11 @@ from mteditflow.record.metrics import FILE, Reporter, read_lines
 from mteditflow.report.run_report import write_report
 from mteditflow.report.seen import Seen, choose_of_all, save_seen
 from mteditflow.report.strips import save_strips
-from mteditflow.reward import build_reward, check_judge, is_trained_by_group
+from mteditflow.reward import Judged, build_reward, check_judge, is_trained_by_group
 from mteditflow.reward.overlap import Overlap, efficiency
 from mteditflow.transformer.compiled import count_graphs
 from mteditflow.transformer.sharded import make_mesh
-from mteditflow.types import Rollout, Scores
+from mteditflow.types import Rollout
 
 
 class Run:
@@ -141,9 +141,18 @@ class Run:
             )
         if is_slow_in_bfloat16(self.policy.device) and self.policy.dtype == torch.bfloat16:
             self.reporter.say(f"model.base {config.model.base!r} computes in bfloat16, slowly here: float32 is faster")
-        for line in lines:
+        for line in [*lines, *self._cut()]:
             self.reporter.say(line)
         self._say_graphs("at the start")
+
+    def _cut(self) -> list[str]:
+        """Say how many instructions of a user's data are longer than the text encoder reads."""
+        texts, limit = all_instructions(self.config), self.config.model.max_text_tokens
+        num = sum(map(self.policy.editor.is_cut, texts))
+        cut = (
+            f"{num} of {len(texts)} instructions are longer than model.max_text_tokens {limit}: their ends are not read"
+        )
+        return [cut] if num else []
 
     def _say(self, line: str) -> None:
         """Print a line for the user, on the main rank."""
@@ -187,10 +196,10 @@ class Run:
         finally:
             self._stack.close()
 
-    def record(self, iteration: int, values: dict[str, float], rollout: Rollout, scores: Scores) -> None:
+    def record(self, iteration: int, values: dict[str, float], rollout: Rollout, scored: Judged) -> None:
         """The end of an iteration: metrics, what the judge saw, evaluation, checkpoint, which comes last."""
-        config, done, judged = self.config, iteration + 1, self.judge.read()
-        values = values | alarms.rollout_figures(rollout, scores, self.ranks)
+        config, done, judged, scores = self.config, iteration + 1, self.judge.read(), scored.scores
+        values = values | alarms.rollout_figures(rollout, scores, self.ranks, scored.group, scored.advantages)
         values |= {"update/learning_rate": self.optimizer.param_groups[0]["lr"]}
         chosen = choose_of_all(rollout, scores, config.run.num_judged, self.ranks)
         if values["reward/zero_spread_share"] == 1:
@@ -283,7 +292,7 @@ class Run:
             self.reporter.close()
             console = Console()
             console.print(final_table(self.folder))
-            console.print(f"report: {report}", soft_wrap=True, highlight=False)
+            console.print(f"report: {report}", soft_wrap=True, highlight=False, markup=False)
             console.print(f"use it: {use}", soft_wrap=True, highlight=False, markup=False)
         self.ranks.barrier()
 

@@ -25,6 +25,7 @@ NAMES = ("folder", "name", "num_gpus")  # say what they are by themselves
 JUDGE = "how a judge that serves others is asked"
 WITHOUT_USER = {
     "data.held_out_share": "docs/data.md sets it, for a data set of four images",
+    "data.allowed_folder": "where a user's pictures lie: docs/data.md",
     "rollout.hand_off": "ours: what a multi-turn editor hands on is a decision, not a constant",
     "rollout.cuda_graph": "the switch of a speed-up, which bench/ turns",
     "lora.is_full": "full fine-tuning, on the command line: docs/export.md",

@@ -171,4 +171,4 @@ def _present(subjects: list[Subject], out: Path, tasks: list[EditTask], console:
     strips = [draw_sessions(tasks, edits, [session]) for session in range(before.images.shape[1])]
     page = write_comparison(out, reports, gains, strips)
     console.print(terminal_table(reports, gains))
-    console.print(f"page: {page}", soft_wrap=True, highlight=False)
+    console.print(f"page: {page}", soft_wrap=True, highlight=False, markup=False)
