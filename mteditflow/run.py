@@ -8,8 +8,9 @@ fine-tuning)  report.html
 import os
 import sys
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from rich.console import Console
@@ -20,10 +21,9 @@ from mteditflow.config.rubric import read_rubric
 from mteditflow.data import all_instructions, check_data, held_out_tasks, training_tasks
 from mteditflow.distributed import Ranks
 from mteditflow.evaluate.comparison_page import final_table
-from mteditflow.evaluate.drift import measure_drift
 from mteditflow.evaluate.edival import Evaluation, point_metrics
+from mteditflow.evaluate.exposure import evaluate_editor, num_sessions
 from mteditflow.evaluate.held_out import (
-    evaluate,
     has_truth,
     is_comparable,
     load_evaluation,
@@ -40,18 +40,19 @@ from mteditflow.policy import AdapterName, build_policy
 from mteditflow.policy.optimizer import build_optimizer, load_optimizer, moments_like, optimizer_state
 from mteditflow.policy.pipelines import is_slow_in_bfloat16
 from mteditflow.profile.account import Account, step_seconds
+from mteditflow.profile.base_error import measure_base_error
 from mteditflow.record import alarms, checkpoint, ending
 from mteditflow.record.clock import phase
 from mteditflow.record.figures import METRICS
-from mteditflow.record.metrics import Reporter
+from mteditflow.record.metrics import FILE, Reporter, read_lines
 from mteditflow.report.run_report import write_report
 from mteditflow.report.seen import Seen, choose_of_all, save_seen
 from mteditflow.report.strips import save_strips
-from mteditflow.reward import build_reward, check_judge, is_trained_by_group
+from mteditflow.reward import Judged, build_reward, check_judge, is_trained_by_group
 from mteditflow.reward.overlap import Overlap, efficiency
 from mteditflow.transformer.compiled import count_graphs
 from mteditflow.transformer.sharded import make_mesh
-from mteditflow.types import Rollout, Scores
+from mteditflow.types import Rollout
 
 
 class Run:
@@ -66,7 +67,8 @@ class Run:
         self.folder = Path(config.run.folder)
         self._unsaved: tuple[int, checkpoint.State] | None = None  # iterations done, and a copy of the state after them
         self._warned: set[str] = set()
-        self.drift: dict[str, float] = {}  # of a quantised base, in the metrics of the first iteration
+        self._lines: list[dict[str, Any]] = []  # metrics of every iteration, on the main rank
+        self.base_error: dict[str, float] = {}  # of a quantised base, in the metrics of the first iteration
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
@@ -128,6 +130,7 @@ class Run:
         config = self.config
         self.reporter = Reporter(self.folder, iteration=self.first_iteration, num_iterations=config.run.num_iterations)
         stack.callback(self.reporter.close)
+        self._lines = read_lines(self.folder / FILE)
         (self.folder / "config.yaml").write_text(to_yaml(config))
         going_on = f", going on after iteration {self.first_iteration}" if is_resumed else ""
         self.reporter.say(f"{self.policy.adapters.num_modules} modules adapted, run folder {self.folder}{going_on}")
@@ -161,9 +164,9 @@ class Run:
         config = self.config
         self.tasks = held_out_tasks(config)
         if self.policy.originals:
-            drift = measure_drift(self.policy, self.objective, self.tasks[0], config)
-            self.drift = drift.figures
-            self._say(str(drift))
+            error = measure_base_error(self.policy, self.objective, self.tasks[0], config)
+            self.base_error = error.figures
+            self._say(str(error))
         before = self.ranks.from_main(load_evaluation(self.folder, "before") if self.ranks.is_main else None)
         if before is None or not is_comparable(before, config):
             before = kept_evaluation(
@@ -193,10 +196,10 @@ class Run:
         finally:
             self._stack.close()
 
-    def record(self, iteration: int, values: dict[str, float], rollout: Rollout, scores: Scores) -> None:
+    def record(self, iteration: int, values: dict[str, float], rollout: Rollout, scored: Judged) -> None:
         """The end of an iteration: metrics, what the judge saw, evaluation, checkpoint, which comes last."""
-        config, done, judged = self.config, iteration + 1, self.judge.read()
-        values = values | alarms.rollout_figures(rollout, scores, self.ranks)
+        config, done, judged, scores = self.config, iteration + 1, self.judge.read(), scored.scores
+        values = values | alarms.rollout_figures(rollout, scores, self.ranks, scored.group, scored.advantages)
         values |= {"update/learning_rate": self.optimizer.param_groups[0]["lr"]}
         chosen = choose_of_all(rollout, scores, config.run.num_judged, self.ranks)
         if values["reward/zero_spread_share"] == 1:
@@ -213,13 +216,15 @@ class Run:
     def _report(self, iteration: int, values: dict[str, float], judged: dict[str, float], chosen: list[Seen]) -> None:
         """Write and print the figures of an iteration."""
         config, done = self.config, iteration + 1
+        self._lines.append(values)
+        values = values | alarms.added_figures(self._lines)
         self._warn(alarms.find_alarms(values), values, done)
         self._say_graphs(f"iteration {done}")
-        drift = self.drift if iteration == 0 else {}
+        base_error = self.base_error if iteration == 0 else {}
         save_seen(self.folder, "training", iteration, config.reward.judge, chosen)
         account = self.account.read(values["update/num_transitions"] / self.ranks.world_size)  # of a rank
         judged["reward/overlap_efficiency"] = efficiency(judged, step_seconds(account))
-        self.reporter.write(iteration, values | drift | account | judged)
+        self.reporter.write(iteration, values | base_error | account | judged)
 
     def _warn(self, names: list[str], values: dict[str, float], done: int) -> None:
         """A line for each alarm that was not raised before in this process."""
@@ -249,8 +254,10 @@ class Run:
         """Evaluate after `done` iterations, on all ranks, and keep what the judge saw. A whole evaluation has a name,
         by which it goes on after a kill; a short one has none.
         """
-        config, is_main = self.config, self.ranks.is_main
-        tasks = self.tasks if name else self.tasks[: config.evaluation.num_sessions_short]
+        config, is_main, tasks = self.config, self.ranks.is_main, self.tasks
+        if not name:
+            tasks = tasks[: config.evaluation.num_sessions_short]
+            config = replace(config, evaluation=replace(config.evaluation, has_true_inputs=False))
         judge = "exact" if has_truth(tasks) else config.reward.judge
 
         def see(sessions: list[Seen]) -> None:
@@ -258,8 +265,10 @@ class Run:
                 save_seen(self.folder, "evaluation", done, judge, sessions)
 
         folder = self._parts(name, done) if name else None
-        with self.reporter.show_sessions(len(tasks)) if is_main else nullcontext(lambda _: None) as show:
-            return evaluate(
+        with (
+            self.reporter.show_sessions(num_sessions(tasks, config)) if is_main else nullcontext(lambda _: None) as show
+        ):
+            return evaluate_editor(
                 self.policy, tasks, config, adapter, self.ranks, self.judge,
                 see=see if config.run.num_judged else None, folder=folder, show=show,
             )  # fmt: skip

@@ -41,6 +41,7 @@ WITHOUT_USER = {
     "reward.overlap": "the switch of a speed-up, which `profile --overlap` and bench/ turn",
     "reward.green_sms": "goes with reward.overlap green, which a GPU and torch 2.12 decide",
     "reward.also": "a user's function: docs/judge.md",
+    "evaluation.has_true_inputs": "a diagnosis that doubles an evaluation, on the command line: README",
     "evaluation.num_strips": "must be at most num_sessions: lower in a run with few",
     "distributed.timeout_s": "how long the slowest rank may work alone: docs/scaling.md",
     "run.backend": "names the implementation where auto is not wanted",

@@ -187,6 +187,9 @@ class EvaluationConfig:
     """Sessions of the short evaluation."""
     num_strips: Count = 6
     """Fixed held-out sessions drawn as strips, base above current."""
+    has_true_inputs: bool = False
+    """Carry out every instruction after the first on its true input too, before and after training, to tell what
+    compounds on the editor's own output from instructions that are hard: K - 1 more turns a session. Ours."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
