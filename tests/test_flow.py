@@ -151,7 +151,7 @@ def test_the_range_of_a_window() -> None:
         # binomial(1000, 1/5): standard deviation 12.6; five of them
         assert abs(starts.count(start) - 1000 / 5) < 63
     assert set(starts) == set(range(5))
-    assert [window_steps(12, 2, "progressive", i, 3, 0, (3, 8)) for i in range(3)] == [(3, 4), (4, 5), (6, 7)]
+    assert [window_steps(12, 2, "progressive", i, 4, 0, (3, 8)) for i in range(4)] == [(3, 4), (4, 5), (5, 6), (6, 7)]
     assert {window_steps(12, 2, "random", i, 9, 0, (4, 6)) for i in range(20)} == {(4, 5)}
     for wrong in ((0, 12), (-1, 4), (3, 4), (6, 3)):
         with pytest.raises(ValueError, match="window_size is 2: must fit in steps"):

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+import yaml
 from export_parts import config_of, loaded, ours, stock, write_run
 from export_parts import refused as export_refused
 from lora_parts import Drawn, comfyui, draw_originals, kohya, save
@@ -22,6 +23,7 @@ from mteditflow.evaluate.held_out import load_evaluation
 from mteditflow.evaluate.lora_files import read_subject
 from mteditflow.policy import build_policy, read_lora, with_start
 from mteditflow.record.files import read_json
+from mteditflow.study.cells import read_study
 
 
 def small(*originals: str) -> dict[str, Drawn]:
@@ -123,6 +125,18 @@ def test_what_cannot_be_started_from_is_one_line(
         words = arguments(tmp_path / "run", lora__init_from=word, lora__is_full=str(is_full).lower())
         assert line in refused(capsys, words)
     assert not (tmp_path / "run").exists()
+
+
+def test_cells_of_a_study_start_alike(theirs: Path, tmp_path: Path) -> None:
+    """Their gains are over one evaluation before training."""
+    study = {"base": {}, "seeds": [0], "comparisons": {"start": {
+        "question": "From where?", "cells": {"new": {}, "theirs": {"lora.init_from": str(theirs)}}}}}  # fmt: skip
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(study))
+    with pytest.raises(
+        ValueError, match=r"lora\.init_from is '' and '.*somebody\.safetensors' in study .*: set it in base"
+    ):
+        read_study(path)
 
 
 # Exports

@@ -155,7 +155,7 @@ def parse_lora(word: str, model_path: str, shapes: Mapping[str, tuple[int, int]]
             f"({len(unknown)} of its {len(halves)} are not); set model.path to the editor it was trained on"
         )
     is_bare_peft = not settings and not alphas and all(key.startswith("base_model.model.") for key in tensors)
-    if is_bare_peft and all(flat(name) in names for name in map(_peft_name, halves)):
+    if is_bare_peft and all(_peft_name(stem) in shapes for stem in halves):
         raise ValueError(f"{path} has peft's keys, but no {PEFT_FILES[1]} beside it, which says alpha: put it there")
     for stem, (down, up) in halves.items():
         parts = _linears(stem, names)

@@ -97,6 +97,9 @@ def read_study(path: Path) -> list[Comparison]:
     if not found:
         raise ValueError(f"study {path} has no comparisons: write at least one")
     check_held_out({f"cell {cell.name!r}": cell.config for cell in cells.values()}, "set it in base, for all")
+    starts = sorted({cell.config.lora.init_from for cell in cells.values()})
+    if len(starts) > 1:  # what all gains are over would be another editor for some
+        raise ValueError(f"lora.init_from is {starts[0]!r} and {starts[1]!r} in study {path}: set it in base, for all")
     return found
 
 
