@@ -227,7 +227,7 @@ def test_what_cannot_be_read_is_one_line(tmp_path: Path) -> None:
     wrong = {
         "no part of a LoRA": good | {"lora_unet_img_in.weight": draw(2, 2)},
         "do not go together": {key: weight for key, weight in good.items() if key != down},
-        f"{STEM} do not go together": good | {down: draw(2, 32)},
+        f"{STEM} ({STEM}.alpha) do not go together": good | {down: draw(2, 32)},
         "NaN or infinity in": good | {down: good[down] * float("inf")},
         "of torch.int8: must be floating point": good | {down: good[down].to(torch.int8)},
         "it adapts lora_unet_nowhere.": good
@@ -236,7 +236,7 @@ def test_what_cannot_be_read_is_one_line(tmp_path: Path) -> None:
         "two changes of transformer_blocks.0.attn.to_q": good
         | {f"{Q}.lora_A.weight": good[down], f"{Q}.lora_B.weight": good[f"{STEM}.lora_up.weight"]},
         "holds no LoRA": {},
-        f"of {STEM}x do not go together": good | {f"{STEM}x.alpha": torch.tensor(1.0)},
+        f"of {STEM}x ({STEM}x.alpha) do not go together": good | {f"{STEM}x.alpha": torch.tensor(1.0)},
     }
     for line, file in wrong.items():
         with pytest.raises(ValueError) as caught:

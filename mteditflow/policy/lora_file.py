@@ -248,7 +248,8 @@ def _halves(path: Path, tensors: dict[str, Tensor]) -> tuple[dict[str, tuple[Ten
             )
     broken = [stem for stem, both in found.items() if len(both) < 2 or len(both[True]) != both[False].shape[1]]
     if broken := broken or [stem for stem in alphas if stem not in found]:
-        raise ValueError(f"{path}: lora_A and lora_B of {broken[0]} do not go together: the file is not whole")
+        key = next(key for key in tensors if key.startswith(f"{broken[0]}."))
+        raise ValueError(f"{path}: lora_A and lora_B of {broken[0]} ({key}) do not go together: the file is not whole")
     if not found:
         raise ValueError(f"{path} holds no LoRA of a transformer")
     return {stem: (both[True], both[False]) for stem, both in found.items()}, alphas
