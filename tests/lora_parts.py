@@ -129,5 +129,5 @@ def ai_toolkit(drawn: Mapping[str, Drawn]) -> dict[str, Tensor]:
 
 def save(file: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    safetensors.torch.save_file({key: weight.contiguous() for key, weight in file.items()}, path, metadata)
+    safetensors.torch.save_file({key: weight.clone() for key, weight in file.items()}, path, metadata)
     return path
