@@ -194,6 +194,8 @@ def test_a_window_that_cannot_be_is_refused() -> None:
             from_overrides(grpo | {"rollout.window_range": wrong})
     with pytest.raises(ValueError, match=r"rollout\.window_range is \[0, 6\]: .* room for window_size, 0, above 0"):
         from_overrides(grpo | {"rollout.window_range": [0, 6], "rollout.window_size": 0})
+    with pytest.raises(ValueError, match=r"rollout\.window_range is 'first': must be a list of whole numbers"):
+        from_overrides(grpo | {"rollout.window_range": "first"})
     with pytest.raises(ValueError, match=r"rollout\.iters_per_window is 25: is of a window that moves"):
         from_overrides(grpo | {"rollout.iters_per_window": 25})
     with pytest.raises(ValueError, match=r"rollout\.is_start_shared is True: NFT rolls out the ODE"):
