@@ -261,9 +261,7 @@ class Run:
         values |= {f"heldout/success_{kind}": 100 * of["success"] for kind, of in success_by_type(now).items()}
         values |= self.best.see(now, self.before, done, lambda: self.policy.adapters.state("ema"))
         if self.best.is_over:
-            self._say(
-                f"iteration {done}: held-out O has not clearly risen for long enough (run.patience): training stops"
-            )
+            self._say(f"iteration {done}: held-out O does not clearly rise any more: training stops (run.patience)")
         return values
 
     def _evaluate(self, name: str, adapter: AdapterName, done: int) -> Evaluation:

@@ -41,10 +41,8 @@ class Standing:
         interval = turn["O_gain_interval" if turn["O_gain"] is not None else "IF_gain_interval"]
         is_progress, score = interval is not None and interval[0] > 0, _score(evaluation)
         best = {"best": done, "best_score": score} if score > self.best_score else {}
-        stalled = (
-            {"mark": _bare(evaluation), "num_stalled": 0} if is_progress else {"num_stalled": self.num_stalled + 1}
-        )
-        return replace(self, **best, **stalled)
+        marked = {"mark": _bare(evaluation)} if is_progress else {}
+        return replace(self, **best, **marked, num_stalled=0 if is_progress else self.num_stalled + 1)
 
     def is_of(self, evaluation: Evaluation) -> bool:
         """Whether an evaluation is of the same sessions, so that it can be compared."""
@@ -115,21 +113,22 @@ def _to_host(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def first_standing(base: Evaluation, num_sessions: int) -> Standing:
     """Return the standing before any short evaluation, which will be of the base's first `num_sessions`."""
-    tables = {name: getattr(base, name)[:num_sessions] for name in TABLES}
-    return Standing(mark=_bare(replace(base, **tables)))
+    return Standing(mark=_bare(base, num_sessions))
 
 
 def load_standing(state: Mapping[str, Tensor]) -> Standing:
     """Return the standing of which `state` gave the tensors."""
     numbers: dict[str, Any] = {name: value.item() for name, value in state.items() if name not in TABLES}
-    tables = {name: state[name] for name in TABLES}
-    mark = Evaluation(**tables, edit_types=[], images=torch.zeros(0), num_steps=0)
-    return Standing(mark=mark, **numbers)
+    return Standing(mark=_mark({name: state[name] for name in TABLES}), **numbers)
 
 
-def _bare(evaluation: Evaluation) -> Evaluation:
-    """Leave out what no comparison needs."""
-    return replace(evaluation, edit_types=[], images=torch.zeros(0))
+def _bare(evaluation: Evaluation, num_sessions: int | None = None) -> Evaluation:
+    """Leave out what no comparison needs, and all sessions but the first `num_sessions`."""
+    return _mark({name: getattr(evaluation, name)[:num_sessions] for name in TABLES})
+
+
+def _mark(tables: dict[str, Tensor]) -> Evaluation:
+    return Evaluation(**tables, edit_types=[], images=torch.zeros(0), num_steps=0)
 
 
 def _score(evaluation: Evaluation) -> float:

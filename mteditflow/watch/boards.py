@@ -8,6 +8,7 @@ TRACKIO_SPACE_ID. A run that goes on after a kill is the same run there, and its
 import uuid
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
+from math import isfinite
 from os import environ
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,7 +20,7 @@ from mteditflow.config.errors import first_line
 from mteditflow.config.ranges import require
 
 PROJECT = "mteditflow"
-RUN_ID = "wandb_id"  # file in a run's folder: by which the board knows a run again
+RUN_ID = "board_id"  # file in a run's folder: by which boards know it again, and tell it from others of its name
 
 Rows = Sequence[Mapping[str, Any]]
 """Of a table: cells by column, the same columns in all rows; numbers, texts, pictures or None."""
@@ -48,8 +49,12 @@ class Board(Protocol):
 def check_boards(names: Sequence[str]) -> None:
     """ValueError where the client of a board is not installed."""
     for name in names:
-        remedy = f"its client is not installed: pip install 'mteditflow[{name}]', or leave it out"
-        require(find_spec(name) is not None, "run.log_to", name, remedy)
+        found, remedy = (
+            find_spec(name),
+            f"its client is not installed: pip install 'mteditflow[{name}]', or leave it out",
+        )
+        is_installed = found is not None and found.origin is not None  # a folder of this name is no client
+        require(is_installed, "run.log_to", name, remedy)
 
 
 def open_boards(folder: Path, iteration: int, names: Sequence[str], config: Mapping[str, Any]) -> list[Board]:
@@ -90,13 +95,11 @@ class Wandb:
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
         import wandb  # pyright: ignore[reportMissingImports]
 
-        self._wandb, path = wandb, folder / RUN_ID
-        if not path.is_file():
-            path.write_text(uuid.uuid4().hex)
+        self._wandb = wandb
         try:
             self._run = wandb.init(
                 project=environ.get("WANDB_PROJECT", PROJECT), name=folder.resolve().name, dir=str(folder),
-                config=dict(config), id=path.read_text(), resume="allow", settings=wandb.Settings(console="off"),
+                config=dict(config), id=_run_id(folder), resume="allow", settings=wandb.Settings(console="off"),
             )  # fmt: skip
         except wandb.errors.Error as error:
             remedy = "`wandb login`, or WANDB_MODE=offline and `wandb sync` later"
@@ -114,7 +117,7 @@ class Wandb:
         self._run.log({"iteration": iteration, name: self._wandb.Table(columns=list(rows[0]), data=data)})
 
     def close(self) -> None:
-        self._run.finish(quiet=True)
+        self._run.finish()
 
 
 class Trackio:
@@ -125,24 +128,30 @@ class Trackio:
 
         self._trackio = trackio
         self._run = trackio.init(
-            project=environ.get("TRACKIO_PROJECT", PROJECT), name=folder.resolve().name, config=dict(config),
-            resume="allow", space_id=environ.get("TRACKIO_SPACE_ID"),
+            project=environ.get("TRACKIO_PROJECT", PROJECT), name=f"{folder.resolve().name}-{_run_id(folder)[:6]}",
+            config=dict(config), resume="allow", auto_log_gpu=False, auto_log_cpu=False,
         )  # fmt: skip
 
     def figures(self, iteration: int, values: Mapping[str, float]) -> None:
-        self._run.log(dict(values), step=iteration)
+        self._run.log({name: value for name, value in values.items() if isfinite(value)}, step=iteration)
 
     def picture(self, name: str, iteration: int, picture: Image) -> None:
         self._run.log({name: self._trackio.Image(picture)}, step=iteration)
 
     def table(self, name: str, iteration: int, rows: Rows) -> None:
-        import pandas
-
-        cells = [{k: self._trackio.Image(v) if isinstance(v, Image) else v for k, v in row.items()} for row in rows]
-        self._run.log({name: self._trackio.Table(dataframe=pandas.DataFrame(cells))}, step=iteration)
+        data = [[self._trackio.Image(cell) if isinstance(cell, Image) else cell for cell in it.values()] for it in rows]
+        self._run.log({name: self._trackio.Table(columns=list(rows[0]), data=data)}, step=iteration)
 
     def close(self) -> None:
         self._run.finish()
+
+
+def _run_id(folder: Path) -> str:
+    """Read the run's own name among all runs, or draw it."""
+    path = folder / RUN_ID
+    if not path.is_file():
+        path.write_text(uuid.uuid4().hex)
+    return path.read_text()
 
 
 def _as_text(cell: Any) -> str:

@@ -6,6 +6,7 @@ session takes what one took in the last evaluation, or, before there was any, wh
 The export counts as a checkpoint.
 """
 
+import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from mteditflow.config import Config
 NUM_NEWEST = 20  # iterations that say how long one takes
 SHARED = 0.1  # share of the time waited for a core, above which a duration is said to be measured beside other work
 CORE_WAIT = "speed/core_wait_share"
+TIME, NOW_AND_THEN = re.compile(r"time/\w+_s"), ("time/evaluate_s", "time/save_s")
 ROLLOUT = ("encode_text", "encode_images", "denoise", "decode")
 _SCHEDSTAT = Path("/proc/thread-self/schedstat")
 
@@ -47,8 +49,7 @@ def seconds_left(
 
 def step_seconds(line: Mapping[str, Any]) -> float:
     """Sum up the seconds of an iteration, evaluation and checkpoint aside."""
-    names = [name for name in line if name.startswith("time/") and name not in ("time/evaluate_s", "time/save_s")]
-    return sum(line[name] or 0.0 for name in names)
+    return sum(line[name] or 0.0 for name in line if TIME.fullmatch(name) and name not in NOW_AND_THEN)
 
 
 def num_sessions_left(done: int, config: Config) -> int:

@@ -58,12 +58,12 @@ def show_sessions(num: int, bars: Progress | None, say: Say) -> AbstractContextM
     return show("evaluated", num, "held-out sessions", bars, say)
 
 
-def track(items: Sequence[T], verb: str, things: str) -> Iterator[T]:
-    """Yield the items, and show how many of them are done, on a bar of its own or on stderr."""
+def track(items: Sequence[T], verb: str, things: str, first: int = 0) -> Iterator[T]:
+    """Yield the items from the `first` on, and show how many are done, on a bar of its own or in lines on stderr."""
     bars = start_bars()
     try:
         with show(verb, len(items), things, bars, _print) as tell:
-            for number, item in enumerate(items):
+            for number, item in enumerate(items[first:], start=first):
                 tell(number)
                 yield item
             tell(len(items))
