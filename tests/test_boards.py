@@ -55,7 +55,7 @@ def test_a_folder_of_its_name_is_no_client(tmp_path: Path, monkeypatch: pytest.M
     """As wandb leaves one where it was run."""
     (tmp_path / "no_such_client").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ValueError, match="run.log_to is 'no_such_client': its client is not installed"):
+    with pytest.raises(ValueError, match=r"run\.log_to is 'no_such_client': its client is not installed"):
         check_boards(["no_such_client"])
 
 
