@@ -269,21 +269,20 @@ def report(argv: Sequence[str]) -> int:
 
 @_fails_in_one_line
 def pretrain(argv: Sequence[str]) -> int:
-    """Make the embedded editor from nothing."""
+    """Make the drifting editor from nothing."""
     parser = _parser("world.pretrain", pretrain)
     add = parser.add_argument
-    add("--output", type=Path, required=True, metavar="FOLDER", help="folder for the checkpoints")
-    add("--vae", type=Path, metavar="FOLDER", help="take this trained autoencoder, train none")
+    add("--output", type=Path, required=True, metavar="FOLDER", help="where the editor and its states go")
     add("--seed", type=int, default=0, help="of everything that is drawn")
-    add("--vae_batches", type=int, default=2000, help="of 32 pictures")
-    add("--num_pairs", type=int, default=120_000, help="single edits to learn from")
-    add("--editor_batches", type=int, default=8000, help="of the editor's training")
-    add("--flawed_batches", type=int, default=1500, help="the last of them, with flawed targets")
+    add("--vae_batches", type=int, default=10_000, help="of 4 pictures")
+    add("--num_pairs", type=int, default=60_000, help="clean single edits to learn from")
+    add("--edit_batches", type=int, default=3600, help="of the editor's training on them")
+    add("--num_drifting", type=int, default=20_000, help="single edits of drifting chains to learn from")
+    add("--drift_batches", type=int, default=600, help="of the editor's training on them")
     add("--batch_size", type=int, default=64, help="edits in one of them")
-    add("--learning_rate", type=float, default=1.5e-3, help="the highest, of the editor")
-    add("--save_every", type=int, default=500, help="batches of the editor between checkpoints")
-    add("--num_sessions", type=int, default=400, help="held-out edits per measurement")
-    add("--compile", action="store_true", help="torch.compile the editor: 1.6 times as fast, needs a C++ compiler")
+    add("--learning_rate", type=float, default=1.5e-3, help="the highest, on clean edits; half of it on drifting ones")
+    add("--save_every", type=int, default=100, help="batches of the editor between states to go on from")
+    add("--num_sessions", type=int, default=128, help="held-out sessions per measurement")
     values = cli.parse(parser, argv)
     from mteditflow.world.pretrain import pretrain as make_editor
 
