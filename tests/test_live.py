@@ -44,13 +44,13 @@ def test_a_run_at_every_stage(lora_run: Path, tmp_path: Path) -> None:
     assert "Not there yet: strips of images." in page.text and '<meta http-equiv="refresh" content="10">' in page.html
     (tmp_path / "evaluating_before").mkdir()
     (tmp_path / "evaluating_before" / "part-000000.safetensors").write_text("")
-    assert "which evaluates the base, 1 parts so far" in page_of(tmp_path).text
+    assert "which evaluates the base; parts that are there: 1." in page_of(tmp_path).text
     begin(lora_run, tmp_path, 1, **{"alarm/edge_density_drift": 0.5, "alarm/no_edit_share": 0.5})
     (tmp_path / "strips").mkdir()
     for n in (0, 1):
         to_pil(torch.full((3, 4, 4), float(n))).save(tmp_path / "strips" / f"iteration-{n:06d}.png")
     page = page_of(tmp_path)
-    assert "1 of 2 iterations in 1.0 minutes" in page.text and "2 min of work are left" in page.text
+    assert "1 of 2 iterations in 1.0 minutes" in page.text and "about 2 min are left" in page.text
     assert 'style="width: 50.0%"' in page.html and "turn 1, iteration 0: 40</title>" in page.html
     assert len(page.references) == 2 and "After iteration 1" in page.text and "Before training" not in page.text
     assert "Edge density" in page.text and "since iteration 1" in page.text and "No edit" not in page.text

@@ -65,7 +65,7 @@ def _state(folder: Path) -> str:
     for name, what in (("before", "the base"), ("after", "what was trained")):
         parts = len(list((folder / f"evaluating_{name}").glob("part-*")))
         if parts:
-            return f"At work: process {number}, which evaluates {what}, {parts} parts so far."
+            return f"At work: process {number}, which evaluates {what}; parts that are there: {parts}."
     return f"At work: process {number}."
 
 

@@ -176,10 +176,11 @@ def progress(lines: Lines, config: Config | None) -> str:
     text = f"Training stopped after {text}" if is_early and total and len(lines) < total else text
     waited = [value for line in lines if (value := finite(line.get(CORE_WAIT))) is not None]
     sharing = say_sharing(sum(waited) / len(waited)) if waited else ""
-    text += f" in {seconds / 60:.1f} minutes, evaluations aside{', ' if sharing else ''}{sharing}." if seconds else "."
+    aside = f"evaluations aside ({sharing})" if sharing else "evaluations aside"
+    text += f" in {seconds / 60:.1f} minutes, {aside}." if seconds else "."
     if total and len(lines) < total and not is_early:
         left = seconds_left(lines, total, config)
-        text += " The run is not finished" + (f": {duration(left)} of work are left." if left else ".")
+        text += " The run is not finished" + (f": about {duration(left)} are left." if left else ".")
     if best := best_iteration(lines):
         text += f" Of the short evaluations, the average after iteration {best} had the highest O."
     return text

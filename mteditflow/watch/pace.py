@@ -9,6 +9,7 @@ The export counts as a checkpoint.
 import re
 import time
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -41,7 +42,7 @@ def seconds_left(
     seconds = left * median(step_seconds(line) for line in (timed[1:] or timed)[-NUM_NEWEST:])
     if config is None:
         return seconds
-    saves = [line["time/save_s"] for line in timed if line.get("time/save_s")]
+    saves = [seconds for line in timed if (seconds := _number(line, "time/save_s"))]
     num_saves = left // config.run.save_every + 2  # the last one, and the export
     session = session_s if session_s is not None else session_seconds(timed, config)
     return seconds + num_saves * (fmean(saves) if saves else 0.0) + num_sessions_left(done, config) * session
@@ -49,7 +50,13 @@ def seconds_left(
 
 def step_seconds(line: Mapping[str, Any]) -> float:
     """Sum up the seconds of an iteration, evaluation and checkpoint aside."""
-    return sum(line[name] or 0.0 for name in line if TIME.fullmatch(name) and name not in NOW_AND_THEN)
+    return sum(_number(line, name) for name in line if TIME.fullmatch(name) and name not in NOW_AND_THEN)
+
+
+def _number(line: Mapping[str, Any], name: str) -> float:
+    """Read a figure of a line; 0 where there is none, or no number, in a file that others have written to."""
+    value = line.get(name)
+    return float(value) if isinstance(value, int | float) and isfinite(value) else 0.0
 
 
 def num_sessions_left(done: int, config: Config) -> int:
@@ -63,14 +70,14 @@ def num_sessions_left(done: int, config: Config) -> int:
 def session_seconds(lines: Lines, config: Config) -> float:
     """Estimate the seconds of an evaluated session, by the newest short evaluation, else by training."""
     for line in reversed(lines):
-        if line.get("time/evaluate_s"):
-            return line["time/evaluate_s"] / config.evaluation.num_sessions_short
+        if evaluating := _number(line, "time/evaluate_s"):
+            return evaluating / config.evaluation.num_sessions_short
     rollout, line = config.rollout, lines[-1]
-    seconds = {name: line.get(f"time/{name}_s") or 0.0 for name in (*ROLLOUT, "score")}
-    seconds["denoise"] *= config.evaluation.num_steps / rollout.num_steps
-    seconds["denoise"] *= 1 if rollout.is_guided or config.model.cfg_scale == 1 else 2
+    taken = {name: _number(line, f"time/{name}_s") for name in (*ROLLOUT, "score")}
+    taken["denoise"] *= config.evaluation.num_steps / rollout.num_steps
+    taken["denoise"] *= 1 if rollout.is_guided or config.model.cfg_scale == 1 else 2
     turns = config.num_held_out_turns / config.data.num_turns
-    return sum(seconds.values()) * turns / (rollout.num_tasks * rollout.group_size)
+    return sum(taken.values()) * turns / (rollout.num_tasks * rollout.group_size)
 
 
 def core_wait_seconds() -> float | None:
