@@ -42,7 +42,7 @@ def seconds_left(
     seconds = left * median(step_seconds(line) for line in (timed[1:] or timed)[-NUM_NEWEST:])
     if config is None:
         return seconds
-    saves = [seconds for line in timed if (seconds := _number(line, "time/save_s"))]
+    saves = [taken for line in timed if (taken := _number(line, "time/save_s"))]
     num_saves = left // config.run.save_every + 2  # the last one, and the export
     session = session_s if session_s is not None else session_seconds(timed, config)
     return seconds + num_saves * (fmean(saves) if saves else 0.0) + num_sessions_left(done, config) * session
