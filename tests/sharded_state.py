@@ -195,6 +195,7 @@ def check_best(ranks: Ranks, folder: Path, kind: str) -> None:
     assert saved is not None and saved.iteration == 2
     Run._restore(again, saved)
     standing = again.best.standing
+    assert standing is not None
     assert (standing.best, standing.num_stalled, standing.best_score) == (1, 1, 100.0)
     assert all(weight.device.type == "cpu" for weight in again.best.weights.values())
     again.policy.adapters.load("ema", again.best.weights)

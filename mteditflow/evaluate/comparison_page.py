@@ -51,7 +51,9 @@ def _chart(metric: str, reports: Reports) -> dict[str, Any] | None:
         Curve(
             name=name,
             points=[(turn["turn"], turn[metric]) for turn in report["turns"]],
-            band=tuple((turn["turn"], *ends) for turn in report["turns"] if (ends := interval_of(turn, metric))),
+            band=tuple(
+                (turn["turn"], ends[0], ends[1]) for turn in report["turns"] if (ends := interval_of(turn, metric))
+            ),
         )
         for name, report in reports.items()
     ]
