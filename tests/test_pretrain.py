@@ -18,7 +18,18 @@ from mteditflow.world.drift import AXES, blurred, drifted
 from mteditflow.world.pretrain import CHAIN, CLEAN, DRIFTING, MOST_DRIFT, VISIBLE, Flaws, make_pairs, next_drift
 from mteditflow.world.scenes import BACKGROUNDS
 
-ARGUMENTS = ["--vae_batches", "2", "--num_pairs", "16", "--num_drifting", "16", "--batch_size", "4"]
+ARGUMENTS = [
+    "--vae_batches",
+    "2",
+    "--decoder_batches",
+    "1",
+    "--num_pairs",
+    "16",
+    "--num_drifting",
+    "16",
+    "--batch_size",
+    "4",
+]
 ARGUMENTS += ["--save_every", "1", "--num_sessions", "4", "--edit_batches", "2", "--drift_batches", "3"]
 
 
@@ -107,7 +118,7 @@ def test_killed_after_every_state_it_makes_the_same_folder(tmp_path: Path, monke
     assert make("whole") == 0
     monkeypatch.setattr(autoencoder, "save_state", kill)
     monkeypatch.setattr(pretrain, "save_state", kill)
-    for _ in range(2 + 2 + 3):  # states of the autoencoder, of the edits, of the drift
+    for _ in range(2 + 1 + 2 + 3):  # states of the autoencoder, of the decoder, of the edits, of the drift
         with pytest.raises(Killed):
             make("stopped")
     assert make("stopped") == 0  # nothing is left to save

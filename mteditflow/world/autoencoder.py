@@ -6,6 +6,7 @@ drift. This one keeps at least 0.8 of a cast, of fading, of saturation and of bl
 
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,6 +18,8 @@ from mteditflow.watch.progress import track
 from mteditflow.world.drift import AXES, drifted
 from mteditflow.world.render import atlas, compose
 from mteditflow.world.scenes import BACKGROUNDS
+
+Loss = Callable[[Tensor, torch.Generator], tuple[Tensor, Tensor]]
 
 BATCH_SIZE, LEARNING_RATE = 4, 2e-3
 SAVE_EVERY = 200  # batches between states to go on from
@@ -45,8 +48,38 @@ def train_vae(vae: AutoencoderKL, num_batches: int, seed: int, state: Path) -> N
     """Train by squared and absolute error and a little KL, from the state in that file if there is one; then set the
     latents' shift and scale so that those of clean pictures have mean 0 and variance 1.
     """
+
+    def loss(pictures: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        mean, log_var = vae.encoder(pictures).chunk(2, dim=1)
+        latents = mean + torch.exp(0.5 * log_var) * torch.randn(mean.shape, generator=generator)
+        error = vae.decoder(latents) - pictures
+        kl = 0.5 * (mean.square() + log_var.exp() - 1 - log_var).mean()
+        return error, 5e-5 * kl
+
+    _train(vae, vae, loss, num_batches, seed, state)
+    with torch.no_grad():
+        clean = random_pictures(512, torch.Generator().manual_seed(seed * 2**32 + num_batches))
+        latents = torch.cat([vae.encoder(part).chunk(2, dim=1)[0] for part in clean.split(64)])
+    vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
+
+
+def train_decoder(vae: AutoencoderKL, num_batches: int, seed: int, state: Path) -> None:
+    """Train the decoder on, from the latents' means as they are used: it learns to show what the encoder has kept, and
+    whatever was made of the latents stays as it is.
+    """
+
+    def loss(pictures: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            mean = vae.encoder(pictures).chunk(2, dim=1)[0]
+        return vae.decoder(mean) - pictures, torch.zeros(())
+
+    _train(vae, vae.decoder, loss, num_batches, seed + 1, state)
+
+
+def _train(vae: AutoencoderKL, trained: torch.nn.Module, loss: Loss, num_batches: int, seed: int, state: Path) -> None:
+    """Train a part of the autoencoder by the reconstruction's error and the penalty that `loss` gives."""
     vae.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=1e-3)
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=1e-3)
     first, smooth = 0, 0.3
     if state.exists():
         saved = torch.load(state, weights_only=True)
@@ -57,25 +90,18 @@ def train_vae(vae: AutoencoderKL, num_batches: int, seed: int, state: Path) -> N
     for batch in track(range(num_batches), "trained", "batches of the autoencoder", first):
         generator = torch.Generator().manual_seed(seed * 2**32 + batch)
         pictures = jittered(random_pictures(BATCH_SIZE, generator), generator)
-        pictures = pictures.contiguous(memory_format=torch.channels_last)
-        mean, log_var = vae.encoder(pictures).chunk(2, dim=1)
-        latents = mean + torch.exp(0.5 * log_var) * torch.randn(mean.shape, generator=generator)
-        error = vae.decoder(latents) - pictures
-        kl = 0.5 * (mean.square() + log_var.exp() - 1 - log_var).mean()
-        (error.square().mean() + 0.1 * error.abs().mean() + 5e-5 * kl).backward()
+        error, penalty = loss(pictures.contiguous(memory_format=torch.channels_last), generator)
+        (error.square().mean() + 0.1 * error.abs().mean() + penalty).backward()
         rate = LEARNING_RATE * min(1.0, (batch + 1) / 100) * (0.51 + 0.49 * math.cos(math.pi * batch / num_batches))
         optimizer_step(optimizer, rate)
         smooth += 0.02 * (error.square().mean().item() - smooth)
         if (batch + 1) % SAVE_EVERY == 0 or batch + 1 == num_batches:
             seconds = (time.monotonic() - start) / (batch + 1 - first)
-            print(f"vae {batch + 1}/{num_batches}: squared error {smooth:.5f}, {seconds:.2f} s/batch", flush=True)
+            line = f"{state.stem} {batch + 1}/{num_batches}: squared error {smooth:.5f}, {seconds:.2f} s/batch"
+            print(line, flush=True)
             parts = {"vae": vae.state_dict(), "optimizer": optimizer.state_dict()}
             save_state(parts | {"batch": batch + 1, "smooth": smooth}, state)
     vae.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
-    with torch.no_grad():
-        clean = random_pictures(512, torch.Generator().manual_seed(seed * 2**32 + num_batches))
-        latents = torch.cat([vae.encoder(part).chunk(2, dim=1)[0] for part in clean.split(64)])
-    vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
 
 
 def optimizer_step(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:

@@ -2,7 +2,7 @@
 
 Three stages, each with a state to go on from, so that the same command goes on after a kill:
 
-1. A KL autoencoder that keeps colours, contrast and sharpness as they are (world/autoencoder.py).
+1. A KL autoencoder that keeps colours, contrast and sharpness as they are (world/autoencoder.py); then its decoder on.
 2. A FLUX.1-Kontext transformer with its text encoders, by flow matching on clean single edits: a skilled editor.
 3. The same on pairs as collections of edits from the web have them, cut from *chains* of edits by other editors. A
    small drift that nobody minded is in every picture, and more of it in the picture after: the editor learns to make
@@ -42,7 +42,7 @@ from torch import Tensor
 
 from mteditflow.flow import sigma_schedule
 from mteditflow.watch.progress import track, working
-from mteditflow.world.autoencoder import decode, encode, optimizer_step, save_state, train_vae
+from mteditflow.world.autoencoder import decode, encode, optimizer_step, save_state, train_decoder, train_vae
 from mteditflow.world.drift import AXES, drifted
 from mteditflow.world.edits import EDIT_TYPES, Edit, is_held_out_scene, make_session, sample_edit, vocabulary
 from mteditflow.world.render import render
@@ -261,7 +261,7 @@ def train_editor(
     t5_ids, clip_ids = tokenize(pipeline, pairs.instructions)
     start, smooth = time.monotonic(), curve[-1]["loss"] if curve else None
     for number in track(range(1, stage.num_batches + 1), "trained", f"batches of {stage.name}", first - 1):
-        generator = torch.Generator().manual_seed(args.seed * 2**32 + number)
+        generator = torch.manual_seed(args.seed * 2**32 + number)  # the global one, of which T5's dropout takes
         index = torch.randint(len(pairs.source), (args.batch_size,), generator=generator)
         clean, condition = pairs.latents[pairs.target[index]], pairs.latents[pairs.source[index]]
         noise = torch.randn(clean.shape, generator=generator)
@@ -297,6 +297,7 @@ def save(pipeline: FluxKontextPipeline, folder: Path) -> None:
     text encoders are written as they are.
     """
     small = deepcopy(pipeline)
+    tokenize(small, [""])  # a tokenizer's file says how it was last called
     for part in (small.transformer, small.vae):
         part.to(torch.float16)
     small.save_pretrained(folder)
@@ -306,6 +307,7 @@ def pretrain(args: Namespace) -> None:
     """Train the three stages; the same command goes on after a kill."""
     pipeline = new_pipeline(args.seed)
     train_vae(pipeline.vae, args.vae_batches, args.seed, args.output / "vae.pt")
+    train_decoder(pipeline.vae, args.decoder_batches, args.seed, args.output / "decoder.pt")
     single = Stage(
         name="edits", num_pairs=args.num_pairs, flaws=CLEAN, num_batches=args.edit_batches, warmup=200,
         learning_rate=args.learning_rate, average=0.998, num_turns=1,
