@@ -9,8 +9,9 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from rich.console import Console
@@ -18,15 +19,14 @@ from rich.console import Console
 from mteditflow.config import Config
 from mteditflow.config.cli import to_yaml
 from mteditflow.config.rubric import read_rubric
-from mteditflow.data import check_data, held_out_tasks, training_tasks
+from mteditflow.data import all_instructions, check_data, held_out_tasks, training_tasks
 from mteditflow.distributed import Ranks
 from mteditflow.evaluate.best import Best
 from mteditflow.evaluate.compare_editors import compare_sessions
 from mteditflow.evaluate.comparison_page import final_table, held_out_rows
-from mteditflow.evaluate.drift import measure_drift
 from mteditflow.evaluate.edival import Evaluation, point_metrics, success_by_type
+from mteditflow.evaluate.exposure import evaluate_editor, num_sessions
 from mteditflow.evaluate.held_out import (
-    evaluate,
     has_truth,
     is_comparable,
     load_evaluation,
@@ -43,10 +43,11 @@ from mteditflow.policy import AdapterName, build_policy
 from mteditflow.policy.optimizer import build_optimizer, load_optimizer, moments_like, optimizer_state
 from mteditflow.policy.pipelines import is_slow_in_bfloat16
 from mteditflow.profile.account import Account, step_seconds
+from mteditflow.profile.base_error import measure_base_error
 from mteditflow.record import alarms, checkpoint, ending
 from mteditflow.record.clock import phase
 from mteditflow.record.figures import METRICS
-from mteditflow.record.metrics import Reporter
+from mteditflow.record.metrics import FILE, Reporter, read_lines
 from mteditflow.report.run_report import write_report
 from mteditflow.report.seen import (
     Seen,
@@ -76,7 +77,8 @@ class Run:
         self.folder = Path(config.run.folder)
         self._unsaved: tuple[int, checkpoint.State] | None = None  # iterations done, and a copy of the state after them
         self._warned: set[str] = set()
-        self.drift: dict[str, float] = {}  # of a quantised base, in the metrics of the first iteration
+        self._lines: list[dict[str, Any]] = []  # metrics of every iteration, on the main rank
+        self.base_error: dict[str, float] = {}  # of a quantised base, in the metrics of the first iteration
         self.best = Best(config, ranks)
         self._stack = ExitStack()
 
@@ -143,6 +145,7 @@ class Run:
         num = config.run.num_iterations
         self.reporter = Reporter(self.folder, iteration=self.first_iteration, num_iterations=num, config=config)
         stack.callback(self.reporter.close)
+        self._lines = read_lines(self.folder / FILE)
         (self.folder / "config.yaml").write_text(to_yaml(config))
         going_on = f", going on after iteration {self.first_iteration}" if is_resumed else ""
         self.reporter.say(f"{self.policy.adapters.num_modules} modules adapted, run folder {self.folder}{going_on}")
@@ -153,9 +156,18 @@ class Run:
             )
         if is_slow_in_bfloat16(self.policy.device) and self.policy.dtype == torch.bfloat16:
             self.reporter.say(f"model.base {config.model.base!r} computes in bfloat16, slowly here: float32 is faster")
-        for line in lines:
+        for line in [*lines, *self._cut()]:
             self.reporter.say(line)
         self._say_graphs("at the start")
+
+    def _cut(self) -> list[str]:
+        """Say how many instructions of a user's data are longer than the text encoder reads."""
+        texts, limit = all_instructions(self.config), self.config.model.max_text_tokens
+        num = sum(map(self.policy.editor.is_cut, texts))
+        cut = (
+            f"{num} of {len(texts)} instructions are longer than model.max_text_tokens {limit}: their ends are not read"
+        )
+        return [cut] if num else []
 
     def _say(self, line: str) -> None:
         """Print a line for the user, on the main rank."""
@@ -167,9 +179,9 @@ class Run:
         config = self.config
         self.tasks = held_out_tasks(config)
         if self.policy.originals:
-            drift = measure_drift(self.policy, self.objective, self.tasks[0], config)
-            self.drift = drift.figures
-            self._say(str(drift))
+            error = measure_base_error(self.policy, self.objective, self.tasks[0], config)
+            self.base_error = error.figures
+            self._say(str(error))
         before = self.ranks.from_main(load_evaluation(self.folder, "before") if self.ranks.is_main else None)
         if before is None or not is_comparable(before, config):
             before = kept_evaluation(
@@ -227,13 +239,15 @@ class Run:
     def _report(self, iteration: int, values: dict[str, float], judged: dict[str, float], chosen: list[Seen]) -> None:
         """Write and print the figures of an iteration."""
         config, done = self.config, iteration + 1
+        self._lines.append(values)
+        values = values | alarms.added_figures(self._lines)
         self._warn(alarms.find_alarms(values), values, done)
         self._say_graphs(f"iteration {done}")
-        drift = self.drift if iteration == 0 else {}
+        base_error = self.base_error if iteration == 0 else {}
         save_seen(self.folder, "training", iteration, config.reward.judge, chosen)
         account = self.account.read(values["update/num_transitions"] / self.ranks.world_size)  # of a rank
         judged["reward/overlap_efficiency"] = efficiency(judged, step_seconds(account))
-        self.reporter.write(iteration, values | drift | account | judged)
+        self.reporter.write(iteration, values | base_error | account | judged)
 
     def _warn(self, names: list[str], values: dict[str, float], done: int) -> None:
         """A line for each alarm that was not raised before in this process."""
@@ -268,8 +282,10 @@ class Run:
         """Evaluate after `done` iterations, on all ranks, and keep what the judge saw. A whole evaluation has a name,
         by which it goes on after a kill; a short one has none.
         """
-        config, is_main = self.config, self.ranks.is_main
-        tasks = self.tasks if name else self.tasks[: config.evaluation.num_sessions_short]
+        config, is_main, tasks = self.config, self.ranks.is_main, self.tasks
+        if not name:
+            tasks = tasks[: config.evaluation.num_sessions_short]
+            config = replace(config, evaluation=replace(config.evaluation, has_true_inputs=False))
         judge = "exact" if has_truth(tasks) else config.reward.judge
 
         def see(sessions: list[Seen]) -> None:
@@ -278,8 +294,10 @@ class Run:
                 self.reporter.table("judged", done, table_rows(sessions))
 
         folder = self._parts(name, done) if name else None
-        with self.reporter.show_sessions(len(tasks)) if is_main else nullcontext(lambda _: None) as show:
-            return evaluate(
+        with (
+            self.reporter.show_sessions(num_sessions(tasks, config)) if is_main else nullcontext(lambda _: None) as show
+        ):
+            return evaluate_editor(
                 self.policy, tasks, config, adapter, self.ranks, self.judge,
                 see=see if config.run.num_judged else None, folder=folder, show=show,
             )  # fmt: skip
@@ -313,7 +331,7 @@ class Run:
             self.reporter.close()
             console = Console()
             console.print(final_table(self.folder))
-            console.print(f"report: {report}", soft_wrap=True, highlight=False)
+            console.print(f"report: {report}", soft_wrap=True, highlight=False, markup=False)
             console.print(f"use it: {use}", soft_wrap=True, highlight=False, markup=False)
         self.ranks.barrier()
 

@@ -85,7 +85,7 @@ SUCCESSES = (0, 6, 8, 4, 3, 10)  # of 10 sessions after so many iterations: best
 
 def by_script(patch: pytest.MonkeyPatch) -> None:
     """Give the short evaluations the successes above, and the last of all what it has."""
-    original = run_module.evaluate
+    original = run_module.evaluate_editor
 
     def evaluate(policy: Any, tasks: Any, config: Any, *others: Any, **named: Any) -> Evaluation:
         found, file = original(policy, tasks, config, *others, **named), Path(config.run.folder) / "metrics.jsonl"
@@ -95,7 +95,7 @@ def by_script(patch: pytest.MonkeyPatch) -> None:
         verdict = (torch.arange(10) < SUCCESSES[done])[:, None].expand_as(found.verdict)
         return replace(found, verdict=verdict.clone(), consistency=torch.ones_like(found.consistency))
 
-    patch.setattr(run_module, "evaluate", evaluate)
+    patch.setattr(run_module, "evaluate_editor", evaluate)
 
 
 @pytest.fixture(scope="module")

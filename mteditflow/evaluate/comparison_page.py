@@ -15,10 +15,11 @@ from mteditflow.record.figures import RESULTS, SHOWN, align_turns, figure, inter
 from mteditflow.record.files import read_json
 from mteditflow.record.templates import write_page
 from mteditflow.report.charts import Curve, chart, data_uri, edit_types
+from mteditflow.report.drift_curves import drift_charts, drift_note, exposure_charts
 
 TITLES = {
     "O": ("O by turn", "√(IF · CC)."),
-    "MT": ("Success by turn (MT)", "The turn's instruction is carried out: the exposure-bias curve."),
+    "MT": ("Success by turn (MT)", "The turn's instruction is carried out."),
     "IF": ("All instructions so far (IF)", "No turn up to this one has failed."),
     "CC": ("Consistency (CC)", "What no instruction touched is as in the source image."),
 }
@@ -39,6 +40,9 @@ def write_comparison(folder: Path, reports: Reports, gains: Reports, strips: lis
         "colors": {name: place for place, name in enumerate(names)},
         "notes": {metric: _note(metric, reports[names[0]]) for metric in TITLES},
         "charts": list(filter(None, (_chart(metric, reports) for metric in TITLES))),
+        "drift": drift_charts(reports),
+        "drift_note": drift_note(reports),
+        "exposure": exposure_charts(reports),
         "edit_types": edit_types(reports),
         "strips": [data_uri(png_bytes(picture, is_small=True)) for picture in strips],
     }
@@ -69,7 +73,9 @@ def _note(metric: str, report: dict[str, Any]) -> str:
 
 
 def terminal_table(reports: Reports, gains: Reports) -> Table:
-    """Make a table of the metrics of every editor, and its gains over the first, at turns 1, 2, 3 and the last."""
+    """Make a table of the metrics of every editor, and its gains over the first, at turns 1, 2, 3 and the last; below
+    it what compounds, where that was evaluated.
+    """
     first = next(iter(reports))
     turns, gained = ({name: turns_of(it) for name, it in part.items()} for part in (reports, gains))
     num_turns = len(reports[first]["turns"])
@@ -88,6 +94,12 @@ def terminal_table(reports: Reports, gains: Reports) -> Table:
             if name in gains:
                 table.add_row("", "gain", *(str(figure(gained[name][n], f"{metric}_gain")) for metric in SHOWN))
         table.add_section()
+    lasts = {name: turns[name][-1] for name, report in reports.items() if report.get("true_inputs")}
+    table.caption = "\n".join(
+        f"{name}, turn {num_turns}: {figure(last, 'MT_true').value} % on true inputs, "
+        f"{figure(last, 'compounding')} points more than on its own output"
+        for name, last in lasts.items()
+    )
     return table
 
 
