@@ -50,7 +50,7 @@ def test_a_run_at_every_stage(lora_run: Path, tmp_path: Path) -> None:
     for n in (0, 1):
         to_pil(torch.full((3, 4, 4), float(n))).save(tmp_path / "strips" / f"iteration-{n:06d}.png")
     page = page_of(tmp_path)
-    assert "1 of 2 iterations in 1.0 minutes" in page.text and "about 2 min are left" in page.text
+    assert "1 of 2 iterations in 1.0 minutes" in page.text and "about 7 min are left" in page.text
     assert 'style="width: 50.0%"' in page.html and "turn 1, iteration 0: 40</title>" in page.html
     assert len(page.references) == 2 and "After iteration 1" in page.text and "Before training" not in page.text
     assert "Edge density" in page.text and "since iteration 1" in page.text and "No edit" not in page.text

@@ -64,7 +64,8 @@ def num_sessions_left(done: int, config: Config) -> int:
     every, evaluation, last = config.evaluation.every, config.evaluation, config.run.num_iterations
     num_short = (last - 1) // every - min(done, last - 1) // every if every else 0
     num_short += bool(config.run.patience and done < last)
-    return num_short * evaluation.num_sessions_short + evaluation.num_sessions + 2 * config.run.num_judged
+    num_compared = min(config.run.num_judged, evaluation.num_sessions)
+    return num_short * evaluation.num_sessions_short + evaluation.num_sessions + 2 * num_compared
 
 
 def session_seconds(lines: Lines, config: Config) -> float:
