@@ -268,10 +268,18 @@ def report(argv: Sequence[str]) -> int:
     """Write the HTML page of a run, also of one that is still at work."""
     parser = _parser("report", report)
     parser.add_argument("folder", type=Path, metavar="RUN", help="the run's folder")
-    folder = cli.parse(parser, argv).folder
+    live = "show it on a page of this machine that follows the run while it goes on"
+    parser.add_argument("--live", action="store_true", help=live)
+    parser.add_argument("--port", type=int, default=8321, help="with --live: of the page; 0: any that is free")
+    v = cli.parse(parser, argv)
+    if v.live:
+        from mteditflow.report.live import serve
+
+        serve(v.folder, v.port)
+        return 0
     from mteditflow.report.run_report import write_report
 
-    print(write_report(folder))
+    print(write_report(v.folder))
     return 0
 
 
