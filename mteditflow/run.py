@@ -39,7 +39,7 @@ from mteditflow.evaluate.parts import PartFolder
 from mteditflow.export.weights import BEST, STANDING, save_result
 from mteditflow.objective import Objective
 from mteditflow.plan.compiling import SAID, choose_compile, settle
-from mteditflow.policy import AdapterName, build_policy
+from mteditflow.policy import AdapterName, build_policy, start_state
 from mteditflow.policy.optimizer import build_optimizer, load_optimizer, moments_like, optimizer_state
 from mteditflow.policy.pipelines import is_slow_in_bfloat16
 from mteditflow.profile.account import Account, step_seconds
@@ -56,11 +56,11 @@ from mteditflow.report.seen import (
     table_rows,
 )
 from mteditflow.report.strips import save_strips
-from mteditflow.reward import build_reward, check_judge, is_trained_by_group
+from mteditflow.reward import Judged, build_reward, check_judge, is_trained_by_group
 from mteditflow.reward.overlap import Overlap, efficiency
 from mteditflow.transformer.compiled import count_graphs
 from mteditflow.transformer.sharded import make_mesh
-from mteditflow.types import Rollout, Scores
+from mteditflow.types import Rollout
 from mteditflow.watch.boards import check_boards
 from mteditflow.watch.progress import working
 
@@ -119,6 +119,8 @@ class Run:
         self._graphs = count_graphs()
         settled = settle(self.policy, self.objective, training_tasks(config, 0, self.ranks), config, self.ranks)
         lines = [f"attention {self.policy.attention}, {compile_line}", *SAID[settled], *self._waits()]
+        if torch.backends.mps.is_available() and self.ranks.device.type == "cpu":
+            lines.append("training runs on the CPU: Apple's GPU (MPS) is not used (docs/start.md)")
         self.ranks.barrier()
         if self.ranks.is_main:
             self._open(stack, lines, is_resumed=saved is not None)
@@ -175,7 +177,7 @@ class Run:
             self.reporter.say(line)
 
     def _evaluate_before(self, *, is_resumed: bool) -> None:
-        """Evaluate the base, where that was not done before."""
+        """Evaluate what training starts from, where that was not done before."""
         config = self.config
         self.tasks = held_out_tasks(config)
         if self.policy.originals:
@@ -184,9 +186,7 @@ class Run:
             self._say(str(error))
         before = self.ranks.from_main(load_evaluation(self.folder, "before") if self.ranks.is_main else None)
         if before is None or not is_comparable(before, config):
-            before = kept_evaluation(
-                self.policy, self.tasks, config, self.ranks, lambda: self._evaluate("before", "off", 0), self._say
-            )
+            before = self._evaluate_start()
             if self.ranks.is_main:
                 save_evaluation(self.folder, "before", before)
         self.before: Evaluation = before
@@ -195,6 +195,23 @@ class Run:
             if not is_resumed:
                 self._parts("after", 0).remove()  # of weights that are no longer there
                 save_strips(self.folder, 0, self.tasks, before, before)
+
+    def _evaluate_start(self) -> Evaluation:
+        """Evaluate the base, or the LoRA of lora.init_from."""
+        policy, lora = self.policy, self.config.lora
+        if not lora.init_from:
+            return kept_evaluation(
+                policy, self.tasks, self.config, self.ranks, lambda: self._evaluate("before", "off", 0), self._say
+            )
+        self._say(
+            f"evaluating {lora.init_from}, of rank {lora.rank} and alpha {lora.alpha}, from which training starts"
+        )
+        now = policy.adapters.state("ema")  # of a run that goes on, not the start's
+        policy.adapters.load("ema", start_state(policy, lora))
+        try:
+            return self._evaluate("before", "ema", 0)
+        finally:
+            policy.adapters.load("ema", now)
 
     def _say_graphs(self, when: str) -> None:
         """Say how many graphs were compiled since the last time, if any were."""
@@ -216,11 +233,11 @@ class Run:
         while self.num_done < self.config.run.num_iterations and not self.best.is_over:
             yield self.num_done
 
-    def record(self, iteration: int, values: dict[str, float], rollout: Rollout, scores: Scores) -> None:
+    def record(self, iteration: int, values: dict[str, float], rollout: Rollout, scored: Judged) -> None:
         """The end of an iteration: metrics, what the judge saw, evaluation, checkpoint, which comes last."""
-        config, done, judged = self.config, iteration + 1, self.judge.read()
+        config, done, judged, scores = self.config, iteration + 1, self.judge.read(), scored.scores
         is_last = done == config.run.num_iterations
-        values = values | alarms.rollout_figures(rollout, scores, self.ranks)
+        values = values | alarms.rollout_figures(rollout, scores, self.ranks, scored.group, scored.advantages)
         values |= {"update/learning_rate": self.optimizer.param_groups[0]["lr"]}
         chosen = choose_of_all(rollout, scores, config.run.num_judged, self.ranks)
         if values["reward/zero_spread_share"] == 1:

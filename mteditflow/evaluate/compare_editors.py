@@ -45,11 +45,11 @@ from mteditflow.evaluate.lora_files import (
     check_names,
     common_lora,
     is_run,
-    padded_state,
     read_subject,
 )
 from mteditflow.evaluate.parts import PartFolder
 from mteditflow.policy import AdapterName, Policy, build_policy, linear_shapes
+from mteditflow.policy.lora_file import padded_state
 from mteditflow.record.files import read_json, write_json
 from mteditflow.report.seen import MAX_JUDGED, Seen, choose_changed, save_compared
 from mteditflow.report.strips import draw_sessions
@@ -74,7 +74,7 @@ def resolve(words: list[str], out: Path, read_config: Callable[[Path | None], Co
     config = next(iter(configs.values())) if configs else read_config(None)
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out is '{out}': no folder; choose another")
-    return [read_subject(word) for word in words], config
+    return [read_subject(word, config.model) for word in words], config
 
 
 def evaluate_all(subjects: list[Subject], out: Path, config: Config, ranks: Ranks) -> None:
@@ -134,7 +134,8 @@ def _evaluate_pending(
             parts = part_folder(folder / "evaluating", policy, tasks, config, subject.fingerprint)
             if subject.lora:
                 say(f"evaluating {subject.word}: {subject.what}")
-                policy.adapters.load("ema", padded_state(subject.lora, wide, policy.adapters.state("ema")))
+                zeros = {key: weight.zero_() for key, weight in policy.adapters.state("ema").items()}
+                policy.adapters.load("ema", padded_state(subject.lora, wide, zeros))
                 evaluation = make("ema", parts)
             else:
                 evaluation = kept_evaluation(policy, tasks, config, ranks, partial(make, "off", parts), say)
