@@ -9,7 +9,7 @@ import os
 import sys
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from rich.console import Console
@@ -17,24 +17,32 @@ from rich.console import Console
 from mteditflow.config import Config
 from mteditflow.config.cli import to_yaml
 from mteditflow.config.rubric import read_rubric
-from mteditflow.data import check_data, held_out_tasks, training_tasks
+from mteditflow.data import held_out_tasks, training_tasks
 from mteditflow.distributed import Ranks
+from mteditflow.evaluate.compare_editors import check as check_editors
 from mteditflow.evaluate.comparison_page import final_table
 from mteditflow.evaluate.drift import measure_drift
 from mteditflow.evaluate.edival import Evaluation, point_metrics
 from mteditflow.evaluate.held_out import (
     evaluate,
     has_truth,
-    is_comparable,
     load_evaluation,
     part_folder,
     save_comparison,
     save_evaluation,
 )
-from mteditflow.evaluate.kept import kept_evaluation
+from mteditflow.evaluate.kept import (
+    CONTENTS,
+    compare_contents,
+    kept_evaluation,
+    name_contents,
+    problem_of,
+    read_contents,
+)
 from mteditflow.evaluate.parts import PartFolder
 from mteditflow.export.weights import save_result
-from mteditflow.objective import Objective
+from mteditflow.guards import GuardError
+from mteditflow.objective import Objective, build_objective
 from mteditflow.plan.compiling import SAID, choose_compile, settle
 from mteditflow.policy import AdapterName, build_policy
 from mteditflow.policy.optimizer import build_optimizer, load_optimizer, moments_like, optimizer_state
@@ -43,11 +51,12 @@ from mteditflow.profile.account import Account, step_seconds
 from mteditflow.record import alarms, checkpoint, ending
 from mteditflow.record.clock import phase
 from mteditflow.record.figures import METRICS
+from mteditflow.record.files import check_folder, write_json
 from mteditflow.record.metrics import Reporter
 from mteditflow.report.run_report import write_report
 from mteditflow.report.seen import Seen, choose_of_all, save_seen
 from mteditflow.report.strips import save_strips
-from mteditflow.reward import build_reward, check_judge, is_trained_by_group
+from mteditflow.reward import build_reward, is_trained_by_group
 from mteditflow.reward.overlap import Overlap, efficiency
 from mteditflow.transformer.compiled import count_graphs
 from mteditflow.transformer.sharded import make_mesh
@@ -61,8 +70,9 @@ class Run:
     fine-tuning, whose state is too large to be held twice, after the newest checkpoint.
     """
 
-    def __init__(self, config: Config, objective: Objective, ranks: Ranks) -> None:
-        self.config, self.objective, self.ranks = config, objective, ranks
+    def __init__(self, config: Config, objective: Objective, ranks: Ranks, resume_from: int | None = None) -> None:
+        """resume_from: iteration of the checkpoint to go back to; None: the newest."""
+        self.config, self.objective, self.ranks, self.resume_from = config, objective, ranks, resume_from
         self.folder = Path(config.run.folder)
         self._unsaved: tuple[int, checkpoint.State] | None = None  # iterations done, and a copy of the state after them
         self._warned: set[str] = set()
@@ -78,15 +88,13 @@ class Run:
 
     def _start(self, stack: ExitStack) -> None:
         config = self.config
-        check_judge(config)
-        check_data(config, is_speaking=self.ranks.is_main)
         # first: a judge that is not there is found at once
         self.judge = Overlap(build_reward(config), config.reward, self.ranks.device)
         stack.enter_context(self.judge)
         if self.ranks.is_main:
             stack.enter_context(checkpoint.lock(self.folder))
         with_choice, compile_line = choose_compile(config, self.ranks.device.type)
-        saved = checkpoint.load_latest(self.folder, config, lambda line: print(line, file=sys.stderr), ranks=self.ranks)
+        saved = self._find_saved()
         if self.ranks.is_main:
             rubric = read_rubric(config.reward.rubric) if config.reward.rubric else ""
             checkpoint.keep_rubric(self.folder, rubric, is_resumed=saved is not None)
@@ -110,6 +118,32 @@ class Run:
         if self.ranks.is_main:
             self.account = stack.enter_context(Account(config, self.policy, self.ranks.world_size))
 
+    def _find_saved(self) -> checkpoint.Checkpoint | None:
+        """Find the checkpoint to go on from. ValueError where the config sets another problem."""
+        self.contents, gone = name_contents(self.config), list[str]()
+        known: dict[str, Any] = self.ranks.from_main(read_contents(self.folder) if self.ranks.is_main else None)
+        wanted = self.resume_from
+        if wanted is not None and (before := self.ranks.from_main(checkpoint.went_back(self.folder, wanted))):
+            again = f"what came after it then is in {before}, move that away to go back once more"
+            self._print(f"--resume_from {wanted}: went back there before, and goes on; {again}")
+            wanted = None
+        saved = checkpoint.load_latest(
+            self.folder, self.config, self._print, ranks=self.ranks, contents=compare_contents(known, self.contents),
+            only=wanted,
+        )  # fmt: skip
+        if wanted is not None and self.ranks.is_main and (aside := checkpoint.go_back(self.folder, wanted)):
+            self._print(f"--resume_from {wanted}: going back; what came after it is in {aside}")
+        if saved and "data.path" in known and "data.path" in self.contents:
+            gone = sorted({*known["data.path"]} - {*self.contents["data.path"]})
+        if gone:
+            self._print(f"data.path: {len(gone)} sessions are gone, the others go on in a new order")
+        return saved
+
+    def _print(self, line: str) -> None:
+        """Print a line for the user, on the main rank, before there is a reporter."""
+        if self.ranks.is_main:
+            print(line, file=sys.stderr)
+
     def _waits(self) -> list[str]:
         """Say where training cannot begin before the last trajectory is scored."""
         config = self.config
@@ -129,6 +163,7 @@ class Run:
         self.reporter = Reporter(self.folder, iteration=self.first_iteration, num_iterations=config.run.num_iterations)
         stack.callback(self.reporter.close)
         (self.folder / "config.yaml").write_text(to_yaml(config))
+        write_json(self.folder / CONTENTS, self.contents, is_durable=True)
         going_on = f", going on after iteration {self.first_iteration}" if is_resumed else ""
         self.reporter.say(f"{self.policy.adapters.num_modules} modules adapted, run folder {self.folder}{going_on}")
         if self.policy.editor.is_distilled and self.objective.blurs_distilled:
@@ -155,19 +190,28 @@ class Run:
             drift = measure_drift(self.policy, self.objective, self.tasks[0], config)
             self.drift = drift.figures
             self._say(str(drift))
-        before = self.ranks.from_main(load_evaluation(self.folder, "before") if self.ranks.is_main else None)
-        if before is None or not is_comparable(before, config):
+        problem = problem_of(self.tasks, config, self.contents)
+        before = self.ranks.from_main(self._load_before(problem) if self.ranks.is_main else None)
+        if before is None:
             before = kept_evaluation(
                 self.policy, self.tasks, config, self.ranks, lambda: self._evaluate("before", "off", 0), self._say
             )
             if self.ranks.is_main:
-                save_evaluation(self.folder, "before", before)
+                save_evaluation(self.folder, "before", before, problem)
         self.before: Evaluation = before
         if self.ranks.is_main:
             self._parts("before", 0).remove()
             if not is_resumed:
                 self._parts("after", 0).remove()  # of weights that are no longer there
                 save_strips(self.folder, 0, self.tasks, before.images, before.images)
+
+    def _load_before(self, problem: str) -> Evaluation | None:
+        """Read the evaluation of the base; None, with a line, where it is damaged or of another problem."""
+        try:
+            return load_evaluation(self.folder, "before", problem)
+        except ValueError as error:
+            self._say(f"{error}: the base is evaluated again")
+            return None
 
     def _say_graphs(self, when: str) -> None:
         """Say how many graphs were compiled since the last time, if any were."""
@@ -187,6 +231,7 @@ class Run:
     def record(self, iteration: int, values: dict[str, float], rollout: Rollout, scores: Scores) -> None:
         """The end of an iteration: metrics, what the judge saw, evaluation, checkpoint, which comes last."""
         config, done, judged = self.config, iteration + 1, self.judge.read()
+        self._check_weights(done)
         values = values | alarms.rollout_figures(rollout, scores, self.ranks)
         values |= {"update/learning_rate": self.optimizer.param_groups[0]["lr"]}
         chosen = choose_of_all(rollout, scores, config.run.num_judged, self.ranks)
@@ -200,6 +245,16 @@ class Run:
             self._save(done, self._state())
         elif self.ranks.is_main and not config.lora.is_full:
             self._unsaved = done, _to_host(self._state())
+
+    def _check_weights(self, done: int) -> None:
+        """Stop, before anything is saved or scored by them, where an update left weights that are not finite."""
+        is_broken = torch.tensor(int(not self.policy.adapters.is_finite()), device=self.ranks.device)
+        self.ranks.max_(is_broken)
+        if is_broken:
+            raise GuardError(
+                f"weights are not finite after the updates of iteration {done}, and not saved: optimizer.learning_rate "
+                f"is {self.config.optimizer.learning_rate:g}, lower it and begin in another run.folder"
+            )
 
     def _report(self, iteration: int, values: dict[str, float], judged: dict[str, float], chosen: list[Seen]) -> None:
         """Write and print the figures of an iteration."""
@@ -302,6 +357,16 @@ class Run:
             if name != "optimizer":
                 self.policy.adapters.load(name, saved.read(name, self.policy.adapters.state(name)))  # pyright: ignore[reportArgumentType]
         load_optimizer(self.optimizer, saved.read("optimizer", moments_like(self.optimizer)))
+
+
+def check(config: Config, *, is_main: bool) -> None:
+    """Raise ValueError for what is wrong with a run and can be known before ranks join and anything is loaded; the main
+    rank names what of the data is skipped.
+    """
+    check_editors(config, is_main=is_main)
+    build_objective(config)
+    if is_main:
+        check_folder(Path(config.run.folder), "run.folder")
 
 
 def _to_host(state: checkpoint.State) -> checkpoint.State:

@@ -286,7 +286,7 @@ def test_a_run_on_users_data(
 ) -> None:
     make(RECORDS)
     monkeypatch.setattr("mteditflow.run.build_reward", lambda config: GivenRewards(redness))
-    monkeypatch.setattr("mteditflow.run.check_judge", lambda config: None)
+    monkeypatch.setattr("mteditflow.evaluate.compare_editors.check_judge", lambda config: None)
     train(arguments_of(tmp_path / "run", tiny_pipeline_folder, tmp_path / "a.jsonl"))
     (line,) = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert 0 < line["reward/instruction"] < 1 and line["update/grad_norm"] > 0

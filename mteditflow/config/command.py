@@ -17,6 +17,7 @@ from jsonargparse import ArgumentParser
 
 from mteditflow.config import DataConfig, cli
 from mteditflow.config.errors import fail, suggest
+from mteditflow.config.ranges import Count, CountOrNone, Rate, Seed, Turns
 from mteditflow.config.version import describe_version
 
 Command = Callable[[Sequence[str]], int]
@@ -45,13 +46,21 @@ def _fails_in_one_line(command: Command) -> Command:
 
 @contextmanager
 def _joined(config: Any, *, is_training: bool) -> Iterator[Any]:
-    """The ranks of torchrun, all with the same config; one without it. What ends within ends as `Ending` says."""
+    """The ranks of torchrun, all with the same config; one without it. What ends within ends as `Ending` says.
+
+    What is wrong and can be known is said before ranks join, when the first speaks and the others are silent.
+    """
     from mteditflow.record.ending import Ending
 
     with Ending() as ending:  # before torch is imported: a signal is heeded from here on
         from mteditflow import distributed
         from mteditflow.guards import GuardError
 
+        if is_training:
+            from mteditflow.run import check
+        else:
+            from mteditflow.evaluate.compare_editors import check
+        check(config, is_main=distributed.read_environment()[0] == 0)
         ranks = distributed.start(config, is_training=is_training)
         ending.meet(ranks)
         distributed.check_same(ranks, config)
@@ -65,13 +74,16 @@ def _joined(config: Any, *, is_training: bool) -> Iterator[Any]:
 @_fails_in_one_line
 def train(argv: Sequence[str]) -> int:
     """Train an editor; the same command in the same folder goes on from its newest checkpoint."""
-    config, values = _read_run(argv, cli.run_parser(_program("train"), _sentence(train)))
+    parser = cli.run_parser(_program("train"), _sentence(train))
+    back = "go back, once, to the checkpoint of this iteration; what came after it is set aside in the run's folder"
+    parser.add_argument("--resume_from", type=Count, metavar="ITERATION", help=back)
+    config, values = _read_run(argv, parser)
     if _is_planned(config, values):
         return 0
     with _joined(config, is_training=True) as ranks:
         from mteditflow.train import train as run_training
 
-        run_training(config, ranks)
+        run_training(config, ranks, values.resume_from)
     return 0
 
 
@@ -177,7 +189,7 @@ def check(argv: Sequence[str]) -> int:
     parser = _parser("data", check, "check")
     what = "as data.path: .jsonl, EdiVal's .csv, .parquet, a folder, or owner/name of the hub"
     parser.add_argument("path", metavar="PATH", help=what)
-    parser.add_argument("--num_turns", type=int, default=DataConfig().num_turns, help="data.num_turns")
+    parser.add_argument("--num_turns", type=Turns, default=DataConfig().num_turns, help="data.num_turns")
     parser.add_argument("--max_bad_share", type=float, help="damaged sessions that are too many; left out: a run's")
     v = cli.parse(parser, argv)
     from mteditflow.data.check import check as check_sessions
@@ -195,7 +207,7 @@ def generate(argv: Sequence[str]) -> int:
     add("--out", type=str, required=True, metavar="FILE", help="JSONL file to write; must not be there yet")
     add("--turns", type=int, default=DataConfig().num_turns, help="instructions per session")
     add("--per_image", type=int, default=1, help="sessions per image")
-    add("--seed", type=int, default=0, help="of everything that is drawn")
+    add("--seed", type=Seed, default=0, help="of everything that is drawn")
     v = cli.parse(parser, argv)
     from mteditflow.data.coco import write_sessions
 
@@ -266,15 +278,15 @@ def pretrain(argv: Sequence[str]) -> int:
     add = parser.add_argument
     add("--output", type=Path, required=True, metavar="FOLDER", help="folder for the checkpoints")
     add("--vae", type=Path, metavar="FOLDER", help="take this trained autoencoder, train none")
-    add("--seed", type=int, default=0, help="of everything that is drawn")
-    add("--vae_batches", type=int, default=2000, help="of 32 pictures")
-    add("--num_pairs", type=int, default=120_000, help="single edits to learn from")
-    add("--editor_batches", type=int, default=8000, help="of the editor's training")
-    add("--flawed_batches", type=int, default=1500, help="the last of them, with flawed targets")
-    add("--batch_size", type=int, default=64, help="edits in one of them")
-    add("--learning_rate", type=float, default=1.5e-3, help="the highest, of the editor")
-    add("--save_every", type=int, default=500, help="batches of the editor between checkpoints")
-    add("--num_sessions", type=int, default=400, help="held-out edits per measurement")
+    add("--seed", type=Seed, default=0, help="of everything that is drawn")
+    add("--vae_batches", type=Count, default=2000, help="of 32 pictures")
+    add("--num_pairs", type=Count, default=120_000, help="single edits to learn from")
+    add("--editor_batches", type=Count, default=8000, help="of the editor's training")
+    add("--flawed_batches", type=CountOrNone, default=1500, help="the last of them, with flawed targets")
+    add("--batch_size", type=Count, default=64, help="edits in one of them")
+    add("--learning_rate", type=Rate, default=1.5e-3, help="the highest, of the editor")
+    add("--save_every", type=Count, default=500, help="batches of the editor between checkpoints")
+    add("--num_sessions", type=Count, default=400, help="held-out edits per measurement")
     add("--compile", action="store_true", help="torch.compile the editor: 1.6 times as fast, needs a C++ compiler")
     values = cli.parse(parser, argv)
     from mteditflow.world.pretrain import pretrain as make_editor
@@ -289,15 +301,15 @@ def pretrain_judge(argv: Sequence[str]) -> int:
     parser = _parser("pretrain-judge", pretrain_judge)
     add = parser.add_argument
     add("--output", type=Path, default=Path("runs/judge"), metavar="FOLDER", help="where the judge and its states go")
-    add("--seed", type=int, default=0, help="of everything that is drawn")
-    add("--num_rollouts", type=int, default=1200, help="sessions of the embedded editor to learn from, of 5 turns")
-    add("--num_composed", type=int, default=4000, help="sessions put together to learn from, of 5 turns")
-    add("--look_batches", type=int, default=300, help="batches in which the vision part learns to read pictures")
-    add("--batches", type=int, default=4500, help="batches of sessions")
-    add("--batch_size", type=int, default=16, help="sessions in one of them; of pictures to read four times as many")
-    add("--learning_rate", type=float, default=1.5e-3, help="the highest")
-    add("--save_every", type=int, default=250, help="batches between states to go on from")
-    add("--num_sessions", type=int, default=256, help="held-out sessions of 3 turns to measure on")
+    add("--seed", type=Seed, default=0, help="of everything that is drawn")
+    add("--num_rollouts", type=Count, default=1200, help="sessions of the embedded editor to learn from, of 5 turns")
+    add("--num_composed", type=Count, default=4000, help="sessions put together to learn from, of 5 turns")
+    add("--look_batches", type=CountOrNone, default=300, help="batches in which the vision part learns to read")
+    add("--batches", type=Count, default=4500, help="batches of sessions")
+    add("--batch_size", type=Count, default=16, help="sessions in one of them; of pictures to read four times as many")
+    add("--learning_rate", type=Rate, default=1.5e-3, help="the highest")
+    add("--save_every", type=Count, default=250, help="batches between states to go on from")
+    add("--num_sessions", type=Count, default=256, help="held-out sessions of 3 turns to measure on")
     measure = "make none, but measure this one: a reward.vlm in this process, such as small"
     add("--measure", type=str, metavar="JUDGE", help=measure)
     values = cli.parse(parser, argv)
@@ -330,7 +342,7 @@ def _dispatch(name: str, commands: Mapping[str, Command], words: Sequence[str], 
             print(f"  {word:<15}{_sentence(command)}")
         return 0
     if words[0] not in commands:
-        fail(f"{words[0]} is no command: {suggest(words[0], list(commands))}")
+        fail(f"{words[0] or repr('')} is no command: {suggest(words[0], list(commands))}")
     return commands[words[0]](words[1:])
 
 

@@ -3,6 +3,7 @@
 import difflib
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # a name may hold what a terminal obeys
 FIRST_S = 10.0  # that other ranks leave to the first, which has most likely the same to say
 
 
@@ -18,7 +20,7 @@ def fail(message: object) -> NoReturn:
 
     torchrun ends the other ranks once the first has ended. One that is still there then is alone with its fault.
     """
-    line, rank, world_size = " ".join(str(message).split()), *map(os.environ.get, ("RANK", "WORLD_SIZE"))
+    line, rank, world_size = one_line(message), *map(os.environ.get, ("RANK", "WORLD_SIZE"))
     if rank and world_size and rank.isdecimal() and world_size.isdecimal() and 0 < int(rank) < int(world_size):
         line = f"rank {rank}: {line}"
         write_error_file(line)
@@ -27,6 +29,11 @@ def fail(message: object) -> NoReturn:
     write_error_file(line)
     print(f"mteditflow: {line}", file=sys.stderr, flush=True)
     raise SystemExit(2)
+
+
+def one_line(message: object) -> str:
+    """Put a message on one line, without what a terminal obeys."""
+    return CONTROL.sub("?", " ".join(str(message).split()))
 
 
 def write_error_file(line: str) -> None:

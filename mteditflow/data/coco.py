@@ -89,7 +89,7 @@ def read_coco(path: Path) -> list[Entry]:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{str(path)!r} cannot be read ({error.strerror}): give a COCO JSON file") from None
-    except ValueError as error:  # no UTF-8, no JSON
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, or nested too deep
         raise ValueError(f"{str(path)!r} is not JSON ({error}): give a COCO JSON file") from None
     lists = ("images", "annotations", "categories")
     if not isinstance(tree, dict) or not all(isinstance(tree.get(name), list) for name in lists):

@@ -23,6 +23,7 @@ from mteditflow_kernels import use_backend
 from rich.console import Console
 
 from mteditflow.config import Config
+from mteditflow.config.rubric import check_rubric
 from mteditflow.config.version import git_commit
 from mteditflow.data import check_data, held_out_tasks
 from mteditflow.distributed import Ranks
@@ -48,8 +49,9 @@ from mteditflow.evaluate.lora_files import (
     read_subject,
 )
 from mteditflow.evaluate.parts import PartFolder
-from mteditflow.policy import AdapterName, build_policy, linear_shapes
-from mteditflow.record.files import read_json, write_json
+from mteditflow.policy import AdapterName, build_policy, configured_family, linear_shapes
+from mteditflow.record.figures import read_figures
+from mteditflow.record.files import check_folder, read_json, write_json
 from mteditflow.record.progress import show_sessions, start_bars
 from mteditflow.report.strips import draw_sessions
 from mteditflow.reward import build_reward, check_judge
@@ -68,15 +70,22 @@ def resolve(words: list[str], out: Path, read_config: Callable[[Path | None], Co
     if configs:
         check_held_out(configs, "set it by an override, for all")
     config = next(iter(configs.values())) if configs else read_config(None)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out is '{out}': no folder; choose another")
+    check_folder(out, "--out")
     return [read_subject(word) for word in words], config
+
+
+def check(config: Config, *, is_main: bool) -> None:
+    """Raise ValueError for what is wrong and can be known before ranks join and anything is loaded; the main rank names
+    what of the data is skipped.
+    """
+    check_judge(config)
+    check_rubric(config)
+    check_data(config, is_speaking=is_main)
+    configured_family(config.model)
 
 
 def evaluate_all(subjects: list[Subject], out: Path, config: Config, ranks: Ranks) -> None:
     """Evaluate what is not finished yet, on all ranks; the main rank shows the table, and writes the page."""
-    check_judge(config)
-    check_data(config, is_speaking=ranks.is_main)
     use_backend(config.run.backend)
     tasks, console = held_out_tasks(config), Console(quiet=not ranks.is_main)
     settings = list_settings(config, is_by_truth=has_truth(tasks))
@@ -158,7 +167,7 @@ def save_subject(
 
 def _present(subjects: list[Subject], out: Path, tasks: list[EditTask], console: Console) -> None:
     """Write comparison.json and the page of finished subjects, and show their table."""
-    reports = {subject.word: read_json(out / subject.slug / "metrics.json") for subject in subjects}
+    reports = {subject.word: read_figures(out / subject.slug / "metrics.json") for subject in subjects}
     evaluations = {subject.word: load_verdicts(out / subject.slug / "evaluation.safetensors") for subject in subjects}
     (first, before), *others = evaluations.items()
     gains = {word: compare(before, after) for word, after in others}

@@ -10,8 +10,7 @@ from PIL import Image
 from rich.table import Table
 
 from mteditflow.pictures import png_bytes
-from mteditflow.record.figures import METRICS, figure
-from mteditflow.record.files import read_json
+from mteditflow.record.figures import METRICS, figure, read_figures
 from mteditflow.record.templates import write_page
 from mteditflow.report.charts import NUM_COLORS, Curve, chart, data_uri, edit_types
 
@@ -88,5 +87,5 @@ def terminal_table(reports: Reports, gains: Reports) -> Table:
 
 def final_table(folder: Path) -> Table:
     """Make a table of a finished run: before, after and paired gain, from the files in its folder."""
-    reports = {name: read_json(folder / f"evaluation_{name}.json") for name in ("before", "after")}
-    return terminal_table(reports, {"after": read_json(folder / "comparison.json")})
+    reports = {name: read_figures(folder / f"evaluation_{name}.json") for name in ("before", "after")}
+    return terminal_table(reports, {"after": read_figures(folder / "comparison.json")})

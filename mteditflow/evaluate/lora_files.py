@@ -125,8 +125,10 @@ def read_lora(folder: Path) -> Lora:
         raise ValueError(f"{path} cannot be read ({error}): it is not a whole safetensors file") from None
     try:
         everything: dict[str, Any] = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError(f"{path} has metadata lora_adapter_metadata that is not JSON: save it again") from None
+    if not isinstance(everything, dict):
+        raise ValueError(f"{path} has metadata lora_adapter_metadata of another shape than an object: save it again")
     settings = {key.removeprefix(PREFIX): value for key, value in everything.items() if key.startswith(PREFIX)}
     for name in NOT_HAD:
         if settings.get(name):

@@ -14,6 +14,7 @@ from mteditflow.policy.encoding import hasten_upsampling, in_chunks, rows_at_a_t
 from mteditflow.policy.family import Base, Family
 from mteditflow.policy.pipelines import (
     DTYPES,
+    check_finite,
     check_scheduler,
     linear_shapes,
     load_pipeline,
@@ -189,6 +190,7 @@ def build_policy(
     policy = Policy(
         pipeline, config, lora, seed=seed, has_old=has_old, device=device, keeps_originals=keeps_originals, mesh=mesh
     )
+    check_finite(pipeline, path)
     if config.cfg_scale != 1 and not policy.editor.has_cfg:
         reason = "is distilled and takes no guidance" if policy.editor.is_distilled else "has its guidance embedded"
         remedy = "" if policy.editor.is_distilled else "; set model.guidance_scale"

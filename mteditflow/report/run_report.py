@@ -15,8 +15,7 @@ from mteditflow.config.cli import from_yaml
 from mteditflow.config.reward import TAKEN
 from mteditflow.export.card import read_usage
 from mteditflow.record.alarms import ALARMS
-from mteditflow.record.figures import METRICS, RESULTS, align_turns, finite
-from mteditflow.record.files import read_json
+from mteditflow.record.figures import METRICS, RESULTS, align_turns, finite, read_figures
 from mteditflow.record.metrics import FILE, read_lines
 from mteditflow.record.templates import write_page
 from mteditflow.report.account import account
@@ -103,7 +102,7 @@ CHARTS = (
 def write_report(folder: Path) -> Path:
     """Write `folder/report.html` from what the run has written so far. ValueError where there are no metrics."""
     if not (folder / FILE).is_file():
-        raise ValueError(f"{folder} is not the folder of a run: it has no {FILE}")
+        raise ValueError(f"{folder} is not the folder of a run: it has no {FILE}; give the run.folder of a training")
     return write_page("report/report.html.jinja", _contents(folder), folder / "report.html")
 
 
@@ -112,7 +111,7 @@ def _contents(folder: Path) -> dict[str, Any]:
     lines = read_lines(folder / FILE)
     config, problem = _read_config(folder / "config.yaml")
     charts = {spec: _chart(spec, lines) for spec in CHARTS}
-    before, after, gain = reports = [read_json(folder / f"{name}.json") for name in RESULTS]
+    before, after, gain = reports = [read_figures(folder / f"{name}.json") for name in RESULTS]
     newest, judged, base = after or before, read_seen(folder), config.model.path if config else ""
     return {
         "title": f"MT-EditFlow: {config.run.folder if config else folder.resolve().name}",
