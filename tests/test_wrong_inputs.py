@@ -176,7 +176,7 @@ def test_files_of_another_shape(refuse: Any, tmp_path: Path) -> None:
 
 
 LORAS: dict[str, tuple[dict[str, torch.Tensor], dict[str, str]]] = {
-    "holds no LoRA of a transformer": ({}, {}),
+    "holds no LoRA of a transformer": ({}, {"format": "pt"}),
     "has 'a'": ({"a": torch.ones(2, 2)}, {}),
     "do not go together": ({f"transformer.{MODULE}.lora_A.weight": torch.ones(2, 128)}, {}),
     "metadata lora_adapter_metadata that is not JSON": ({}, {"lora_adapter_metadata": "{"}),

@@ -289,8 +289,10 @@ def pretrain(argv: Sequence[str]) -> int:
     add("--num_sessions", type=Count, default=400, help="held-out edits per measurement")
     add("--compile", action="store_true", help="torch.compile the editor: 1.6 times as fast, needs a C++ compiler")
     values = cli.parse(parser, argv)
+    from mteditflow.record.files import check_folder
     from mteditflow.world.pretrain import pretrain as make_editor
 
+    check_folder(values.output, "--output")
     make_editor(values)
     return 0
 
@@ -314,7 +316,9 @@ def pretrain_judge(argv: Sequence[str]) -> int:
     add("--measure", type=str, metavar="JUDGE", help=measure)
     values = cli.parse(parser, argv)
     from mteditflow.judge.pretrain import measure_judge, pretrain
+    from mteditflow.record.files import check_folder
 
+    check_folder(values.output, "--output")
     measure_judge(values.measure, values.num_sessions) if values.measure else pretrain(values)
     return 0
 

@@ -57,7 +57,7 @@ def _check_arguments(target: Path, folder: Path, num_turns: int, per_image: int)
     require(target.suffix == ".jsonl", "--out", str(target), "must end in .jsonl")
     require(not target.exists(), "--out", str(target), "is there already, remove it or choose another")
     require(target.parent.is_dir(), "--out", str(target), f"there is no folder {target.parent}, make it")
-    require(folder.is_dir(), "--images", str(folder), "no such folder")
+    require(folder.is_dir(), "--images", str(folder), "no such folder, give that of the images")
 
 
 def make_record(image: str, things: list[Thing], num_turns: int, random: Random) -> dict[str, Any]:

@@ -161,7 +161,9 @@ def _pair_halves(tensors: dict[str, Tensor], path: Path, scale: Callable[[str], 
         halves.setdefault(match["module"], {})[match["half"]] = tensor.float()
     for module, pair in halves.items():
         if len(pair) < 2 or len(pair["A"]) != pair["B"].shape[1]:
-            raise ValueError(f"{path}: lora_A and lora_B of {module} do not go together: the file is not whole")
+            raise ValueError(
+                f"{path}: lora_A and lora_B of {module} do not go together: the file is not whole, save it again"
+            )
     if not halves:
         raise ValueError(f"{path} holds no LoRA of a transformer")
     return {name: Module(down=pair["A"], up=pair["B"], scale=scale(name)) for name, pair in halves.items()}

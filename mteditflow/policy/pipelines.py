@@ -35,12 +35,16 @@ def model_path(config: ModelConfig) -> str:
 def read_index(path: str) -> dict[str, Any]:
     """Read a pipeline's model_index.json, from a folder or the hub. ValueError where there is none."""
     folder, remedy = Path(path), "give the folder of a diffusers pipeline, or its name on the hub"
-    if folder.is_dir():
+    try:
+        is_folder, is_there = folder.is_dir(), folder.exists()
+    except OSError as error:  # a name that is too long, a folder that may not be looked into
+        raise ValueError(f"model.path {path!r} cannot be read ({error.strerror}): {remedy}") from None
+    if is_folder:
         if not (folder / "model_index.json").is_file():
             raise ValueError(
                 f"model.path {path!r} is not a diffusers pipeline: the folder has no model_index.json; {remedy}"
             )
-    elif folder.exists():
+    elif is_there:
         raise ValueError(f"model.path {path!r} is a file: {remedy}")
     elif path.startswith((".", "/", "~")) or path.count("/") != 1:  # a hub name is owner/name
         raise ValueError(f"model.path {path!r} does not exist: {remedy}")
@@ -52,7 +56,7 @@ def read_index(path: str) -> dict[str, Any]:
                 f"model.path {path!r} is gated: accept its licence on huggingface.co/{path}, then log in with hf auth "
                 f"login"
             ) from error
-        where = "has a model_index.json that cannot be read" if folder.is_dir() else NOT_REACHED
+        where = "has a model_index.json that cannot be read" if is_folder else NOT_REACHED
         raise ValueError(f"model.path {path!r} {where}: {first_line(error)}") from error
     if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
         raise ValueError(f"model.path {path!r} has a model_index.json that names no pipeline: {remedy}")
