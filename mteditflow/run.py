@@ -1,6 +1,7 @@
 """A run is a folder: what is written there, and how a killed run goes on as if it had not been.
 
-config.yaml  rubric.txt (of reward.rubric)  metrics.jsonl  tensorboard/  strips/  judge/  checkpoints/
+config.yaml  rubric.txt (of reward.rubric)  contents.json (what was behind names)  metrics.jsonl  tensorboard/
+strips/  judge/  checkpoints/  set_aside/ (what came after an iteration that was gone back to)
 evaluating_before|after/ (at work)  evaluation_before|after.json  comparison.json  lora/ (or weights/, of full
 fine-tuning)  report.html
 """

@@ -306,15 +306,11 @@ def _check_kind(setting: Setting, value: Any, where: str) -> None:
     key = f"{setting.section}.{setting.name}"
     if not isinstance(value, str | int | float | list):
         raise ValueError(f"{key} is {show(value)}{where}: give it a value, or leave it out")
+    is_right, wanted = isinstance(value, str) or setting.type is not str, "a text, in quotes"
     if isinstance(value, list):
-        is_right, wanted = tuple in (get_origin(setting.type), *map(get_origin, get_args(setting.type))), "one value"
-        if is_right:
-            is_right, wanted = all(isinstance(text, str) for text in value), "a list of texts"
-    else:
-        is_right, wanted = (
-            isinstance(value, str) or setting.type is not str,
-            "a text, in quotes",
-        )
+        takes_lists = tuple in (get_origin(setting.type), *map(get_origin, get_args(setting.type)))
+        is_right = takes_lists and all(isinstance(text, str) for text in value)
+        wanted = "a list of texts" if takes_lists else "one value"
     if not is_right:
         raise ValueError(f"{key} is {show(value)}{where}: must be {wanted}")
 
