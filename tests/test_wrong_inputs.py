@@ -140,6 +140,11 @@ def file_cases(folder: Path) -> Iterator[tuple[list[str], str, Path, bytes]]:
     for what, content in (SHAPES | FIGURE_SHAPES).items():
         for name in FIGURES if what != "nothing" else ():
             yield ["report", str(run)], str(run / name), run / name, content
+    for path, content in {
+        "judge/training.jsonl": b'{"iteration": 0}\n', "judge/evaluation.jsonl": b'{"iteration": 0, "sessions": [1]}\n',
+        "strips/iteration-x.png": b"",
+    }.items():  # fmt: skip
+        yield ["report", str(run)], str(run / path.partition("/")[0]), run / path, content
     for content in SHAPES.values():
         profile = folder / "profile.json"
         plan = ["train", "--dry_run", "--gpu=h100", f"--calibration={profile}"]

@@ -16,6 +16,7 @@ from mteditflow.config.reward import TAKEN
 from mteditflow.export.card import read_usage
 from mteditflow.record.alarms import ALARMS
 from mteditflow.record.figures import METRICS, RESULTS, align_turns, finite, read_figures
+from mteditflow.record.files import shaped
 from mteditflow.record.metrics import FILE, read_lines
 from mteditflow.record.templates import write_page
 from mteditflow.report.account import account
@@ -112,12 +113,18 @@ def _contents(folder: Path) -> dict[str, Any]:
     config, problem = _read_config(folder / "config.yaml")
     charts = {spec: _chart(spec, lines) for spec in CHARTS}
     before, after, gain = reports = [read_figures(folder / f"{name}.json") for name in RESULTS]
-    newest, judged, base = after or before, read_seen(folder), config.model.path if config else ""
+    with shaped(folder / "judge"):
+        judged = read_seen(folder)
+    with shaped(folder / "strips"):
+        strips = _strips(folder)
+    newest, base = after or before, config.model.path if config else ""
     return {
         "title": f"MT-EditFlow: {config.run.folder if config else folder.resolve().name}",
         "config": config,
         "config_problem": problem,
-        "config_text": (folder / "config.yaml").read_text() if (folder / "config.yaml").is_file() else "",
+        "config_text": (folder / "config.yaml").read_text(errors="replace")
+        if (folder / "config.yaml").is_file()
+        else "",
         "progress": _progress(lines, config),
         "metrics": METRICS,
         "turns": align_turns(before, after, gain),
@@ -128,7 +135,7 @@ def _contents(folder: Path) -> dict[str, Any]:
         "no_charts": [spec.title for spec in CHARTS if not charts[spec] and _is_due(spec, config)],
         "account": account(lines),
         "alarms": _alarms(lines, config) if config else [],
-        "strips": _strips(folder),
+        "strips": strips,
         "judged": judged,
         "is_judged": config is None or config.run.num_judged > 0,
         "has_truth": any(session["truth"] for part in judged for session in part["sessions"]),
