@@ -211,7 +211,7 @@ class Run:
         try:
             return load_evaluation(self.folder, "before", problem)
         except ValueError as error:
-            self._say(f"{error}: the base is evaluated again")
+            self._say(f"the base is evaluated again: {error}")
             return None
 
     def _say_graphs(self, when: str) -> None:

@@ -172,7 +172,7 @@ def test_a_damaged_evaluation_of_the_base_is_made_again(
             other = {"model__guidance_scale": 3.5, "run__num_iterations": 1}
     main(arguments(folder, run__num_checkpoints=9, evaluation__every=0, **other))
     said = capsys.readouterr().err
-    assert said.count(": the base is evaluated again\n") == 1 and str(folder / "evaluation_before") in said
+    assert said.count("the base is evaluated again: ") == 1 and str(folder / "evaluation_before") in said
     assert (figures.read_bytes() == expected) == (damage != "other guidance")
 
 
