@@ -132,7 +132,8 @@ def content_of(path: str) -> str | None:
 
 def name_contents(config: Config) -> dict[str, Any]:
     """Say what is behind the names in a config, as JSON: hashes of models, the sessions of a user's training data."""
-    reward, found = config.reward, {"model.path": _hash_quickly(model_path(config.model))}
+    reward, found = config.reward, dict[str, Any]()
+    found["model.path"] = _hash_quickly(model_path(config.model))
     if reward.judge == "vlm" and not reward.url:
         found["reward.vlm"] = _hash_quickly(reward.vlm_path)
     if config.data.path != EMBEDDED:

@@ -195,7 +195,7 @@ def load_latest(
     """
     ranks, parent = ranks or alone(), folder / "checkpoints"
     finished = [parent / name for name in ranks.from_main([path.name for path in _list_finished(parent)])]
-    finished, lines = finished if only is None else _pick(finished, only, parent), list[str]()
+    finished, faults = finished if only is None else _pick(finished, only, parent), dict[Path, str]()
     for path in finished:
         _check_seen(path, ranks)
         found, damage = None, ""
@@ -208,14 +208,12 @@ def load_latest(
             damage = str(error)
         damages = [said for said in ranks.gather_objects(damage) if said]
         if found and not damages:
-            for line in lines if ranks.is_main else ():
-                warn(line)
+            for newer, fault in faults.items() if ranks.is_main else ():
+                warn(f"checkpoint {newer} is damaged ({fault}): falling back to the one before")
             return found
-        lines.append(f"checkpoint {path} is damaged ({damages[0]}): falling back to the one before")
-    if finished:
-        raise ValueError(
-            f"every checkpoint in {parent} is damaged ({damages[0]}): restore one, or use another run.folder"
-        )
+        faults[path] = damages[0]
+    for fault in faults.values():
+        raise ValueError(f"every checkpoint in {parent} is damaged ({fault}): restore one, or use another run.folder")
     return None
 
 

@@ -75,6 +75,7 @@ def set_aside(folder: Path, name: str, *, copied: Iterable[Path], moved: Iterabl
 
 def check_folder(folder: Path, name: str) -> None:
     """Raise ValueError where a folder is none, or can neither be made nor written to; nothing is made."""
+    there = folder
     try:
         there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         is_right, what = there.is_dir(), "no folder" if there == folder else f"{there} is no folder"
