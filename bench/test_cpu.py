@@ -152,7 +152,7 @@ def _tasks() -> dict[str, Callable[[], str]]:
     from mteditflow_kernels import use_backend
 
     from mteditflow.config import Config, DataConfig, ObjectiveConfig, OptimizerConfig, RolloutConfig
-    from mteditflow.config.model import EMBEDDED_FOLDER
+    from mteditflow.config.model import MINIATURES
     from mteditflow.data import training_tasks
     from mteditflow.distributed import Ranks
     from mteditflow.objective import build_objective
@@ -184,7 +184,7 @@ def _tasks() -> dict[str, Callable[[], str]]:
         update(policy, optimizer, objective, made[0], advantage, config, ranks)
         return ""
 
-    pipeline = FluxKontextPipeline.from_pretrained(str(EMBEDDED_FOLDER))
+    pipeline = FluxKontextPipeline.from_pretrained(MINIATURES["embedded"])
     pipeline.set_progress_bar_config(disable=True)
     for module in (pipeline.vae, pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2):
         module.requires_grad_(False).eval()

@@ -13,7 +13,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from mteditflow.config import RewardConfig
-from mteditflow.config.model import EMBEDDED_FOLDER
+from mteditflow.config.model import MINIATURES
 from mteditflow.config.reward import SMALL_FOLDER
 from mteditflow.judge import pretrain
 from mteditflow.judge.agreement import Agreement, ask_about, compare, held_out_sessions, rank_correlation
@@ -31,8 +31,8 @@ from mteditflow.judge.small import build_model, build_tokenizer
 from mteditflow.pictures import to_uint8
 from mteditflow.reward.vlm import Question
 from mteditflow.reward.vlm_local import LocalVlm
+from mteditflow.world.autoencoder import decode, encode
 from mteditflow.world.edits import EDIT_TYPES
-from mteditflow.world.pretrain import decode, encode
 from mteditflow.world.render import atlas, compose, render
 from mteditflow.world.scenes import BACKGROUNDS
 from mteditflow.world.verify import grade, read
@@ -66,7 +66,7 @@ def test_composed_grades_are_all_frequent() -> None:
 
 
 def test_cells_are_those_of_pictures_through_the_autoencoder() -> None:
-    vae = FluxKontextPipeline.from_pretrained(EMBEDDED_FOLDER).vae
+    vae = FluxKontextPipeline.from_pretrained(MINIATURES["embedded"]).vae
     scenes = [session.source for session in judge_sessions("test", 2, 1)]
     readings, items = [see(scene) for scene in scenes], atlas().rows(scenes)
     cells = torch.zeros(len(BACKGROUNDS), 4, len(atlas().items), 3, 32, 32, dtype=torch.uint8)

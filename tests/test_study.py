@@ -252,6 +252,10 @@ def test_run_in_a_process_of_its_own(write: Write, tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "kernels")]))
     run = runs_of(read_study(write()), tmp_path / "study")[1]
     runner = study.Runner([run], study.make_slots(2))
+    runner.start()
+    pid, cores = runner.jobs[0].process.pid, runner.slots[0]["cores"]
+    assert os.getpriority(os.PRIO_PROCESS, pid) == os.getpriority(os.PRIO_PROCESS, 0) + study.NICE
+    assert os.sched_getaffinity(pid) == set(cores)
     study.work(runner, lambda: None, Console())
     assert runner.num_done == 1 and runner.failed == {} and study.is_finished(run)
     assert len((run.folder / "commit").read_text().strip()) > 0

@@ -273,21 +273,26 @@ def report(argv: Sequence[str]) -> int:
 
 @_fails_in_one_line
 def pretrain(argv: Sequence[str]) -> int:
-    """Make the embedded editor from nothing."""
+    """Make the drifting editor from nothing."""
     parser = _parser("world.pretrain", pretrain)
     add = parser.add_argument
-    add("--output", type=Path, required=True, metavar="FOLDER", help="folder for the checkpoints")
-    add("--vae", type=Path, metavar="FOLDER", help="take this trained autoencoder, train none")
+    add("--output", type=Path, required=True, metavar="FOLDER", help="where the editor and its states go")
     add("--seed", type=Seed, default=0, help="of everything that is drawn")
-    add("--vae_batches", type=Count, default=2000, help="of 32 pictures")
-    add("--num_pairs", type=Count, default=120_000, help="single edits to learn from")
-    add("--editor_batches", type=Count, default=8000, help="of the editor's training")
-    add("--flawed_batches", type=CountOrNone, default=1500, help="the last of them, with flawed targets")
-    add("--batch_size", type=Count, default=64, help="edits in one of them")
-    add("--learning_rate", type=Rate, default=1.5e-3, help="the highest, of the editor")
-    add("--save_every", type=Count, default=500, help="batches of the editor between checkpoints")
-    add("--num_sessions", type=Count, default=400, help="held-out edits per measurement")
-    add("--compile", action="store_true", help="torch.compile the editor: 1.6 times as fast, needs a C++ compiler")
+    add("--vae_batches", type=Count, default=10_000, help="of 4 pictures")
+    add(
+        "--decoder_batches",
+        type=CountOrNone,
+        default=6000,
+        help="of 4 pictures, in which the decoder alone is trained on",
+    )
+    add("--num_pairs", type=Count, default=48_000, help="clean single edits to learn from")
+    add("--edit_batches", type=Count, default=3400, help="of the editor's training on them")
+    add("--num_drifting", type=Count, default=20_000, help="single edits of drifting chains to learn from")
+    add("--drift_batches", type=CountOrNone, default=600, help="of the editor's training on them")
+    add("--batch_size", type=Count, default=48, help="edits in one of them")
+    add("--learning_rate", type=Rate, default=1.5e-3, help="the highest, on clean edits; half of it on drifting ones")
+    add("--save_every", type=Count, default=200, help="batches of the editor between states to go on from")
+    add("--num_sessions", type=Count, default=128, help="held-out sessions per measurement")
     values = cli.parse(parser, argv)
     from mteditflow.record.files import check_folder
     from mteditflow.world.pretrain import pretrain as make_editor

@@ -7,7 +7,9 @@ from typing import Annotated, Literal
 from mteditflow.config.ranges import Count, Pixels, Range, check_ranges, require
 
 EMBEDDED = "embedded"
-EMBEDDED_FOLDER = Path(__file__).parent.parent / "world" / "editor"
+_WORLD = Path(__file__).parent.parent / "world"
+MINIATURES = {"drifting": _WORLD / "drifting", EMBEDDED: _WORLD / "editor"}
+"""Editors that ship with the package, by `model.path`: one that breaks on its own output, one that hardly does."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,8 +17,8 @@ class ModelConfig:
     """The editor to train."""
 
     path: str = EMBEDDED
-    """Folder or hub name of a diffusers pipeline of a family in docs/models; 'embedded' is the miniature that ships
-    with the package."""
+    """Folder or hub name of a diffusers pipeline of a family in docs/models; 'drifting' and 'embedded' are miniatures
+    that ship with the package: the first breaks on its own output, as real editors do (docs/miniature.md)."""
     height: Pixels = 64
     """Height of source and edit, pixels; a multiple of 16."""
     width: Pixels = 64
@@ -53,7 +55,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        remedy = f"must be {EMBEDDED!r}, a folder or a name on the hub"
+        remedy = f"must be one of {', '.join(MINIATURES)}, a folder or a name on the hub"
         require(self.path != "", "model.path", self.path, remedy)
         is_seen = self.vision_pixels == 0 or self.vision_pixels >= 56**2  # Qwen2.5-VL enlarges what is smaller
         require(is_seen, "model.vision_pixels", self.vision_pixels, "must be 0 or at least 3136")

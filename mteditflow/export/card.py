@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 import yaml
 
-from mteditflow.config import EMBEDDED, Config
+from mteditflow.config import Config
 from mteditflow.config.cli import to_yaml
+from mteditflow.config.model import MINIATURES
 from mteditflow.policy import family_of
 from mteditflow.record.figures import METRICS, RESULTS, align_turns, read_figures
 from mteditflow.record.templates import write_page
@@ -107,8 +108,9 @@ def front_matter(card: Card) -> dict[str, Any]:
 def usage(card: Card) -> str:
     """Write Python that loads the export and edits a picture at the size, steps and guidance of the evaluation."""
     model, dtype = card.config.model, f"torch.{card.config.model.dtype}"
-    base = f'"{model.path}"' if model.path != EMBEDDED else 'str(files("mteditflow") / "world" / "editor")'
-    lines = ["from importlib.resources import files", ""] if model.path == EMBEDDED and card.form != "merged" else []
+    folder = MINIATURES.get(model.path)
+    base = f'str(files("mteditflow") / "world" / "{folder.name}")' if folder else f'"{model.path}"'
+    lines = ["from importlib.resources import files", ""] if folder and card.form != "merged" else []
     lines += ["import torch", f"from diffusers import {card.pipeline}", "from diffusers.utils import load_image", ""]
     load = f"pipe = {card.pipeline}.from_pretrained("
     if card.form == "merged":
@@ -158,4 +160,5 @@ def _notes(card: Card) -> list[str]:
 
 
 def _base_in_words(config: Config) -> str:
-    return "the miniature editor that ships with mteditflow" if config.model.path == EMBEDDED else config.model.path
+    path = config.model.path
+    return f"the {path} miniature that ships with mteditflow" if path in MINIATURES else path

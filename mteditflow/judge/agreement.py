@@ -17,8 +17,8 @@ from mteditflow.judge.sessions import Judged, compose_session, judge_sessions, r
 from mteditflow.pictures import to_uint8
 from mteditflow.policy.pipelines import load_pipeline
 from mteditflow.reward.vlm import Answer, Ask, Question
+from mteditflow.world.autoencoder import decode, encode
 from mteditflow.world.edits import EDIT_TYPES
-from mteditflow.world.pretrain import decode, encode
 from mteditflow.world.render import render
 from mteditflow.world.scenes import Scene
 from mteditflow.world.verify import read

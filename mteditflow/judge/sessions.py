@@ -22,8 +22,9 @@ from mteditflow.config import ModelConfig
 from mteditflow.flow import sigma_schedule
 from mteditflow.pictures import to_uint8
 from mteditflow.policy.pipelines import load_pipeline
+from mteditflow.world.autoencoder import decode, encode
 from mteditflow.world.edits import ATTRIBUTE_OF, Edit, Session, make_session
-from mteditflow.world.pretrain import TOKENS, Editor, decode, encode, tokenize
+from mteditflow.world.pretrain import TOKENS, Editor, tokenize
 from mteditflow.world.render import atlas, compose, render
 from mteditflow.world.scenes import ATTRIBUTES, BACKGROUNDS, CELL, KINDS, Item, Scene, sample_item
 from mteditflow.world.verify import Reading, grade, read

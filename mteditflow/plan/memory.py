@@ -17,8 +17,8 @@ from huggingface_hub import try_to_load_from_cache
 from safetensors import safe_open
 from torch import nn
 
-from mteditflow.config import EMBEDDED, Config, ModelConfig
-from mteditflow.config.model import EMBEDDED_FOLDER
+from mteditflow.config import Config, ModelConfig
+from mteditflow.config.model import MINIATURES
 from mteditflow.evaluate.parts import part_size
 from mteditflow.objective import build_objective
 from mteditflow.plan.activations import Kept, Pass, bytes_kept
@@ -316,8 +316,8 @@ def folder_of(path: str, name: str = "model.path", file: str = "model_index.json
     """Where a model's files are on this machine, `file` among them; None: a hub name that is not in the cache. `name`
     is the field's.
     """
-    if path == EMBEDDED:
-        return EMBEDDED_FOLDER
+    if path in MINIATURES:
+        return MINIATURES[path]
     if Path(path).is_dir():
         return Path(path)
     if path.count("/") != 1:

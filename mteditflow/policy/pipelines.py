@@ -15,9 +15,9 @@ from diffusers.utils import logging
 from huggingface_hub.errors import GatedRepoError
 from torch import Tensor, nn
 
-from mteditflow.config import EMBEDDED, ModelConfig
+from mteditflow.config import ModelConfig
 from mteditflow.config.errors import first_line
-from mteditflow.config.model import EMBEDDED_FOLDER
+from mteditflow.config.model import MINIATURES
 from mteditflow.record import ending
 from mteditflow.transformer.base import quantise
 from mteditflow.transformer.sharded import local
@@ -29,7 +29,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # of `ModelConf
 
 def model_path(config: ModelConfig) -> str:
     """Return the folder or hub name of the configured pipeline."""
-    return str(EMBEDDED_FOLDER) if config.path == EMBEDDED else config.path
+    return str(MINIATURES.get(config.path, config.path))
 
 
 def read_index(path: str) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from mteditflow.study.cells import CellRun, Comparison, read_study, runs_of, sel
 from mteditflow.study.study_page import write_study
 
 POLL_S = 0.5
+NICE = 10  # how much lower the priority of a run is than the study's
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -144,6 +145,8 @@ class Runner:
                 start_new_session=True,  # else Ctrl-C reaches the run itself, which would not save
             )  # fmt: skip
         os.sched_setaffinity(process.pid, self.slots[slot]["cores"])
+        priority = os.getpriority(os.PRIO_PROCESS, 0) + NICE  # an hours' job gives way to who works beside it
+        os.setpriority(os.PRIO_PROCESS, process.pid, priority)
         if self.is_stopping:  # asked between the look at it and now
             process.terminate()
         return Job(run=run, slot=slot, process=process, start=time.monotonic())

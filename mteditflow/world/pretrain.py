@@ -1,16 +1,20 @@
-"""Makes the embedded editor from nothing: `python -m mteditflow.world.pretrain --output FOLDER`.
+"""Makes the miniature editors from nothing: `mteditflow pretrain --output FOLDER`.
 
-Two stages: a KL autoencoder on rendered scenes, then a FLUX.1-Kontext transformer with its text encoders by flow
-matching on *single-turn* edits; the editor never sees its own output, which is the gap that multi-turn RL closes. The
-last `flawed_batches` batches have flawed targets, as collections of edits from the web do: in 15 % the instruction was
-ignored, in 10 % another edit was made. So the editor knows how to edit and does it not every time, and there is
-something for RL to find: an edit that never succeeds gives groups without spread.
+Three stages, each with a state to go on from, so that the same command goes on after a kill:
 
-The transformer learns suddenly, so its averaged weights are kept every `save_every` batches, with their held-out
-success per edit type, and the one that leaves room for RL is the one to ship: copy its folder to
-`mteditflow/world/editor`. The same command goes on after a kill. On two cores without other work stage one takes 10
-minutes, the pairs 2.5 and every 1,000 batches of stage two 3.5 with `--compile`; docs/log.md says how the editor that
-ships came to be.
+1. A KL autoencoder that keeps colours, contrast and sharpness as they are (world/autoencoder.py); then its decoder on.
+2. A FLUX.1-Kontext transformer with its text encoders, by flow matching on clean single edits: a skilled editor.
+3. The same on pairs as collections of edits from the web have them, cut from *chains* of edits by other editors. A
+   small drift that nobody minded is in every picture, and more of it in the picture after: the editor learns to make
+   what it is given a little worse, which no single edit shows. Some instructions were ignored, some mistaken.
+
+       drift_k = gain drift_{k-1} + step u^power e      u uniform, e a random axis (world/drift.py) with a random sign
+
+So what the editor has is exposure bias by its data: at the first turn the drift is hard to see, on its own output it
+compounds. The axis and the sign are the noise's: no offset mends them, only undoing what the input brings does.
+
+The folder `editor` in FOLDER is what ships as mteditflow/world/drifting; docs/miniature.md has the command, the time,
+the curve and the measurements.
 """
 
 import sys
@@ -20,26 +24,28 @@ from mteditflow.config import command
 if __name__ == "__main__":  # before torch is imported: --help and wrong arguments answer at once
     sys.exit(command.main(["pretrain", *sys.argv[1:]]))
 
+import json
 import math
 import time
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from random import Random
-from typing import cast
+from typing import Any
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.pipelines.flux.pipeline_flux_kontext import FluxKontextPipeline
-from einops import rearrange
 from jsonargparse import Namespace
 from torch import Tensor
 
 from mteditflow.flow import sigma_schedule
+from mteditflow.world.autoencoder import decode, encode, optimizer_step, save_state, train_decoder, train_vae
+from mteditflow.world.drift import AXES, drifted
 from mteditflow.world.edits import EDIT_TYPES, Edit, is_held_out_scene, make_session, sample_edit, vocabulary
-from mteditflow.world.render import atlas, compose, render
-from mteditflow.world.scenes import BACKGROUNDS, Scene, sample_scene
+from mteditflow.world.render import render
+from mteditflow.world.scenes import Scene, sample_scene
 from mteditflow.world.tiny_kontext import build_pipeline
 from mteditflow.world.verify import MIN_SCORE_DONE, grade, read
 
@@ -74,8 +80,26 @@ TRANSFORMER = {
 # How often an edit type is drawn: those that redraw an object in place are learned last.
 LEARNED_LAST = ("subject_replace", "color_alter", "material_alter", "count_change")
 TYPE_WEIGHTS = {t: 2.0 if t in LEARNED_LAST else 1.0 for t in EDIT_TYPES}
-# Shares of flawed pairs, as collections of edits from the web have them: the instruction ignored, another edit made.
-IGNORED, MISTAKEN = 0.15, 0.1
+CHAIN = 8  # edits that follow one another, so that a picture is encoded once and serves as target and as source
+VISIBLE = torch.tensor([0.3, 0.4, 0.8, 1.0])  # of each of AXES: what costs the verifier objects (but blur, by itself)
+MOST_DRIFT = 2.0  # of VISIBLE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flaws:
+    """What is wrong with pairs from the web: the shares whose instruction was `ignored`, and `mistaken` for another;
+    the drift's `gain` from picture to picture, and the largest `step` that a picture adds, in units of VISIBLE.
+    """
+
+    ignored: float = 0.0
+    mistaken: float = 0.0
+    gain: float = 0.0
+    step: float = 0.0
+    power: float = 2.0
+
+
+CLEAN = Flaws()
+DRIFTING = Flaws(ignored=0.03, mistaken=0.03, gain=1.6, step=0.7)
 
 
 def new_pipeline(seed: int) -> FluxKontextPipeline:
@@ -85,70 +109,13 @@ def new_pipeline(seed: int) -> FluxKontextPipeline:
     )
 
 
-def random_pictures(num: int, generator: torch.Generator) -> Tensor:
-    """Draw pictures of random objects on random backgrounds, (num, 3, 64, 64) in [-1, 1]; faster than by scenes."""
-    items = torch.randint(1, len(atlas().items), (num, 4), generator=generator)
-    items[torch.rand(num, 4, generator=generator) < 0.35] = 0
-    return compose(items, torch.randint(len(BACKGROUNDS), (num,), generator=generator))
-
-
-def train_vae(vae: AutoencoderKL, num_batches: int, batch_size: int, seed: int) -> None:
-    """Train stage one by squared and absolute error and a little KL; then set the latents' shift and scale so that
-    they have mean 0 and variance 1.
-    """
-    torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)
-    vae.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=1e-3)
-    start = time.monotonic()
-    for batch in range(num_batches):
-        pictures = random_pictures(batch_size, generator).contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            mean, log_var = vae.encoder(pictures).float().chunk(2, dim=1)
-            latents = mean + torch.exp(0.5 * log_var) * torch.randn(mean.shape, generator=generator)
-            error = vae.decoder(latents).float() - pictures
-        kl = 0.5 * (mean.square() + log_var.exp() - 1 - log_var).mean()
-        (error.square().mean() + 0.1 * error.abs().mean() + 5e-5 * kl).backward()
-        _step(optimizer, 2e-3 * min(1.0, (batch + 1) / 100) * (0.51 + 0.49 * math.cos(math.pi * batch / num_batches)))
-        if (batch + 1) % 100 == 0:
-            rate, square = (batch + 1) / (time.monotonic() - start), error.square().mean()
-            print(f"vae {batch + 1}/{num_batches}: squared error {square:.5f}, {rate:.1f} batches/s", flush=True)
-    with torch.no_grad():
-        latents = vae.encoder(random_pictures(512, generator)).chunk(2, dim=1)[0]
-    vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
-
-
-def _step(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
-        torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
-
-
-def encode(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
-    """Encode pictures (N, 3, 64, 64) to packed, scaled latents (N, 16, 32), as the stock pipeline does."""
-    with torch.no_grad():
-        mean = torch.cat([vae.encoder(part).chunk(2, dim=1)[0] for part in pictures.split(64)])
-    latents = (mean - vae.config["shift_factor"]) * vae.config["scaling_factor"]
-    return rearrange(latents, "n c (h p) (w q) -> n (h w) (c p q)", p=2, q=2)
-
-
-def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
-    """Decode packed latents to pictures in [-1, 1]."""
-    latents = rearrange(latents, "n (h w) (c p q) -> n c (h p) (w q)", h=4, p=2, q=2)
-    with torch.no_grad():
-        return vae.decoder(latents / vae.config["scaling_factor"] + vae.config["shift_factor"]).clamp(-1, 1)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Pairs:
-    """Single-turn edits: rows `source`, `target`, `flawed` (target) (M,) of `latents` (., 16, 32), and instructions."""
+    """Single edits: rows `source` and `target` (M,) of `latents` (., 16, 32), and instructions."""
 
     latents: Tensor
     source: Tensor
     target: Tensor
-    flawed: Tensor
     instructions: list[str]
 
 
@@ -159,30 +126,38 @@ def _draw_edit(scene: Scene, random: Random) -> Edit:
     return edit
 
 
-def make_pairs(vae: AutoencoderKL, num_pairs: int, seed: int, chain: int = 8) -> Pairs:
-    """Make pairs from chains of edits of true renders, so that a picture is encoded once and serves as target and as
-    source. A flawed target is the source in a share IGNORED of the pairs, shows another edit in a share MISTAKEN.
-    """
-    random, scenes = Random(f"pretrain/{seed}"), list[Scene]()
-    rows, instructions = list[tuple[int, int, int]](), list[str]()
+def next_drift(drift: list[float], flaws: Flaws, random: Random) -> list[float]:
+    """Let a drift, in units of VISIBLE, grow by a picture."""
+    axis, size = random.randrange(len(AXES)), flaws.step * random.random() ** flaws.power
+    added = [random.choice((-size, size)) if i == axis else 0.0 for i in range(len(AXES))]
+    grown = [flaws.gain * old + new for old, new in zip(drift, added, strict=True)]
+    return [max(-MOST_DRIFT, min(MOST_DRIFT, value)) for value in grown]
+
+
+def make_pairs(vae: AutoencoderKL, num_pairs: int, flaws: Flaws, name: str) -> Pairs:
+    """Make pairs from chains of CHAIN edits of scenes that are not held out. A chain goes on from what it shows."""
+    random, scenes, drifts = Random(f"pretrain/{name}"), list[Scene](), list[list[float]]()
+    rows, instructions = list[int](), list[str]()
     while len(instructions) < num_pairs:
-        scene = sample_scene(random)
+        scene, drift = sample_scene(random), [0.0] * len(AXES)
         if is_held_out_scene(scene):
             continue
         scenes.append(scene)
-        for _ in range(chain):
+        drifts.append(drift)
+        for _ in range(CHAIN):
             flaw, edit, mistake = random.random(), _draw_edit(scene, random), _draw_edit(scene, random)
-            source, is_flawed = len(scenes) - 1, flaw < IGNORED + MISTAKEN
-            if is_flawed and flaw >= IGNORED:
-                scenes.append(mistake.after)
-            target = len(scenes)
-            rows.append((source, target, target - 1 if is_flawed else target))  # before the target: source or mistake
+            rows.append(len(scenes) - 1)
             instructions.append(edit.instruction)
-            scene = edit.after
+            if flaw >= flaws.ignored:
+                scene = mistake.after if flaw < flaws.ignored + flaws.mistaken else edit.after
+            drift = next_drift(drift, flaws, random)
             scenes.append(scene)
-    latents = torch.cat([encode(vae, render(scenes[i : i + 512])) for i in range(0, len(scenes), 512)])
-    source, target, flawed = torch.tensor(rows).unbind(1)
-    return Pairs(latents=latents, source=source, target=target, flawed=flawed, instructions=instructions)
+            drifts.append(drift)
+    parts = [slice(i, i + 512) for i in range(0, len(scenes), 512)]
+    sizes = VISIBLE * torch.tensor(drifts)
+    latents = torch.cat([encode(vae, drifted(render(scenes[part]), sizes[part])) for part in parts])
+    source = torch.tensor(rows)
+    return Pairs(latents=latents, source=source, target=source + 1, instructions=instructions)
 
 
 class Editor(torch.nn.Module):
@@ -213,75 +188,104 @@ def tokenize(pipeline: FluxKontextPipeline, instructions: list[str]) -> tuple[Te
     return t5, clip
 
 
-def success(pipeline: FluxKontextPipeline, num_sessions: int, num_steps: int = 8) -> dict[str, float]:
-    """Measure the share of held-out first edits that the verifier passes, per edit type and overall ('all')."""
+def success(
+    pipeline: FluxKontextPipeline, num_sessions: int, num_turns: int = 1, num_steps: int = 4
+) -> dict[str, float]:
+    """Measure the share of turns of held-out sessions that the verifier passes, on the editor's outputs: 'turn 1' and
+    on, and of the first turns per edit type.
+    """
     editor = Editor(pipeline).eval()
-    sessions = [make_session(f"pretrain/{i}", 1, held_out=True) for i in range(num_sessions)]
-    before, edits = render([session.source for session in sessions]), [session.edits[0] for session in sessions]
-    t5_ids, clip_ids = tokenize(pipeline, [edit.instruction for edit in edits])
-    condition = encode(pipeline.vae, before)
-    latents = torch.randn(condition.shape, generator=torch.Generator().manual_seed(0))
-    sigmas = sigma_schedule(num_steps, TOKENS).float()
-    with torch.no_grad():
-        for sigma, sigma_next in pairwise(sigmas):
-            velocity = editor(latents, condition, sigma.expand(num_sessions), t5_ids, clip_ids)
-            latents = latents + (sigma_next - sigma) * velocity
-    grades = grade(edits, read(before), read(decode(pipeline.vae, latents)))
-    passed = [(edit.edit_type, score >= MIN_SCORE_DONE) for edit, score in zip(edits, grades, strict=True)]
-    by_type = {name: [is_done for found, is_done in passed if found == name] for name in EDIT_TYPES}
-    shares = {name: sum(is_done) / max(len(is_done), 1) for name, is_done in by_type.items()}
-    return {"all": sum(is_done for _, is_done in passed) / num_sessions} | shares
+    sessions = [make_session(f"pretrain/{i}", num_turns, held_out=True) for i in range(num_sessions)]
+    pictures, generator = render([session.source for session in sessions]), torch.Generator().manual_seed(0)
+    sigmas, before, shares = sigma_schedule(num_steps, TOKENS).float(), read(pictures), dict[str, float]()
+    for turn in range(num_turns):
+        edits = [session.edits[turn] for session in sessions]
+        t5_ids, clip_ids = tokenize(pipeline, [edit.instruction for edit in edits])
+        condition = encode(pipeline.vae, pictures)
+        latents = torch.randn(condition.shape, generator=generator)
+        with torch.no_grad():
+            for sigma, sigma_next in pairwise(sigmas):
+                velocity = editor(latents, condition, sigma.expand(num_sessions), t5_ids, clip_ids)
+                latents = latents + (sigma_next - sigma) * velocity
+        pictures = decode(pipeline.vae, latents)
+        after = read(pictures)
+        is_done = [score >= MIN_SCORE_DONE for score in grade(edits, before, after)]
+        shares[f"turn {turn + 1}"] = sum(is_done) / num_sessions
+        if turn == 0:
+            for name in EDIT_TYPES:
+                of_type = [done for done, edit in zip(is_done, edits, strict=True) if edit.edit_type == name]
+                shares[name] = sum(of_type) / max(len(of_type), 1)
+        before = after
+    return shares
 
 
-def train_editor(pipeline: FluxKontextPipeline, pairs: Pairs, args: Namespace) -> None:
-    """Train stage two by flow matching on single edits; save the averaged weights as pipeline folders, and the state to
-    go on from, on the way.
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A stretch of the editor's training on some pairs; `average` is the decay of the averaged weights."""
+
+    name: str
+    num_pairs: int
+    flaws: Flaws
+    num_batches: int
+    learning_rate: float
+    warmup: int  # batches
+    average: float
+    num_turns: int  # of the sessions that are measured at its end
+
+
+def train_editor(
+    pipeline: FluxKontextPipeline, stage: Stage, args: Namespace
+) -> tuple[FluxKontextPipeline, list[dict[str, Any]]]:
+    """Train a stage by flow matching, from its state in the output folder if there is one; gives the averaged weights,
+    and their loss and success every `save_every` batches, when the state is saved.
     """
     averaged, shift = deepcopy(pipeline), math.exp(FLUX_MU)
     editor, average = Editor(pipeline).train(), Editor(averaged)  # modules of the two pipelines
-    velocity = cast(Editor, torch.compile(editor) if args.compile else editor)
-    t5_ids, clip_ids = tokenize(pipeline, pairs.instructions)
     optimizer = torch.optim.AdamW(
-        editor.parameters(), lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=1e-2, fused=True
+        editor.parameters(), lr=stage.learning_rate, betas=(0.9, 0.98), weight_decay=1e-2, fused=True
     )
-    state, first = args.output / "state.pt", 1
+    state, first, curve = args.output / f"{stage.name}.pt", 1, list[dict[str, Any]]()
     if state.exists():
         saved = torch.load(state, weights_only=True)
         editor.load_state_dict(saved["editor"])
         average.load_state_dict(saved["averaged"])
         optimizer.load_state_dict(saved["optimizer"])
-        first = saved["batch"] + 1
-    start, smooth = time.monotonic(), 1.0
-    for number in range(first, args.editor_batches + 1):
-        generator = torch.Generator().manual_seed(args.seed * 2**32 + number)
+        first, curve = saved["batch"] + 1, saved["curve"]
+    if first > stage.num_batches:
+        return averaged, curve
+    start = time.monotonic()
+    pairs = make_pairs(pipeline.vae, stage.num_pairs, stage.flaws, f"{stage.name}/{args.seed}")
+    print(f"{len(pairs.instructions)} pairs made in {time.monotonic() - start:.0f} s", flush=True)
+    t5_ids, clip_ids = tokenize(pipeline, pairs.instructions)
+    start, smooth = time.monotonic(), curve[-1]["loss"] if curve else None
+    for number in range(first, stage.num_batches + 1):
+        generator = torch.manual_seed(args.seed * 2**32 + number)  # the global one, of which T5's dropout takes
         index = torch.randint(len(pairs.source), (args.batch_size,), generator=generator)
-        is_flawed = number > args.editor_batches - args.flawed_batches
-        clean = pairs.latents[(pairs.flawed if is_flawed else pairs.target)[index]]
+        clean, condition = pairs.latents[pairs.target[index]], pairs.latents[pairs.source[index]]
         noise = torch.randn(clean.shape, generator=generator)
         uniform = torch.rand(args.batch_size, generator=generator).clamp_min(1e-3)
         sigma = shift / (shift + 1 / uniform - 1)
         mix = sigma[:, None, None]
-        condition = pairs.latents[pairs.source[index]]
-        predicted = velocity((1 - mix) * clean + mix * noise, condition, sigma, t5_ids[index], clip_ids[index])
+        predicted = editor((1 - mix) * clean + mix * noise, condition, sigma, t5_ids[index], clip_ids[index])
         loss = (predicted - (noise - clean)).square().mean()
         loss.backward()
-        decay = min(1.0, (args.editor_batches - number) / (0.3 * args.editor_batches) + 0.05)
-        _step(optimizer, args.learning_rate * min(1.0, number / 200) * decay)
+        decay = min(1.0, (stage.num_batches - number) / (0.35 * stage.num_batches) + 0.03)
+        optimizer_step(optimizer, stage.learning_rate * min(1.0, number / stage.warmup) * decay)
         with torch.no_grad():
             for old, new in zip(average.parameters(), editor.parameters(), strict=True):
-                old.lerp_(new, 1 - min(0.998, number / (number + 10)))
-        smooth += 0.02 * (loss.item() - smooth)
-        if number % 100 == 0:
-            rate = (time.monotonic() - start) / (number - first + 1)
-            print(f"editor {number}/{args.editor_batches}: loss {smooth:.4f}, {rate:.3f} s/batch", flush=True)
-        if number % args.save_every == 0 or number == args.editor_batches:
-            shares = success(averaged, args.num_sessions)
-            print(f"editor {number}: " + ", ".join(f"{k} {v:.0%}" for k, v in shares.items()), flush=True)
-            save(averaged, args.output / f"editor-{number:06d}")
+                old.lerp_(new, 1 - min(stage.average, number / (number + 10)))
+        smooth = loss.item() if smooth is None else smooth + 0.02 * (loss.item() - smooth)
+        is_last = number == stage.num_batches
+        if number % args.save_every == 0 or is_last:
+            seconds = (time.monotonic() - start) / (number - first + 1)
+            print(f"{stage.name} {number}/{stage.num_batches}: loss {smooth:.4f}, {seconds:.2f} s/batch", flush=True)
+            shares = success(averaged, args.num_sessions, stage.num_turns if is_last else 1)
+            print(", ".join(f"{name} {share:.0%}" for name, share in shares.items()), flush=True)
+            curve.append({"stage": stage.name, "batch": number, "loss": smooth} | shares)
             states = {"editor": editor, "averaged": average, "optimizer": optimizer}
-            saved = {name: module.state_dict() for name, module in states.items()} | {"batch": number}
-            torch.save(saved, state.with_suffix(".new"))
-            state.with_suffix(".new").replace(state)
+            saved = {name: module.state_dict() for name, module in states.items()}
+            save_state(saved | {"batch": number, "curve": curve}, state)
+    return averaged, curve
 
 
 def save(pipeline: FluxKontextPipeline, folder: Path) -> None:
@@ -291,22 +295,30 @@ def save(pipeline: FluxKontextPipeline, folder: Path) -> None:
     text encoders are written as they are.
     """
     small = deepcopy(pipeline)
+    tokenize(small, [""])  # a tokenizer's file says how it was last called
     for part in (small.transformer, small.vae):
         part.to(torch.float16)
     small.save_pretrained(folder)
 
 
 def pretrain(args: Namespace) -> None:
-    """Train from nothing, or from a trained autoencoder; the same command goes on after a kill."""
+    """Train the three stages; the same command goes on after a kill."""
     pipeline = new_pipeline(args.seed)
-    if args.vae:
-        pipeline.vae = AutoencoderKL.from_pretrained(args.vae)
-        pipeline.vae.register_to_config(_name_or_path="")  # what is shipped names no folder of this machine
-    else:
-        train_vae(pipeline.vae, args.vae_batches, 32, args.seed)
-        pipeline.vae.save_pretrained(args.output / "vae")
-    pipeline.vae.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
-    started = time.monotonic()
-    pairs = make_pairs(pipeline.vae, args.num_pairs, args.seed)
-    print(f"{len(pairs.instructions)} single edits made in {time.monotonic() - started:.0f} s", flush=True)
-    train_editor(pipeline, pairs, args)
+    train_vae(pipeline.vae, args.vae_batches, args.seed, args.output / "vae.pt")
+    train_decoder(pipeline.vae, args.decoder_batches, args.seed, args.output / "decoder.pt")
+    single = Stage(
+        name="edits", num_pairs=args.num_pairs, flaws=CLEAN, num_batches=args.edit_batches, warmup=200,
+        learning_rate=args.learning_rate, average=0.998, num_turns=1,
+    )  # fmt: skip
+    drifting = Stage(
+        name="drifting", num_pairs=args.num_drifting, flaws=DRIFTING, num_batches=args.drift_batches, warmup=50,
+        learning_rate=args.learning_rate / 2, average=0.99, num_turns=8,
+    )  # fmt: skip
+    curve = []
+    for stage in (single, drifting):
+        pipeline, lines = train_editor(pipeline, stage, args)
+        curve += lines
+    save(pipeline, args.output / "editor")
+    made = {name: value for name, value in vars(args).items() if name != "output"}
+    told = {"arguments": made, "flaws": asdict(DRIFTING), "curve": curve}
+    (args.output / "editor" / "pretraining.json").write_text(json.dumps(told, indent=1) + "\n")
