@@ -155,6 +155,9 @@ def file_cases(folder: Path) -> Iterator[tuple[list[str], str, Path, bytes]]:
         generate = ["data", "generate", str(coco), f"--images={folder}", f"--out={out}"]
         yield generate, f"'{coco}'", coco, content
         yield ["evaluate", str(lora)], str(lora / LORA_FILE), lora / LORA_FILE, content
+        manifest = run / "checkpoints" / "iteration-000001" / "checkpoint.json"
+        yield ["export", str(run)], f"every checkpoint in {manifest.parent.parent} is damaged", manifest, content
+    for content in [SHAPES[what] for what in ("nothing", "bytes", "a list", "half of it", "other keys")]:
         study = folder / "study.yaml"
         yield ["study", str(study)], f"study {study}", study, content
         rubric = folder / "rubric.txt"
@@ -163,12 +166,9 @@ def file_cases(folder: Path) -> Iterator[tuple[list[str], str, Path, bytes]]:
         settings = run / "config.yaml"
         yield ["export", str(run)], str(run), settings, content
         yield ["evaluate", str(run)], str(settings), settings, content
-        manifest = run / "checkpoints" / "iteration-000001" / "checkpoint.json"
-        yield ["export", str(run)], f"every checkpoint in {manifest.parent.parent} is damaged", manifest, content
 
 
 def test_files_of_another_shape(refuse: Any, tmp_path: Path) -> None:
-    """Also where a file of that name is a folder."""
     wrong = []
     for words, expected, path, content in file_cases(tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -65,7 +65,7 @@ COMMANDS = {
     "study {here}/study.yaml --seeds -1": "--seeds is [-1]: must be a list of different whole numbers",
     "report": "RUN is missing: the run's folder",
     "report nowhere": "nowhere is not the folder of a run: it has no metrics.jsonl",
-    "pretrain": "--output is missing: folder for the checkpoints",
+    "pretrain": "--output is missing: where",
     "data check": "PATH is missing: as data.path",
     "data check nowhere.jsonl": "'nowhere.jsonl': cannot be read (No such file",
     "data generate a.json --out b.jsonl": "--images is missing: folder of the images",

@@ -165,7 +165,7 @@ def _pair_halves(tensors: dict[str, Tensor], path: Path, scale: Callable[[str], 
                 f"{path}: lora_A and lora_B of {module} do not go together: the file is not whole, save it again"
             )
     if not halves:
-        raise ValueError(f"{path} holds no LoRA of a transformer")
+        raise ValueError(f"{path} holds no LoRA of a transformer: give one that does")
     return {name: Module(down=pair["A"], up=pair["B"], scale=scale(name)) for name, pair in halves.items()}
 
 
