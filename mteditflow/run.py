@@ -9,6 +9,7 @@ fine-tuning)  report.html
 import os
 import sys
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,14 +19,13 @@ from rich.console import Console
 from mteditflow.config import Config
 from mteditflow.config.cli import to_yaml
 from mteditflow.config.rubric import read_rubric
-from mteditflow.data import held_out_tasks, training_tasks
+from mteditflow.data import all_instructions, held_out_tasks, training_tasks
 from mteditflow.distributed import Ranks
 from mteditflow.evaluate.compare_editors import check as check_editors
 from mteditflow.evaluate.comparison_page import final_table
-from mteditflow.evaluate.drift import measure_drift
 from mteditflow.evaluate.edival import Evaluation, point_metrics
+from mteditflow.evaluate.exposure import evaluate_editor, num_sessions
 from mteditflow.evaluate.held_out import (
-    evaluate,
     has_truth,
     load_evaluation,
     part_folder,
@@ -49,11 +49,12 @@ from mteditflow.policy import AdapterName, build_policy
 from mteditflow.policy.optimizer import build_optimizer, load_optimizer, moments_like, optimizer_state
 from mteditflow.policy.pipelines import is_slow_in_bfloat16
 from mteditflow.profile.account import Account, step_seconds
+from mteditflow.profile.base_error import measure_base_error
 from mteditflow.record import alarms, checkpoint, ending
 from mteditflow.record.clock import phase
 from mteditflow.record.figures import METRICS
 from mteditflow.record.files import check_folder, write_json
-from mteditflow.record.metrics import Reporter
+from mteditflow.record.metrics import FILE, Reporter, read_lines
 from mteditflow.report.run_report import write_report
 from mteditflow.report.seen import Seen, choose_of_all, save_seen
 from mteditflow.report.strips import save_strips
@@ -77,7 +78,8 @@ class Run:
         self.folder = Path(config.run.folder)
         self._unsaved: tuple[int, checkpoint.State] | None = None  # iterations done, and a copy of the state after them
         self._warned: set[str] = set()
-        self.drift: dict[str, float] = {}  # of a quantised base, in the metrics of the first iteration
+        self._lines: list[dict[str, Any]] = []  # metrics of every iteration, on the main rank
+        self.base_error: dict[str, float] = {}  # of a quantised base, in the metrics of the first iteration
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
@@ -163,6 +165,7 @@ class Run:
         config = self.config
         self.reporter = Reporter(self.folder, iteration=self.first_iteration, num_iterations=config.run.num_iterations)
         stack.callback(self.reporter.close)
+        self._lines = read_lines(self.folder / FILE)
         (self.folder / "config.yaml").write_text(to_yaml(config))
         write_json(self.folder / CONTENTS, self.contents, is_durable=True)
         going_on = f", going on after iteration {self.first_iteration}" if is_resumed else ""
@@ -174,9 +177,18 @@ class Run:
             )
         if is_slow_in_bfloat16(self.policy.device) and self.policy.dtype == torch.bfloat16:
             self.reporter.say(f"model.base {config.model.base!r} computes in bfloat16, slowly here: float32 is faster")
-        for line in lines:
+        for line in [*lines, *self._cut()]:
             self.reporter.say(line)
         self._say_graphs("at the start")
+
+    def _cut(self) -> list[str]:
+        """Say how many instructions of a user's data are longer than the text encoder reads."""
+        texts, limit = all_instructions(self.config), self.config.model.max_text_tokens
+        num = sum(map(self.policy.editor.is_cut, texts))
+        cut = (
+            f"{num} of {len(texts)} instructions are longer than model.max_text_tokens {limit}: their ends are not read"
+        )
+        return [cut] if num else []
 
     def _say(self, line: str) -> None:
         """Print a line for the user, on the main rank."""
@@ -188,9 +200,9 @@ class Run:
         config = self.config
         self.tasks = held_out_tasks(config)
         if self.policy.originals:
-            drift = measure_drift(self.policy, self.objective, self.tasks[0], config)
-            self.drift = drift.figures
-            self._say(str(drift))
+            error = measure_base_error(self.policy, self.objective, self.tasks[0], config)
+            self.base_error = error.figures
+            self._say(str(error))
         problem = problem_of(self.tasks, config, self.contents)
         before = self.ranks.from_main(self._load_before(problem) if self.ranks.is_main else None)
         if before is None:
@@ -260,13 +272,15 @@ class Run:
     def _report(self, iteration: int, values: dict[str, float], judged: dict[str, float], chosen: list[Seen]) -> None:
         """Write and print the figures of an iteration."""
         config, done = self.config, iteration + 1
+        self._lines.append(values)
+        values = values | alarms.added_figures(self._lines)
         self._warn(alarms.find_alarms(values), values, done)
         self._say_graphs(f"iteration {done}")
-        drift = self.drift if iteration == 0 else {}
+        base_error = self.base_error if iteration == 0 else {}
         save_seen(self.folder, "training", iteration, config.reward.judge, chosen)
         account = self.account.read(values["update/num_transitions"] / self.ranks.world_size)  # of a rank
         judged["reward/overlap_efficiency"] = efficiency(judged, step_seconds(account))
-        self.reporter.write(iteration, values | drift | account | judged)
+        self.reporter.write(iteration, values | base_error | account | judged)
 
     def _warn(self, names: list[str], values: dict[str, float], done: int) -> None:
         """A line for each alarm that was not raised before in this process."""
@@ -296,8 +310,10 @@ class Run:
         """Evaluate after `done` iterations, on all ranks, and keep what the judge saw. A whole evaluation has a name,
         by which it goes on after a kill; a short one has none.
         """
-        config, is_main = self.config, self.ranks.is_main
-        tasks = self.tasks if name else self.tasks[: config.evaluation.num_sessions_short]
+        config, is_main, tasks = self.config, self.ranks.is_main, self.tasks
+        if not name:
+            tasks = tasks[: config.evaluation.num_sessions_short]
+            config = replace(config, evaluation=replace(config.evaluation, has_true_inputs=False))
         judge = "exact" if has_truth(tasks) else config.reward.judge
 
         def see(sessions: list[Seen]) -> None:
@@ -305,8 +321,10 @@ class Run:
                 save_seen(self.folder, "evaluation", done, judge, sessions)
 
         folder = self._parts(name, done) if name else None
-        with self.reporter.show_sessions(len(tasks)) if is_main else nullcontext(lambda _: None) as show:
-            return evaluate(
+        with (
+            self.reporter.show_sessions(num_sessions(tasks, config)) if is_main else nullcontext(lambda _: None) as show
+        ):
+            return evaluate_editor(
                 self.policy, tasks, config, adapter, self.ranks, self.judge,
                 see=see if config.run.num_judged else None, folder=folder, show=show,
             )  # fmt: skip
@@ -330,7 +348,7 @@ class Run:
             self.reporter.close()
             console = Console()
             console.print(final_table(self.folder))
-            console.print(f"report: {report}", soft_wrap=True, highlight=False)
+            console.print(f"report: {report}", soft_wrap=True, highlight=False, markup=False)
             console.print(f"use it: {use}", soft_wrap=True, highlight=False, markup=False)
         self.ranks.barrier()
 

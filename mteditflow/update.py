@@ -17,7 +17,7 @@ from mteditflow.guards import GuardError, check_ratio
 from mteditflow.objective import Objective
 from mteditflow.policy import Policy
 from mteditflow.record.clock import phase
-from mteditflow.record.tally import Tally
+from mteditflow.record.metrics import Tally
 from mteditflow.transformer.sharded import clip_, uncut
 from mteditflow.types import Microbatch, Rollout
 

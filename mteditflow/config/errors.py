@@ -3,7 +3,6 @@
 import difflib
 import json
 import os
-import re
 import signal
 import sys
 import time
@@ -11,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # a name may hold what a terminal obeys
 FIRST_S = 20.0  # that other ranks leave to the first, which has most likely the same to say
 
 
@@ -20,7 +18,8 @@ def fail(message: object) -> NoReturn:
 
     torchrun ends the other ranks once the first has ended. One that is still there then is alone with its fault.
     """
-    line, rank, world_size = one_line(message), *map(os.environ.get, ("RANK", "WORLD_SIZE"))
+    line = printable(" ".join(str(message).split()))
+    rank, world_size = map(os.environ.get, ("RANK", "WORLD_SIZE"))
     if rank and world_size and rank.isdecimal() and world_size.isdecimal() and 0 < int(rank) < int(world_size):
         line = f"rank {rank}: {line}"
         write_error_file(line)
@@ -34,9 +33,9 @@ def fail(message: object) -> NoReturn:
     raise SystemExit(2)
 
 
-def one_line(message: object) -> str:
-    """Put a message on one line, without what a terminal obeys."""
-    return CONTROL.sub("?", " ".join(str(message).split()))
+def printable(text: str) -> str:
+    """Write what a terminal would act on, or not show, as Python writes it: names and texts come from anywhere."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def write_error_file(line: str) -> None:

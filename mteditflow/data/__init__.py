@@ -49,6 +49,19 @@ def training_tasks(config: Config, iteration: int, ranks: "Ranks") -> "list[Edit
     return _world_tasks(ids, [make_session(f"{config.data.seed}/{i}", num_turns, held_out=False) for i in ids])
 
 
+def all_instructions(config: Config) -> set[str]:
+    """Collect the instructions that a run on a user's data is about, of training and evaluation; the embedded world's
+    are none of a user's.
+    """
+    if config.data.path == EMBEDDED:
+        return set()
+    from mteditflow.data.userdata import held_out_source, training_source
+
+    sources = training_source(config.data), held_out_source(config.data, config.num_held_out_turns)
+    sessions = ((session, source.num_turns) for source in sources for session in source.sessions)
+    return {text for session, num_turns in sessions for text in session.instructions[:num_turns]}
+
+
 def held_out_tasks(config: Config) -> "list[EditTask]":
     """Make the first evaluation.num_sessions held-out sessions: the same for every run on the same data."""
     if config.data.path != EMBEDDED:

@@ -29,9 +29,9 @@ from mteditflow.data import check_data, held_out_tasks
 from mteditflow.distributed import Ranks
 from mteditflow.evaluate.comparison_page import terminal_table, write_comparison
 from mteditflow.evaluate.edival import Evaluation, compare, summary
+from mteditflow.evaluate.exposure import evaluate_editor, num_sessions
 from mteditflow.evaluate.held_out import (
     check_held_out,
-    evaluate,
     has_truth,
     list_settings,
     load_verdicts,
@@ -58,6 +58,8 @@ from mteditflow.reward import build_reward, check_judge
 from mteditflow.reward.overlap import Overlap
 from mteditflow.transformer.sharded import make_mesh
 from mteditflow.types import EditTask
+
+EXPOSURE = ("MT_true", "MT_true_interval", "compounding", "compounding_interval")
 
 
 def resolve(words: list[str], out: Path, read_config: Callable[[Path | None], Config]) -> tuple[list[Subject], Config]:
@@ -123,8 +125,8 @@ def _evaluate_pending(
         console.print(line, soft_wrap=True, highlight=False, markup=False)
 
     def make(adapter: AdapterName, folder: PartFolder) -> Evaluation:
-        with show_sessions(len(tasks), bars, say) as show:
-            return evaluate(policy, tasks, config, adapter, ranks, judge, folder=folder, show=show)
+        with show_sessions(num_sessions(tasks, config), bars, say) as show:
+            return evaluate_editor(policy, tasks, config, adapter, ranks, judge, folder=folder, show=show)
 
     with ExitStack() as stack:
         judge = None
@@ -159,7 +161,9 @@ def save_subject(
     draw_sessions(tasks, {subject.word: images}, range(images.shape[1])).save(folder / "strips.png")
     figures = summary(evaluation)
     exposure = [
-        {"turn": turn["turn"], "success": turn["MT"], "interval": turn["MT_interval"]} for turn in figures["turns"]
+        {"turn": turn["turn"], "success": turn["MT"], "interval": turn["MT_interval"]}
+        | {name: turn[name] for name in EXPOSURE if name in turn}
+        for turn in figures["turns"]
     ]
     what = {"subject": subject.word, "what": subject.what, "adapter": subject.fingerprint, "commit": git_commit()}
     write_json(folder / "metrics.json", what | how | figures | {"exposure_bias": exposure})
@@ -176,4 +180,4 @@ def _present(subjects: list[Subject], out: Path, tasks: list[EditTask], console:
     strips = [draw_sessions(tasks, edits, [session]) for session in range(before.images.shape[1])]
     page = write_comparison(out, reports, gains, strips)
     console.print(terminal_table(reports, gains))
-    console.print(f"page: {page}", soft_wrap=True, highlight=False)
+    console.print(f"page: {page}", soft_wrap=True, highlight=False, markup=False)

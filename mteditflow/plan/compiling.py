@@ -14,7 +14,7 @@ from mteditflow.distributed import Ranks, alone
 from mteditflow.guards import GuardError
 from mteditflow.noise import NoiseSource, Place, row_keys
 from mteditflow.objective import Objective
-from mteditflow.plan.duration import batch_plan, num_short_evaluations
+from mteditflow.plan.duration import batch_plan, num_evaluated_turns, num_short_evaluations
 from mteditflow.plan.flops import forward_flops
 from mteditflow.plan.memory import num_image_tokens, read_sizes
 from mteditflow.policy import Policy
@@ -67,8 +67,9 @@ def _seconds_of_blocks(config: Config) -> float:
     image_tokens = sum(num_image_tokens(config.model, sizes.family))
     row = forward_flops(sizes.family, sizes.transformer, text_tokens=text_tokens, image_tokens=image_tokens)
     forwards = batches.rollout_rows + batches.train_forward_rows
-    sessions = 2 * evaluation.num_sessions + num_short_evaluations(config) * evaluation.num_sessions_short
-    evaluated = sessions * config.num_held_out_turns * evaluation.num_steps
+    turns = 2 * evaluation.num_sessions * num_evaluated_turns(config)
+    turns += num_short_evaluations(config) * evaluation.num_sessions_short * config.num_held_out_turns
+    evaluated = turns * evaluation.num_steps
     flop = config.run.num_iterations * (forwards * row.blocks + batches.transitions * row.backward)
     return (flop + evaluated * row.blocks) / FLOP_PER_SECOND
 

@@ -244,8 +244,9 @@ def _other_phases(config: Config, sizes: Sizes, cut: Cut) -> dict[str, float]:
     pictures = rows_at_a_time(model.height, model.width)
     forward = _rows(config, config.rollout.microbatch_size) * sizes.family.saved.forward * _one_width(config, sizes)
     forward += cut.at_work.gathered
-    part = part_size(evaluation.num_sessions, config.rollout.microbatch_size)
-    sessions = min(2 * part, evaluation.num_sessions) * (config.num_held_out_turns + 1)
+    num, num_turns, rows = evaluation.num_sessions, config.num_held_out_turns, config.rollout.microbatch_size
+    evaluated = [(num, num_turns), (num * (num_turns - 1) * evaluation.has_true_inputs, 1)]  # sessions, turns of each
+    sessions = max(min(2 * part_size(many, rows), many) * (turns + 1) for many, turns in evaluated)
     return {
         "forward pass of a rollout": forward,
         "autoencoder": pictures * sizes.family.picture_numbers * model.height * model.width * numbers,

@@ -63,7 +63,7 @@ class Policy:
         mesh: DeviceMesh | None = None,
     ) -> None:
         """Take over a pipeline of a known family. seed: of the adapter's initial weights. has_old: with an adapter
-        `old` besides `current` and `ema`. keeps_originals: of a quantised base, for whoever measures its drift. mesh:
+        `old` besides `current` and `ema`. keeps_originals: of a quantised base, for whoever measures its error. mesh:
         the GPUs over which the transformer, or what of it is trained, is cut; from then on a velocity takes all ranks.
         ValueError for a size, a scheduler or a target that cannot be, or a GPU that cannot have the base.
         """

@@ -136,6 +136,10 @@ class Editor(Protocol):
         """
         ...
 
+    def is_cut(self, instruction: str) -> bool:
+        """Say whether an instruction is longer than `model.max_text_tokens`, so that its end is not read."""
+        ...
+
     def encode_image(self, images: Tensor) -> Tensor:
         """Encode images (B, 3, H, W) in [-1, 1], at the condition's size, to clean latents (B, L', C)."""
         ...

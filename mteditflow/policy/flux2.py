@@ -36,7 +36,7 @@ class Flux2:
         self._has_embedded_guidance = isinstance(self.pipeline, Flux2Pipeline)
         self.is_distilled = bool(self.pipeline.config.get("is_distilled", False))
         self.has_cfg = not (self._has_embedded_guidance or self.is_distilled)
-        self._check_text_tokens()
+        self._num_template_tokens = self._count_template_tokens()
         self._image_ids = self._position_ids()  # (L + L', 4)
         text_ids = self.pipeline._prepare_text_ids(torch.empty(1, base.config.max_text_tokens, 1))[0]
         self._text_ids = text_ids.to(base.device)  # (T, 4)
@@ -51,6 +51,11 @@ class Flux2:
         if has_cfg and self._unconditional is None:
             self._unconditional = self._prompts.encode("")["text"]
         return self._prompts(instructions)
+
+    def is_cut(self, instruction: str) -> bool:
+        """See `family.Editor`: the chat template is around the instruction."""
+        tokens = self.pipeline.tokenizer(instruction, add_special_tokens=False, verbose=False)["input_ids"]
+        return self._num_template_tokens + len(tokens) > self.base.config.max_text_tokens
 
     def encode_image(self, images: Tensor) -> Tensor:
         """The mode of the VAE, in patches of 2 x 2, normalised by the statistics of its batch norm and packed."""
@@ -105,8 +110,10 @@ class Flux2:
         shifted = self.pipeline.scheduler.time_shift(mu, 1.0, np.linspace(1, 1 / num_steps, num_steps))
         return torch.from_numpy(np.append(shifted, 0.0))
 
-    def _check_text_tokens(self) -> None:
-        """ValueError where no token is left: the pipeline cuts a prompt at the end of the chat template around it."""
+    def _count_template_tokens(self) -> int:
+        """Count the tokens of the chat template, at whose end the pipeline cuts a prompt. ValueError where no token is
+        left for one.
+        """
         pipeline, limit = self.pipeline, self.base.config.max_text_tokens
         if self._has_embedded_guidance:
             message, given = format_input([""], pipeline.system_message), {}
@@ -120,6 +127,7 @@ class Flux2:
                 f"model.max_text_tokens is {limit}: the chat template of {self.base.config.path!r} takes {num_tokens} "
                 f"tokens itself; take {pipeline.tokenizer_max_length}, as the stock pipeline does"
             )
+        return num_tokens
 
 
 def _stream(attention: tuple[str, ...], feed_forward: str) -> Stream:

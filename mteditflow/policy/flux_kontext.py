@@ -36,6 +36,11 @@ class FluxKontext:
         """Text embeddings (N, T, E) and pooled ones (N, E'), in the base's dtype; the images play no part."""
         return self._prompts(instructions)
 
+    def is_cut(self, instruction: str) -> bool:
+        """See `family.Editor`: by T5's tokens; what CLIP makes of the beginning is one vector for all of it."""
+        tokens = self.pipeline.tokenizer_2(instruction, verbose=False)["input_ids"]
+        return len(tokens) > self.base.config.max_text_tokens
+
     def encode_image(self, images: Tensor) -> Tensor:
         """The mode of the VAE, shifted, scaled and packed."""
         pictures = resize(images.to(self.base.device), self.base.config.condition_size).to(self.base.dtype)

@@ -110,6 +110,10 @@ class QwenImageEdit:
         image = [picture] if self._is_plus else picture
         return self.pipeline.encode_prompt(prompt, image=image, device=self.base.device)[0][0]
 
+    def is_cut(self, instruction: str) -> bool:
+        """See `family.Editor`."""
+        return len(self.pipeline.tokenizer(instruction, verbose=False)["input_ids"]) > self.config.max_text_tokens
+
     def _cut(self, prompt: str) -> str:
         """The instruction, or as much of its beginning as has no more than max_text_tokens."""
         limit, tokenizer = self.config.max_text_tokens, self.pipeline.tokenizer

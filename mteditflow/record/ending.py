@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import psutil
 
-from mteditflow.config.errors import first_line, one_line, write_error_file
+from mteditflow.config.errors import first_line, printable, write_error_file
 from mteditflow.record.files import is_disk_full
 
 if TYPE_CHECKING:  # torch is imported after signals are heeded
@@ -192,7 +192,7 @@ class Ending:
         if is_lost:
             gone = board.gone() if board is not None else []
             text = f"{' and '.join(gone) or 'another rank'} is gone, or too slow ({first_line(error)})"
-        line = f"rank {os.environ.get('RANK')}: {one_line(text)}"
+        line = f"rank {os.environ.get('RANK')}: {printable(' '.join(text.split()))}"
         if board is not None and not self._is_main and not is_lost:
             board.wait_for_cause(FIRST_S)
         if board is None or board.claim(line):
