@@ -45,7 +45,7 @@ from mteditflow.export.weights import save_result
 from mteditflow.guards import GuardError
 from mteditflow.objective import Objective, build_objective
 from mteditflow.plan.compiling import SAID, choose_compile, settle
-from mteditflow.policy import AdapterName, build_policy
+from mteditflow.policy import AdapterName, build_policy, start_state
 from mteditflow.policy.optimizer import build_optimizer, load_optimizer, moments_like, optimizer_state
 from mteditflow.policy.pipelines import is_slow_in_bfloat16
 from mteditflow.profile.account import Account, step_seconds
@@ -58,11 +58,15 @@ from mteditflow.record.metrics import FILE, Reporter, read_lines
 from mteditflow.report.run_report import write_report
 from mteditflow.report.seen import Seen, choose_of_all, save_seen
 from mteditflow.report.strips import save_strips
+<<<<<<< HEAD
 from mteditflow.reward import build_reward, is_trained_by_group
+=======
+from mteditflow.reward import Judged, build_reward, check_judge, is_trained_by_group
+>>>>>>> main
 from mteditflow.reward.overlap import Overlap, efficiency
 from mteditflow.transformer.compiled import count_graphs
 from mteditflow.transformer.sharded import make_mesh
-from mteditflow.types import Rollout, Scores
+from mteditflow.types import Rollout
 
 
 class Run:
@@ -114,6 +118,8 @@ class Run:
         self._graphs = count_graphs()
         settled = settle(self.policy, self.objective, training_tasks(config, 0, self.ranks), config, self.ranks)
         lines = [f"attention {self.policy.attention}, {compile_line}", *SAID[settled], *self._waits()]
+        if torch.backends.mps.is_available() and self.ranks.device.type == "cpu":
+            lines.append("training runs on the CPU: Apple's GPU (MPS) is not used (docs/start.md)")
         self.ranks.barrier()
         if self.ranks.is_main:
             self._open(stack, lines, is_resumed=saved is not None)
@@ -196,19 +202,25 @@ class Run:
             self.reporter.say(line)
 
     def _evaluate_before(self, *, is_resumed: bool) -> None:
-        """Evaluate the base, where that was not done before."""
+        """Evaluate what training starts from, where that was not done before."""
         config = self.config
         self.tasks = held_out_tasks(config)
         if self.policy.originals:
             error = measure_base_error(self.policy, self.objective, self.tasks[0], config)
             self.base_error = error.figures
             self._say(str(error))
+<<<<<<< HEAD
         problem = problem_of(self.tasks, config, self.contents)
         before = self.ranks.from_main(self._load_before(problem) if self.ranks.is_main else None)
         if before is None:
             before = kept_evaluation(
                 self.policy, self.tasks, config, self.ranks, lambda: self._evaluate("before", "off", 0), self._say
             )
+=======
+        before = self.ranks.from_main(load_evaluation(self.folder, "before") if self.ranks.is_main else None)
+        if before is None or not is_comparable(before, config):
+            before = self._evaluate_start()
+>>>>>>> main
             if self.ranks.is_main:
                 save_evaluation(self.folder, "before", before, problem)
         self.before: Evaluation = before
@@ -218,6 +230,7 @@ class Run:
                 self._parts("after", 0).remove()  # of weights that are no longer there
                 save_strips(self.folder, 0, self.tasks, before.images, before.images)
 
+<<<<<<< HEAD
     def _load_before(self, problem: str) -> Evaluation | None:
         """Read the evaluation of the base; None, with a line, where it is damaged or of another problem."""
         try:
@@ -225,6 +238,24 @@ class Run:
         except ValueError as error:
             self._say(f"the base is evaluated again: {error}")
             return None
+=======
+    def _evaluate_start(self) -> Evaluation:
+        """Evaluate the base, or the LoRA of lora.init_from."""
+        policy, lora = self.policy, self.config.lora
+        if not lora.init_from:
+            return kept_evaluation(
+                policy, self.tasks, self.config, self.ranks, lambda: self._evaluate("before", "off", 0), self._say
+            )
+        self._say(
+            f"evaluating {lora.init_from}, of rank {lora.rank} and alpha {lora.alpha}, from which training starts"
+        )
+        now = policy.adapters.state("ema")  # of a run that goes on, not the start's
+        policy.adapters.load("ema", start_state(policy, lora))
+        try:
+            return self._evaluate("before", "ema", 0)
+        finally:
+            policy.adapters.load("ema", now)
+>>>>>>> main
 
     def _say_graphs(self, when: str) -> None:
         """Say how many graphs were compiled since the last time, if any were."""
@@ -241,11 +272,16 @@ class Run:
         finally:
             self._stack.close()
 
-    def record(self, iteration: int, values: dict[str, float], rollout: Rollout, scores: Scores) -> None:
+    def record(self, iteration: int, values: dict[str, float], rollout: Rollout, scored: Judged) -> None:
         """The end of an iteration: metrics, what the judge saw, evaluation, checkpoint, which comes last."""
+<<<<<<< HEAD
         config, done, judged = self.config, iteration + 1, self.judge.read()
         self._check_weights(done)
         values = values | alarms.rollout_figures(rollout, scores, self.ranks)
+=======
+        config, done, judged, scores = self.config, iteration + 1, self.judge.read(), scored.scores
+        values = values | alarms.rollout_figures(rollout, scores, self.ranks, scored.group, scored.advantages)
+>>>>>>> main
         values |= {"update/learning_rate": self.optimizer.param_groups[0]["lr"]}
         chosen = choose_of_all(rollout, scores, config.run.num_judged, self.ranks)
         if values["reward/zero_spread_share"] == 1:

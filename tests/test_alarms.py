@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from rollouts import rollout_of
@@ -16,6 +17,7 @@ from mteditflow.record.alarms import (
     LIMITS,
     NUM_ITERATIONS,
     added_figures,
+    credit_figures,
     find_alarms,
     held_out_figures,
     is_unedited,
@@ -163,3 +165,22 @@ def test_the_gap_between_judge_and_truth() -> None:
     assert held_out_figures({"reward/success_1": 0.9}) == {}
     assert find_alarms(values | held_out_figures(values)) == ["alarm/held_out_gap"]
     assert find_alarms({"alarm/held_out_gap": float("nan")}) == []
+
+
+def test_credit_is_the_correlation_within_groups() -> None:
+    """Numpy's, of each group's deviations; what is the same in a whole group, or unknown, has no part."""
+    generator = torch.Generator().manual_seed(0)
+    drift, group = torch.randn(12, 2, len(KINDS), generator=generator), torch.arange(3).repeat_interleave(4)
+    advantages = torch.randn(12, 2, generator=generator) + 9 * group[:, None]
+    drift[5, 1, 2] = torch.nan
+    figures = credit_figures(drift, group, advantages)
+    size = (drift / torch.tensor(list(LIMITS.values()))).square().sum(-1).sqrt()
+    for turn, added in enumerate((size[:, 0], size[:, 1] - size[:, 0]), start=1):
+        rows = [row for row in range(12) if not added[row].isnan()]
+        pairs = np.array([(added[row].item(), advantages[row, turn - 1].item()) for row in rows])
+        for number in range(3):
+            of_group = [place for place, row in enumerate(rows) if group[row] == number]
+            pairs[of_group] -= pairs[of_group].mean(0)
+        assert figures[f"drift/credit_{turn}"] == pytest.approx(np.corrcoef(pairs.T)[0, 1], abs=1e-6)
+    even = credit_figures(drift, group, torch.ones(12, 2))
+    assert all(value != value for value in even.values())

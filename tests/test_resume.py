@@ -40,7 +40,8 @@ def is_refused(before: Config, now: Config) -> bool:
         "reward.max_answer_tokens": 7, "reward.num_retries": 7, "reward.num_parallel": 7, "reward.overlap": "off",
         "model.is_checkpointed": True, "model.text_encoder": "offload", "rollout.wave_size": 7,
         "run.num_checkpoints": 7, "run.num_gpus": 7, "run.gpu_gib": 7.0, "run.num_iterations": 7,
-        "evaluation.num_steps": 7, "distributed.timeout_s": 77, "objective.nft_beta": 7.0,
+        "evaluation.num_steps": 7, "data.allowed_folder": "a",
+        "distributed.timeout_s": 77, "objective.nft_beta": 7.0,
     }.items(),
 )  # fmt: skip
 def test_how_it_is_carried_out_may_change(key: str, value: Any) -> None:

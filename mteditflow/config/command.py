@@ -97,7 +97,7 @@ def evaluate(argv: Sequence[str]) -> int:
         "default. The same command again keeps what is finished.",
         usage="%(prog)s SUBJECT [SUBJECT ...] [--out FOLDER] [--config FILE.yaml] [--section.field VALUE ...]",
     )
-    subject = f"a run's folder (its newest checkpoint), a folder with {cli.LORA_FILE}, or '{cli.BASE}' for no adapter"
+    subject = f"a run's folder (its newest checkpoint), a LoRA (file, folder, hub name), or '{cli.BASE}' for no adapter"
     parser.add_argument("subjects", nargs="+", metavar="SUBJECT", help=subject)
     out = "where comparison.html and the figures and pictures of each subject go"
     parser.add_argument("--out", type=Path, default=Path("runs/comparison"), metavar="FOLDER", help=out)
@@ -113,11 +113,14 @@ def evaluate(argv: Sequence[str]) -> int:
 
 @_fails_in_one_line
 def export(argv: Sequence[str]) -> int:
-    """Write what a run trained in a form that others load."""
+    """Write what a run trained, or a LoRA of any form, in a form that others load."""
     parser = _parser("export", export)
     add = parser.add_argument
     forms, dtypes = Literal["diffusers", "comfyui", "merged"], Literal["float32", "bfloat16"]
-    add("run", type=Path, metavar="RUN", help="the run's folder; its newest checkpoint is exported")
+    add(
+        "run", type=str, metavar="RUN", help="a run's folder (its newest checkpoint), or a LoRA: file, folder, hub name"
+    )
+    add("--base", type=str, metavar="PATH", help="of a LoRA: the pipeline that it is for, as model.path")
     add("--out", type=Path, metavar="FOLDER", help="folder to write; left out: RUN/export/FORMAT-DTYPE-ADAPTER")
     add("--format", type=forms, default="diffusers", help="a LoRA for diffusers or for ComfyUI, or a pipeline")
     add("--dtype", type=dtypes, help="left out: float32 of a LoRA, the forward pass's of whole weights")
@@ -126,7 +129,7 @@ def export(argv: Sequence[str]) -> int:
     v = cli.parse(parser, argv)
     from mteditflow.export.weights import export_run
 
-    export_run(v.run, v.out, form=v.format, dtype=v.dtype, adapter=v.adapter, hub_name=v.push_to)
+    export_run(v.run, v.out, form=v.format, dtype=v.dtype, adapter=v.adapter, base=v.base, hub_name=v.push_to)
     return 0
 
 
@@ -285,6 +288,7 @@ def pretrain(argv: Sequence[str]) -> int:
     parser = _parser("world.pretrain", pretrain)
     add = parser.add_argument
     add("--output", type=Path, required=True, metavar="FOLDER", help="where the editor and its states go")
+<<<<<<< HEAD
     add("--seed", type=Seed, default=0, help="of everything that is drawn")
     add("--vae_batches", type=Count, default=10_000, help="of 4 pictures")
     add("--decoder_batches", type=CountOrNone, default=2500, help="of 4 pictures, of the decoder alone")
@@ -296,6 +300,19 @@ def pretrain(argv: Sequence[str]) -> int:
     add("--learning_rate", type=Rate, default=1.5e-3, help="the highest, on clean edits; half of it on drifting ones")
     add("--save_every", type=Count, default=200, help="batches of the editor between states to go on from")
     add("--num_sessions", type=Count, default=128, help="held-out sessions per measurement")
+=======
+    add("--seed", type=int, default=0, help="of everything that is drawn")
+    add("--vae_batches", type=int, default=10_000, help="of 4 pictures")
+    add("--decoder_batches", type=int, default=2500, help="of 4 pictures, in which the decoder alone is trained on")
+    add("--num_pairs", type=int, default=48_000, help="clean single edits to learn from")
+    add("--edit_batches", type=int, default=6500, help="of the editor's training on them")
+    add("--num_drifting", type=int, default=20_000, help="single edits of drifting chains to learn from")
+    add("--drift_batches", type=int, default=600, help="of the editor's training on them")
+    add("--batch_size", type=int, default=48, help="edits in one of them")
+    add("--learning_rate", type=float, default=1.5e-3, help="the highest, on clean edits; half of it on drifting ones")
+    add("--save_every", type=int, default=200, help="batches of the editor between states to go on from")
+    add("--num_sessions", type=int, default=128, help="held-out sessions per measurement")
+>>>>>>> main
     values = cli.parse(parser, argv)
     from mteditflow.record.files import check_folder
     from mteditflow.world.pretrain import pretrain as make_editor
@@ -339,6 +356,8 @@ COMMANDS: Mapping[str, Command] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that the first word names, and return its exit code; without words, list the commands."""
+    if sys.platform == "win32":
+        fail("Windows itself has no locks and signals as a run needs them: use WSL 2 (docs/start.md)")
     words = sys.argv[1:] if argv is None else argv
     if words and words[0] == "--version":
         print(describe_version())
@@ -374,10 +393,16 @@ def _parser(name: str, command: Command, sub_command: str = "") -> ArgumentParse
 
 
 def _read_run(argv: Sequence[str], parser: ArgumentParser) -> tuple[Any, Any]:
-    """Return the Config of a command line, and all of its values; --print_config ends the program."""
+    """Return the Config of a command line, and all of its values; --print_config ends the program. What a LoRA to start
+    from says of itself is in the Config.
+    """
     values = cli.parse(parser, argv)
     config = cli.to_config(values)
     cli.print_if_asked(values, config)
+    if config.lora.init_from:
+        from mteditflow.policy import with_start
+
+        config = with_start(config)
     return config, values
 
 

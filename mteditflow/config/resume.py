@@ -11,7 +11,7 @@ from typing import Any
 from mteditflow.config.settings import IDLE
 
 OPERATIONAL = {
-    "model.attention", "model.compile", "model.is_checkpointed",
+    "model.attention", "model.compile", "model.is_checkpointed", "data.allowed_folder",
     "rollout.wave_size", "rollout.cuda_graph",
     "reward.rubric", "reward.url", "reward.timeout_s", "reward.max_wait_s", "reward.max_answer_tokens",
     "reward.num_retries", "reward.num_parallel", "reward.overlap", "reward.green_sms",

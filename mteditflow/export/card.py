@@ -35,6 +35,8 @@ class Card:
     """Name of ComfyUI's file; else empty."""
     source: str
     """From where the export is loaded: its folder, or its name on the hub."""
+    origin: str = ""
+    """The LoRA, of which nothing more is known, that the export is another form of; empty: a run."""
 
     @property
     def is_lora(self) -> bool:
@@ -44,6 +46,11 @@ class Card:
 def write_card(card: Card, run: Path, out: Path) -> None:
     """Write README.md, and strips.png where the run has drawn some. It names no path of this machine and no server."""
     card = replace(card, config=public_config(card.config), source=public_path(card.source))
+    if card.origin:
+        values = {"matter": yaml.safe_dump(front_matter(card), sort_keys=False), "card": card, "lora": card.config.lora,
+                  "origin": public_path(card.origin), "base": _base_in_words(card.config)}  # fmt: skip
+        write_page("export/origin.md.jinja", values, out / "README.md")
+        return
     strips = sorted((run / "strips").glob("iteration-*.png"))
     (out / "strips.png").unlink(missing_ok=True)  # of an export that this one replaces
     if strips:
@@ -102,7 +109,8 @@ def front_matter(card: Card) -> dict[str, Any]:
         relation = "adapter" if card.is_lora else "finetune" if card.config.lora.is_full else "merge"
         matter |= {"base_model": path, "base_model_relation": relation}
     tags = ["lora"] if card.is_lora else []
-    return matter | {"tags": [*tags, "image-to-image", "image-editing", "diffusers", "reinforcement-learning", TAG]}
+    how = [] if card.origin else ["reinforcement-learning"]
+    return matter | {"tags": [*tags, "image-to-image", "image-editing", "diffusers", *how, TAG]}
 
 
 def usage(card: Card) -> str:

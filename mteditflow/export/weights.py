@@ -1,4 +1,4 @@
-"""What a run gives back, in the forms that others load: `python -m mteditflow.export RUN`.
+"""What a run gives back, or a LoRA of others, in the forms that are loaded: `python -m mteditflow.export RUN`.
 
     diffusers  pytorch_lora_weights.safetensors for `load_lora_weights`; of a run that trained the weights themselves
                (lora.is_full), the folder `transformer`
@@ -6,7 +6,7 @@
     merged     a whole pipeline, W + (alpha / r) B A computed in float32, that `from_pretrained` loads
 
 The source is the run's newest checkpoint, so a run that is not finished can be exported too, or its final LoRA where
-the checkpoints are gone. Each export has a model card beside it.
+the checkpoints are gone. Each export has a model card beside it. The same weights give the same bytes, on any day.
 """
 
 import json
@@ -27,13 +27,14 @@ from huggingface_hub.errors import HTTPError as ConnectionFailed  # pyright: ign
 from huggingface_hub.utils import validate_repo_id
 from torch import Tensor
 
-from mteditflow.config import Config, LoraConfig
+from mteditflow.config import Config, LoraConfig, ModelConfig
 from mteditflow.config.cli import LORA_FILE, from_yaml
 from mteditflow.config.errors import first_line
 from mteditflow.distributed import Ranks
 from mteditflow.export.card import TAG, Card, Format, write_card
 from mteditflow.export.comfyui import comfyui_keys
-from mteditflow.policy import DTYPES, AdapterName, Policy, model_path, stock_class
+from mteditflow.policy import DTYPES, AdapterName, Policy, linear_shapes, model_path, read_lora, stock_class
+from mteditflow.policy.lora_file import adapter_for, find_lora, padded_state
 from mteditflow.record import checkpoint
 from mteditflow.transformer.sharded import whole_on_host
 
@@ -43,12 +44,14 @@ Dtype = Literal["float32", "bfloat16"]
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """The trained weights of a run after an iteration, float32, as `Adapters.state` names them."""
+    """The trained weights of a run after an iteration, float32, as `Adapters.state` names them; or those of a LoRA."""
 
     config: Config
     iteration: int
     adapter: AdapterName
     state: dict[str, Tensor]
+    origin: str = ""
+    """The LoRA, as the user called it, of which nothing else is known; empty: a run."""
 
 
 def read_run(folder: Path, adapter: AdapterName) -> Trained:
@@ -57,7 +60,9 @@ def read_run(folder: Path, adapter: AdapterName) -> Trained:
     ValueError: no run folder, nothing saved in it, or one of another version.
     """
     if not (folder / "config.yaml").is_file():
-        raise ValueError(f"{folder} is no run folder: it has no config.yaml; give the run.folder of a training")
+        raise ValueError(
+            f"{folder} is no run folder: it has no config.yaml; give the run.folder of a training, or a LoRA and --base"
+        )
     try:
         config = from_yaml(folder / "config.yaml")
     except ValueError as error:
@@ -74,6 +79,24 @@ def read_run(folder: Path, adapter: AdapterName) -> Trained:
         raise ValueError(f"{folder} has no checkpoint, only its final LoRA, which is the average: take --adapter ema")
     state = {key.removeprefix(PREFIX): weight for key, weight in safetensors.torch.load_file(final).items()}
     return Trained(config=config, iteration=config.run.num_iterations, adapter=adapter, state=state)
+
+
+def read_origin(word: str, base: str | None) -> Trained:
+    """Read a LoRA for the pipeline `base`. ValueError: none is given, or it cannot be had."""
+    find_lora(word)
+    if not base:
+        raise ValueError(f"--base is missing: {word} is a LoRA, give the pipeline that it is for, as model.path")
+    model = ModelConfig(path=base)
+    lora = read_lora(word, model)
+    adapter = adapter_for([lora], LoraConfig())
+    shapes = linear_shapes(model)
+    zeros = {
+        f"{name}.lora_{half}.weight": torch.zeros(size)
+        for name in adapter.targets
+        for half, size in (("A", (adapter.rank, shapes[name][1])), ("B", (shapes[name][0], adapter.rank)))
+    }
+    state = padded_state(lora, adapter, zeros)
+    return Trained(config=Config(model=model, lora=adapter), iteration=0, adapter="ema", state=state, origin=word)
 
 
 def save_result(policy: Policy, config: Config, run: Path, ranks: Ranks) -> str:
@@ -97,13 +120,13 @@ def write_export(
 ) -> None:
     """Write an export and its card into `out`. ValueError: a base that cannot be had, or has no such export."""
     config, lora, file = trained.config, trained.config.lora, ""
-    pipeline = stock_class(config.model)
+    pipeline, name = stock_class(config.model), Path(trained.origin).stem or run.resolve().name
     if form == "comfyui" and lora.is_full:
         raise ValueError("--format comfyui is a LoRA, but this run trained the weights: take --format merged")
     if not lora.is_full and form != "merged":
         state = {key: weight.to(DTYPES[dtype]).cpu() for key, weight in trained.state.items()}
         if form == "comfyui":
-            keys, file = comfyui_keys(pipeline.__name__, state, alpha=lora.alpha), f"{run.resolve().name}.safetensors"
+            keys, file = comfyui_keys(pipeline.__name__, state, alpha=lora.alpha), f"{name}.safetensors"
             out.mkdir(parents=True, exist_ok=True)
             safetensors.torch.save_file(keys, out / file, metadata={"format": "pt"})
         else:
@@ -117,7 +140,7 @@ def write_export(
             _copy_rest(folder, out)
     card = Card(
         config=config, iteration=trained.iteration, adapter=trained.adapter, form=form, dtype=dtype,
-        pipeline=pipeline.__name__, file=file, source=hub_name or str(out),
+        pipeline=pipeline.__name__, file=file, source=hub_name or str(out), origin=trained.origin,
     )  # fmt: skip
     write_card(card, run, out)
 
@@ -133,6 +156,21 @@ def write_lora(pipeline: Any, state: dict[str, Tensor], lora: LoraConfig, folder
         transformer_lora_layers={key: weight.cpu() for key, weight in state.items()},
         transformer_lora_adapter_metadata={"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": targets},
     )
+    _sort_metadata(folder / LORA_FILE)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put a safetensors file's metadata in order of their names, in place: it was written in that of a hash map, which
+    is another one each time.
+    """
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+        assert len(text) == size, (path, len(text), size)
+        file.seek(8)
+        file.write(text)
 
 
 def _module_names(state: dict[str, Tensor]) -> list[str]:
@@ -231,18 +269,31 @@ def _check_out(out: Path) -> None:
 
 
 def export_run(
-    run: Path, out: Path | None, *, form: Format, dtype: Dtype | None, adapter: AdapterName, hub_name: str | None
+    word: str,
+    out: Path | None,
+    *,
+    form: Format,
+    dtype: Dtype | None,
+    adapter: AdapterName,
+    base: str | None,
+    hub_name: str | None,
 ) -> None:
-    """Export a run, upload it where it has a `hub_name`, and say so. ValueError in one line."""
+    """Export a run, or a LoRA, upload it where it has a `hub_name`, and say so. ValueError in one line."""
+    run = Path(word)
     if hub_name is not None:
         check_hub(hub_name)
-    trained = read_run(run, adapter)
+    is_run = (run / "config.yaml").is_file() or not (run.exists() or base)
+    if is_run and base:
+        raise ValueError(f"--base is {base!r}: a run knows its own, leave it out")
+    if not is_run and not out:
+        raise ValueError(f"--out is missing: {word} is no run, give the folder to write")
+    trained = read_run(run, adapter) if is_run else read_origin(word, base)
     is_lora = not trained.config.lora.is_full and form != "merged"
     dtype = dtype or ("float32" if is_lora else trained.config.model.dtype)
     out = out or run / "export" / f"{form}-{dtype}-{adapter}"
     _check_out(out)
     write_export(trained, run, out, form, dtype, hub_name)
-    print(f"exported {trained.adapter} of iteration {trained.iteration}: {out}")
+    print(f"exported {f'{trained.adapter} of iteration {trained.iteration}' if is_run else word}: {out}")
     if hub_name is not None:
         push(out, hub_name)
         print(f"uploaded: https://huggingface.co/{hub_name}")

@@ -71,12 +71,22 @@ def _measure(rollout: Rollout) -> Tensor:
     return torch.cat([measure_rollout(rollout).flatten(1), unedited, is_finite[:, None]], dim=1)
 
 
-def rollout_figures(rollout: Rollout, scores: Scores, ranks: Ranks) -> dict[str, float]:
-    """Measure the finite pictures of all ranks' trajectories, and the consistency that is scored. scores: of all."""
+def rollout_figures(
+    rollout: Rollout, scores: Scores, ranks: Ranks, group: Tensor | None = None, advantages: Tensor | None = None
+) -> dict[str, float]:
+    """Measure the finite pictures of all ranks' trajectories, the consistency that is scored and, given the groups (N,)
+    and the advantages (N, K), what these say of drift. All but the rollout: of all ranks.
+    """
     rows = ranks.gather(_measure(rollout))
     num_turns = rows.shape[1] // (len(KINDS) + 1)
-    drift, unedited, _ = rows[rows[:, -1] > 0].split([len(KINDS) * num_turns, num_turns, 1], dim=1)
-    values = dict(_drift_figures(drift.unflatten(1, (-1, len(KINDS)))))
+    is_finite = rows[:, -1] > 0
+    drift, unedited, _ = rows[is_finite].split([len(KINDS) * num_turns, num_turns, 1], dim=1)
+    drift = drift.unflatten(1, (-1, len(KINDS)))
+    values = dict(_drift_figures(drift))
+    if group is not None and advantages is not None:
+        is_known = is_finite.cpu() & scores.valid
+        known = drift.cpu()[is_known[is_finite.cpu()]]
+        values |= credit_figures(known, group[is_known], advantages[is_known])
     values["alarm/no_edit_share"] = unedited.mean().item()
     if "consistency" in scores.rewards:
         kept = scores.rewards["consistency"]
@@ -89,6 +99,25 @@ def _drift_figures(drift: Tensor) -> Iterator[tuple[str, float]]:
     for suffix, means in (("", drift.nanmean(0)), ("_size", drift.abs().nanmean(0))):
         for turn, row in enumerate(means.tolist(), start=1):
             yield from ((f"drift/{kind}{suffix}_{turn}", value) for kind, value in zip(KINDS, row, strict=True))
+
+
+def credit_figures(drift: Tensor, group: Tensor, advantages: Tensor) -> dict[str, float]:
+    """Correlate the advantages (N, K) of every turn with the drift (N, K, 6) that the turn added, within groups (N,):
+    below 0 where training is told to add less. NaN where one of the two has no spread.
+
+    A drift's size is the root of its squares in thresholds; what a turn adds is its size less that of the turn before.
+    """
+    size = (drift / torch.tensor(list(LIMITS.values()))).square().sum(-1).sqrt()  # (N, K)
+    added, figures = size.diff(dim=1, prepend=torch.zeros(len(size), 1)), dict[str, float]()
+    for turn, columns in enumerate(zip(added.T, advantages.to(size).T, strict=True), start=1):
+        is_known = ~columns[0].isnan()
+        rows = torch.stack(columns)[:, is_known].double()  # (2, M)
+        same = (group[is_known, None] == group[is_known]).double()
+        left = rows - rows @ same / same.sum(0)
+        products = left @ left.T
+        spread = (products[0, 0] * products[1, 1]).sqrt()
+        figures[f"drift/credit_{turn}"] = (products[0, 1] / spread).item() if spread > 1e-9 else float("nan")
+    return figures
 
 
 def added_figures(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:

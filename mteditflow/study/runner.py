@@ -25,6 +25,7 @@ from rich.table import Table
 
 from mteditflow.config.cli import from_yaml
 from mteditflow.config.version import git_commit
+from mteditflow.policy import with_start
 from mteditflow.record.checkpoint import lock
 from mteditflow.record.figures import figure, read_figures
 from mteditflow.record.files import check_folder
@@ -54,7 +55,7 @@ def is_finished(run: CellRun) -> bool:
     if not all((run.folder / name).is_file() for name in files):
         return False
     try:
-        return from_yaml(run.folder / "config.yaml") == run.config
+        return from_yaml(run.folder / "config.yaml") == with_start(run.config)
     except ValueError:  # of another version of the program: train says what is wrong with it
         return False
 
