@@ -7,7 +7,6 @@ fine-tuning)  report.html
 """
 
 import os
-import sys
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -34,11 +33,9 @@ from mteditflow.evaluate.held_out import (
 )
 from mteditflow.evaluate.kept import (
     CONTENTS,
-    compare_contents,
+    find_saved,
     kept_evaluation,
-    name_contents,
     problem_of,
-    read_contents,
 )
 from mteditflow.evaluate.parts import PartFolder
 from mteditflow.export.weights import save_result
@@ -58,11 +55,7 @@ from mteditflow.record.metrics import FILE, Reporter, read_lines
 from mteditflow.report.run_report import write_report
 from mteditflow.report.seen import Seen, choose_of_all, save_seen
 from mteditflow.report.strips import save_strips
-<<<<<<< HEAD
-from mteditflow.reward import build_reward, is_trained_by_group
-=======
-from mteditflow.reward import Judged, build_reward, check_judge, is_trained_by_group
->>>>>>> main
+from mteditflow.reward import Judged, build_reward, is_trained_by_group
 from mteditflow.reward.overlap import Overlap, efficiency
 from mteditflow.transformer.compiled import count_graphs
 from mteditflow.transformer.sharded import make_mesh
@@ -101,7 +94,7 @@ class Run:
         if self.ranks.is_main:
             stack.enter_context(checkpoint.lock(self.folder))
         with_choice, compile_line = choose_compile(config, self.ranks.device.type)
-        saved = self._find_saved()
+        saved, self.contents = find_saved(config, self.ranks, self.resume_from)
         if self.ranks.is_main:
             rubric = read_rubric(config.reward.rubric) if config.reward.rubric else ""
             checkpoint.keep_rubric(self.folder, rubric, is_resumed=saved is not None)
@@ -126,32 +119,6 @@ class Run:
         self._evaluate_before(is_resumed=saved is not None)
         if self.ranks.is_main:
             self.account = stack.enter_context(Account(config, self.policy, self.ranks.world_size))
-
-    def _find_saved(self) -> checkpoint.Checkpoint | None:
-        """Find the checkpoint to go on from. ValueError where the config sets another problem."""
-        self.contents, gone = name_contents(self.config), list[str]()
-        known: dict[str, Any] = self.ranks.from_main(read_contents(self.folder) if self.ranks.is_main else None)
-        wanted = self.resume_from
-        if wanted is not None and (before := self.ranks.from_main(checkpoint.went_back(self.folder, wanted))):
-            again = f"what came after it then is in {before}, move that away to go back once more"
-            self._print(f"--resume_from {wanted}: went back there before, and goes on; {again}")
-            wanted = None
-        saved = checkpoint.load_latest(
-            self.folder, self.config, self._print, ranks=self.ranks, contents=compare_contents(known, self.contents),
-            only=wanted,
-        )  # fmt: skip
-        if wanted is not None and self.ranks.is_main and (aside := checkpoint.go_back(self.folder, wanted)):
-            self._print(f"--resume_from {wanted}: going back; what came after it is in {aside}")
-        if saved and "data.path" in known and "data.path" in self.contents:
-            gone = sorted({*known["data.path"]} - {*self.contents["data.path"]})
-        if gone:
-            self._print(f"data.path: {len(gone)} sessions are gone, the others go on in a new order")
-        return saved
-
-    def _print(self, line: str) -> None:
-        """Print a line for the user, on the main rank, before there is a reporter."""
-        if self.ranks.is_main:
-            print(line, file=sys.stderr)
 
     def _waits(self) -> list[str]:
         """Say where training cannot begin before the last trajectory is scored."""
@@ -209,18 +176,10 @@ class Run:
             error = measure_base_error(self.policy, self.objective, self.tasks[0], config)
             self.base_error = error.figures
             self._say(str(error))
-<<<<<<< HEAD
         problem = problem_of(self.tasks, config, self.contents)
         before = self.ranks.from_main(self._load_before(problem) if self.ranks.is_main else None)
         if before is None:
-            before = kept_evaluation(
-                self.policy, self.tasks, config, self.ranks, lambda: self._evaluate("before", "off", 0), self._say
-            )
-=======
-        before = self.ranks.from_main(load_evaluation(self.folder, "before") if self.ranks.is_main else None)
-        if before is None or not is_comparable(before, config):
             before = self._evaluate_start()
->>>>>>> main
             if self.ranks.is_main:
                 save_evaluation(self.folder, "before", before, problem)
         self.before: Evaluation = before
@@ -230,7 +189,6 @@ class Run:
                 self._parts("after", 0).remove()  # of weights that are no longer there
                 save_strips(self.folder, 0, self.tasks, before.images, before.images)
 
-<<<<<<< HEAD
     def _load_before(self, problem: str) -> Evaluation | None:
         """Read the evaluation of the base; None, with a line, where it is damaged or of another problem."""
         try:
@@ -238,7 +196,7 @@ class Run:
         except ValueError as error:
             self._say(f"the base is evaluated again: {error}")
             return None
-=======
+
     def _evaluate_start(self) -> Evaluation:
         """Evaluate the base, or the LoRA of lora.init_from."""
         policy, lora = self.policy, self.config.lora
@@ -255,7 +213,6 @@ class Run:
             return self._evaluate("before", "ema", 0)
         finally:
             policy.adapters.load("ema", now)
->>>>>>> main
 
     def _say_graphs(self, when: str) -> None:
         """Say how many graphs were compiled since the last time, if any were."""
@@ -274,14 +231,9 @@ class Run:
 
     def record(self, iteration: int, values: dict[str, float], rollout: Rollout, scored: Judged) -> None:
         """The end of an iteration: metrics, what the judge saw, evaluation, checkpoint, which comes last."""
-<<<<<<< HEAD
-        config, done, judged = self.config, iteration + 1, self.judge.read()
-        self._check_weights(done)
-        values = values | alarms.rollout_figures(rollout, scores, self.ranks)
-=======
         config, done, judged, scores = self.config, iteration + 1, self.judge.read(), scored.scores
+        self._check_weights(done)
         values = values | alarms.rollout_figures(rollout, scores, self.ranks, scored.group, scored.advantages)
->>>>>>> main
         values |= {"update/learning_rate": self.optimizer.param_groups[0]["lr"]}
         chosen = choose_of_all(rollout, scores, config.run.num_judged, self.ranks)
         if values["reward/zero_spread_share"] == 1:

@@ -7,9 +7,10 @@ A YAML file becomes words of a command line that stand before the user's, so tha
 import difflib
 import json
 import re
+import sys
 import textwrap
 from argparse import ArgumentError
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -20,9 +21,10 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from mteditflow.config import Config
-from mteditflow.config.errors import suggest
+from mteditflow.config.errors import fail, suggest
 from mteditflow.config.ranges import require, show
 
+Command = Callable[[Sequence[str]], int]
 WIDTH = 118
 MAX_BYTES = 2**20  # of a YAML file
 BASE = "base"  # the subject of `evaluate` that is the editor without any adapter
@@ -82,6 +84,33 @@ def bare_parser(program: str, description: str, usage: str | None = None) -> Arg
     return ArgumentParser(
         prog=program, usage=usage, description=description, exit_on_error=False, allow_abbrev=False, print_config=None
     )
+
+
+def dispatch(name: str, commands: Mapping[str, Command], words: Sequence[str], title: str) -> int:
+    """Run the command that the first word names; --help, or no word, lists the commands."""
+    if not words or words[0] in ("-h", "--help"):
+        print(f"usage: {program_name(name)} COMMAND ...   (COMMAND --help says more)\n\n{title}\n")
+        for word, command in commands.items():
+            print(f"  {word:<15}{sentence(command)}")
+        return 0
+    if words[0] not in commands:
+        fail(f"{words[0] or repr('')} is no command: {suggest(words[0], list(commands))}")
+    return commands[words[0]](words[1:])
+
+
+def program_name(name: str) -> str:
+    """Return what the user typed to come to a command: the console script, or a module."""
+    if Path(sys.argv[0]).name == "mteditflow" or not name:
+        return f"mteditflow {name.removeprefix('world.')}".strip()
+    return f"python -m mteditflow.{name}"
+
+
+def sentence(command: Command) -> str:
+    return (command.__doc__ or "").splitlines()[0]
+
+
+def command_parser(name: str, command: Command, sub_command: str = "") -> ArgumentParser:
+    return bare_parser(f"{program_name(name)} {sub_command}".strip(), sentence(command))
 
 
 def settings_parser(program: str, description: str, usage: str) -> ArgumentParser:

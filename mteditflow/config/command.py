@@ -7,7 +7,7 @@ wrong with its arguments or files is one line on stderr and exit code 2.
 
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
@@ -16,11 +16,12 @@ from typing import Any, Literal
 from jsonargparse import ArgumentParser
 
 from mteditflow.config import DataConfig, cli
-from mteditflow.config.errors import fail, suggest
+from mteditflow.config.errors import fail
 from mteditflow.config.ranges import Count, CountOrNone, Rate, Seed, Turns
 from mteditflow.config.version import describe_version
 
-Command = Callable[[Sequence[str]], int]
+Command = cli.Command
+_dispatch, _program, _sentence, _parser = cli.dispatch, cli.program_name, cli.sentence, cli.command_parser
 JUDGE_USAGE = "%(prog)s [--config FILE.yaml] [--section.field VALUE ...]"
 
 
@@ -288,31 +289,17 @@ def pretrain(argv: Sequence[str]) -> int:
     parser = _parser("world.pretrain", pretrain)
     add = parser.add_argument
     add("--output", type=Path, required=True, metavar="FOLDER", help="where the editor and its states go")
-<<<<<<< HEAD
     add("--seed", type=Seed, default=0, help="of everything that is drawn")
     add("--vae_batches", type=Count, default=10_000, help="of 4 pictures")
     add("--decoder_batches", type=CountOrNone, default=2500, help="of 4 pictures, of the decoder alone")
     add("--num_pairs", type=Count, default=48_000, help="clean single edits to learn from")
-    add("--edit_batches", type=Count, default=5000, help="of the editor's training on them")
+    add("--edit_batches", type=Count, default=6500, help="of the editor's training on them")
     add("--num_drifting", type=Count, default=20_000, help="single edits of drifting chains to learn from")
     add("--drift_batches", type=CountOrNone, default=600, help="of the editor's training on them")
     add("--batch_size", type=Count, default=48, help="edits in one of them")
     add("--learning_rate", type=Rate, default=1.5e-3, help="the highest, on clean edits; half of it on drifting ones")
     add("--save_every", type=Count, default=200, help="batches of the editor between states to go on from")
     add("--num_sessions", type=Count, default=128, help="held-out sessions per measurement")
-=======
-    add("--seed", type=int, default=0, help="of everything that is drawn")
-    add("--vae_batches", type=int, default=10_000, help="of 4 pictures")
-    add("--decoder_batches", type=int, default=2500, help="of 4 pictures, in which the decoder alone is trained on")
-    add("--num_pairs", type=int, default=48_000, help="clean single edits to learn from")
-    add("--edit_batches", type=int, default=6500, help="of the editor's training on them")
-    add("--num_drifting", type=int, default=20_000, help="single edits of drifting chains to learn from")
-    add("--drift_batches", type=int, default=600, help="of the editor's training on them")
-    add("--batch_size", type=int, default=48, help="edits in one of them")
-    add("--learning_rate", type=float, default=1.5e-3, help="the highest, on clean edits; half of it on drifting ones")
-    add("--save_every", type=int, default=200, help="batches of the editor between states to go on from")
-    add("--num_sessions", type=int, default=128, help="held-out sessions per measurement")
->>>>>>> main
     values = cli.parse(parser, argv)
     from mteditflow.record.files import check_folder
     from mteditflow.world.pretrain import pretrain as make_editor
@@ -363,33 +350,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(describe_version())
         return 0
     return _dispatch("", COMMANDS, words, "Reinforcement learning of multi-turn image editing (MT-EditFlow).")
-
-
-def _dispatch(name: str, commands: Mapping[str, Command], words: Sequence[str], title: str) -> int:
-    """Run the command that the first word names; --help, or no word, lists the commands."""
-    if not words or words[0] in ("-h", "--help"):
-        print(f"usage: {_program(name)} COMMAND ...   (COMMAND --help says more)\n\n{title}\n")
-        for word, command in commands.items():
-            print(f"  {word:<15}{_sentence(command)}")
-        return 0
-    if words[0] not in commands:
-        fail(f"{words[0] or repr('')} is no command: {suggest(words[0], list(commands))}")
-    return commands[words[0]](words[1:])
-
-
-def _program(name: str) -> str:
-    """Return what the user typed to come to a command: the console script, or a module."""
-    if Path(sys.argv[0]).name == "mteditflow" or not name:
-        return f"mteditflow {name.removeprefix('world.')}".strip()
-    return f"python -m mteditflow.{name}"
-
-
-def _sentence(command: Command) -> str:
-    return (command.__doc__ or "").splitlines()[0]
-
-
-def _parser(name: str, command: Command, sub_command: str = "") -> ArgumentParser:
-    return cli.bare_parser(f"{_program(name)} {sub_command}".strip(), _sentence(command))
 
 
 def _read_run(argv: Sequence[str], parser: ArgumentParser) -> tuple[Any, Any]:

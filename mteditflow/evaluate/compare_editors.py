@@ -48,15 +48,10 @@ from mteditflow.evaluate.lora_files import (
     read_subject,
 )
 from mteditflow.evaluate.parts import PartFolder
-<<<<<<< HEAD
 from mteditflow.policy import AdapterName, build_policy, configured_family, linear_shapes
+from mteditflow.policy.lora_file import padded_state
 from mteditflow.record.figures import read_figures
 from mteditflow.record.files import check_folder, read_json, write_json
-=======
-from mteditflow.policy import AdapterName, build_policy, linear_shapes
-from mteditflow.policy.lora_file import padded_state
-from mteditflow.record.files import read_json, write_json
->>>>>>> main
 from mteditflow.record.progress import show_sessions, start_bars
 from mteditflow.report.strips import draw_sessions
 from mteditflow.reward import build_reward, check_judge
@@ -77,14 +72,8 @@ def resolve(words: list[str], out: Path, read_config: Callable[[Path | None], Co
     if configs:
         check_held_out(configs, "set it by an override, for all")
     config = next(iter(configs.values())) if configs else read_config(None)
-<<<<<<< HEAD
     check_folder(out, "--out")
-    return [read_subject(word) for word in words], config
-=======
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out is '{out}': no folder; choose another")
     return [read_subject(word, config.model) for word in words], config
->>>>>>> main
 
 
 def check(config: Config, *, is_main: bool) -> None:

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import platform
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import version
@@ -38,6 +39,8 @@ from mteditflow.evaluate.held_out import (
     save_verdicts,
 )
 from mteditflow.policy import Policy, model_path
+from mteditflow.record import checkpoint
+from mteditflow.record.checkpoint import Checkpoint
 from mteditflow.record.files import read_json, write_json
 from mteditflow.types import EditTask
 
@@ -133,6 +136,8 @@ def content_of(path: str) -> str | None:
 def name_contents(config: Config) -> dict[str, Any]:
     """Say what is behind the names in a config, as JSON: hashes of models, the sessions of a user's training data."""
     reward, found = config.reward, dict[str, Any]()
+    if config.lora.init_from:
+        found["lora.init_from"] = _hash_quickly(config.lora.init_from)
     found["model.path"] = _hash_quickly(model_path(config.model))
     if reward.judge == "vlm" and not reward.url:
         found["reward.vlm"] = _hash_quickly(reward.vlm_path)
@@ -171,6 +176,33 @@ def read_contents(folder: Path) -> dict[str, Any]:
         return {}
 
 
+def find_saved(config: Config, ranks: Ranks, resume_from: int | None) -> tuple[Checkpoint | None, dict[str, Any]]:
+    """Find the checkpoint that a run goes on from, on all ranks, and what is behind the names of its config.
+
+    resume_from: the iteration to go back to, once; what came after it is set aside. ValueError: the config sets another
+    problem, or there is no such checkpoint.
+    """
+
+    def say(line: str) -> None:
+        if ranks.is_main:
+            print(line, file=sys.stderr)
+
+    folder, contents = Path(config.run.folder), name_contents(config)
+    known: dict[str, Any] = ranks.from_main(read_contents(folder) if ranks.is_main else None)
+    if resume_from is not None and (before := ranks.from_main(checkpoint.went_back(folder, resume_from))):
+        again = f"what came after it then is in {before}, move that away to go back once more"
+        say(f"--resume_from {resume_from}: went back there before, and goes on; {again}")
+        resume_from = None
+    differences = compare_contents(known, contents)
+    saved = checkpoint.load_latest(folder, config, say, ranks=ranks, contents=differences, only=resume_from)
+    if resume_from is not None and ranks.is_main and (aside := checkpoint.go_back(folder, resume_from)):
+        say(f"--resume_from {resume_from}: going back; what came after it is in {aside}")
+    gone = {*known.get("data.path", ())} - {*contents.get("data.path", ())}
+    if saved and "data.path" in contents and gone:
+        say(f"data.path: {len(gone)} sessions are gone, the others go on in a new order")
+    return saved, contents
+
+
 def problem_of(tasks: list[EditTask], config: Config, contents: dict[str, Any]) -> str:
     """Hash what an evaluation of the base is of: editor, sessions, settings, judge, but not how it is carried out."""
     is_by_truth, tasks_hash = has_truth(tasks), hashlib.sha256()
@@ -193,9 +225,9 @@ def _hash_quickly(path: str) -> str | None:
     else as `content_of`.
     """
     folder, total = Path(path), hashlib.sha256()
-    if not folder.is_dir():
+    if not folder.exists():
         return content_of(path)
-    for file in sorted(file for file in folder.rglob("*") if file.is_file()):
+    for file in sorted(file for file in (folder, *folder.rglob("*")) if file.is_file()):
         name, size = file.relative_to(folder), file.stat().st_size
         if not any(part.startswith(".") for part in name.parts):
             with file.open("rb") as content:

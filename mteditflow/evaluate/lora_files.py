@@ -81,70 +81,6 @@ def read_subject(word: str, model: ModelConfig) -> Subject:
             f"{word!r} trained whole weights, not a LoRA: export it (python -m mteditflow.export {word} --format "
             f"merged) and evaluate base with model.path set to the exported folder"
         )
-<<<<<<< HEAD
-    scale = config.lora.alpha / config.lora.rank
-    halves = {f"{PREFIX}{key}": weight for key, weight in trained.state.items()}
-    what = f"run, averaged adapter after iteration {trained.iteration} of {config.run.num_iterations}"
-    return Subject(word=word, what=what, lora=_pair_halves(halves, Path(word), lambda _: scale))
-
-
-def read_lora(folder: Path) -> Lora:
-    """Read a LoRA in diffusers' format; alpha, as there, by its metadata, or alpha tensors, or else equal to the rank.
-
-    ValueError: one line that names what is not of that format.
-    """
-    path = folder / LORA_FILE
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (safetensors.SafetensorError, OSError) as error:
-        raise ValueError(f"{path} cannot be read ({error}): it is not a whole safetensors file") from None
-    try:
-        everything: dict[str, Any] = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-    except (ValueError, RecursionError):
-        raise ValueError(f"{path} has metadata lora_adapter_metadata that is not JSON: save it again") from None
-    if not isinstance(everything, dict):
-        raise ValueError(f"{path} has metadata lora_adapter_metadata of another shape than an object: save it again")
-    settings = {key.removeprefix(PREFIX): value for key, value in everything.items() if key.startswith(PREFIX)}
-    for name in NOT_HAD:
-        if settings.get(name):
-            raise ValueError(f"{path} has {name}, which cannot be evaluated here: only a plain LoRA can")
-    alphas = {
-        key.removeprefix(PREFIX).removesuffix(".alpha"): float(tensors.pop(key))
-        for key in [key for key in tensors if key.startswith(PREFIX) and key.endswith(".alpha")]
-    }
-
-    def scale(module: str) -> float:
-        rank = len(tensors[f"{PREFIX}{module}.lora_A.weight"])
-        if not settings:
-            return alphas.get(module, rank) / rank
-        pattern = settings.get("alpha_pattern") or {}
-        return pattern.get(get_pattern_key(list(pattern), module), settings["lora_alpha"]) / rank
-
-    return _pair_halves(tensors, path, scale)
-
-
-def _pair_halves(tensors: dict[str, Tensor], path: Path, scale: Callable[[str], float]) -> Lora:
-    """Put A and B of each module together, from tensors by diffusers' keys; `scale` of a module's name."""
-    halves: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        match = KEY.fullmatch(key)
-        if not match or tensor.ndim != 2:
-            raise ValueError(
-                f"{path} has {key!r}: only matrices 'transformer.MODULE.lora_A.weight' and lora_B can be evaluated; "
-                "load another format in diffusers and save it with save_lora_weights"
-            )
-        halves.setdefault(match["module"], {})[match["half"]] = tensor.float()
-    for module, pair in halves.items():
-        if len(pair) < 2 or len(pair["A"]) != pair["B"].shape[1]:
-            raise ValueError(
-                f"{path}: lora_A and lora_B of {module} do not go together: the file is not whole, save it again"
-            )
-    if not halves:
-        raise ValueError(f"{path} holds no LoRA of a transformer: give one that does")
-    return {name: Module(down=pair["A"], up=pair["B"], scale=scale(name)) for name, pair in halves.items()}
-=======
     scale, state = config.lora.alpha / config.lora.rank, trained.state
     names = sorted({key.rsplit(".lora_", 1)[0] for key in state})
     lora = {
@@ -153,7 +89,6 @@ def _pair_halves(tensors: dict[str, Tensor], path: Path, scale: Callable[[str], 
     }
     what = f"run, averaged adapter after iteration {trained.iteration} of {config.run.num_iterations}"
     return Subject(word=word, what=what, lora=lora)
->>>>>>> main
 
 
 def check_fit(subject: Subject, shapes: dict[str, tuple[int, int]], path: str) -> None:

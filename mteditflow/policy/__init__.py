@@ -222,14 +222,11 @@ def build_policy(
     policy = Policy(
         pipeline, config, lora, seed=seed, has_old=has_old, device=device, keeps_originals=keeps_originals, mesh=mesh
     )
-<<<<<<< HEAD
     check_finite(pipeline, path)
-=======
     if lora.init_from:
         state = start_state(policy, lora)
         for name in copy_names(has_old):
             policy.adapters.load(name, state)
->>>>>>> main
     if config.cfg_scale != 1 and not policy.editor.has_cfg:
         reason = "is distilled and takes no guidance" if policy.editor.is_distilled else "has its guidance embedded"
         remedy = "" if policy.editor.is_distilled else "; set model.guidance_scale"
