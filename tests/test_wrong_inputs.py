@@ -184,8 +184,8 @@ LORAS: dict[str, tuple[dict[str, torch.Tensor], dict[str, str]]] = {
     "holds no LoRA of a transformer": ({}, {"format": "pt"}),
     "has 'a'": ({"a": torch.ones(2, 2)}, {}),
     "do not go together": ({f"transformer.{MODULE}.lora_A.weight": torch.ones(2, 128)}, {}),
-    "metadata lora_adapter_metadata that is not JSON": ({}, {"lora_adapter_metadata": "{"}),
-    "lora_adapter_metadata of another shape": ({}, {"lora_adapter_metadata": "[1]"}),
+    "its lora_adapter_metadata is not peft's settings": ({}, {"lora_adapter_metadata": "{"}),
+    "lora_adapter_metadata is not peft's settings as JSON": ({}, {"lora_adapter_metadata": "[1]"}),
 }
 
 
