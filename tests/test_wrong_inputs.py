@@ -222,7 +222,7 @@ def folder_cases(folder: Path) -> Iterator[Case]:
         yield ["pretrain-judge", f"--output={path}"], path
     yield ["export", str(run), f"--out={folder}/full"], "full holds something else than an export"
     yield ["report", f"{folder}/full"], "is not the folder of a run"
-    yield ["export", f"{folder}/full"], "is no run folder"
+    yield ["export", f"{folder}/full"], "full is no run, give the folder to write"
     yield ["evaluate", f"{folder}/full"], "has neither a run's config.yaml nor"
     yield ["data", "generate", "{here}/coco.json", "--images={here}", "--out={here}/one.jsonl"], "is there already"
     yield ["data", "generate", "{here}/coco.json", "--images={here}", "--out={here}/one.txt"], "must end in .jsonl"

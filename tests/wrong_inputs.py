@@ -48,7 +48,7 @@ COMMANDS = {
     "evaluate base base": "subjects 'base' and 'base' would both be 'base' in --out: name each once",
     "evaluate base --ouf x": "--ouf is no argument: did you mean --out?",
     "evaluate base --dry_run": "--dry_run is no argument",
-    "export": "RUN is missing: the run's folder",
+    "export": "RUN is missing: a run's folder",
     "export nowhere": "nowhere is no run folder: it has no config.yaml",
     "export run --format zip": "--format is 'zip': must be one of diffusers, comfyui, merged",
     "export run --dtype half": "--dtype is 'half': must be one of float32, bfloat16",
