@@ -7,6 +7,7 @@ fine-tuning)  report.html
 """
 
 import os
+from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -20,13 +21,13 @@ from mteditflow.config.cli import to_yaml
 from mteditflow.config.rubric import read_rubric
 from mteditflow.data import all_instructions, held_out_tasks, training_tasks
 from mteditflow.distributed import Ranks
-from mteditflow.evaluate.compare_editors import check as check_editors
-from mteditflow.evaluate.comparison_page import final_table
-from mteditflow.evaluate.edival import Evaluation, point_metrics
+from mteditflow.evaluate.best import Best
+from mteditflow.evaluate.compare_editors import compare_sessions
+from mteditflow.evaluate.comparison_page import final_table, held_out_rows
+from mteditflow.evaluate.edival import Evaluation, point_metrics, success_by_type
 from mteditflow.evaluate.exposure import evaluate_editor, num_sessions
 from mteditflow.evaluate.held_out import (
     has_truth,
-    load_evaluation,
     part_folder,
     save_comparison,
     save_evaluation,
@@ -35,31 +36,37 @@ from mteditflow.evaluate.kept import (
     CONTENTS,
     find_saved,
     kept_evaluation,
+    load_before,
     problem_of,
 )
 from mteditflow.evaluate.parts import PartFolder
-from mteditflow.export.weights import save_result
-from mteditflow.guards import GuardError
-from mteditflow.objective import Objective, build_objective
+from mteditflow.export.weights import BEST, STANDING, save_result
+from mteditflow.objective import Objective
 from mteditflow.plan.compiling import SAID, choose_compile, settle
 from mteditflow.policy import AdapterName, build_policy, start_state
-from mteditflow.policy.optimizer import build_optimizer, load_optimizer, moments_like, optimizer_state
+from mteditflow.policy.optimizer import build_optimizer, check_weights, load_optimizer, moments_like, optimizer_state
 from mteditflow.policy.pipelines import is_slow_in_bfloat16
 from mteditflow.profile.account import Account, step_seconds
 from mteditflow.profile.base_error import measure_base_error
 from mteditflow.record import alarms, checkpoint, ending
 from mteditflow.record.clock import phase
 from mteditflow.record.figures import METRICS
-from mteditflow.record.files import check_folder, write_json
+from mteditflow.record.files import write_json
 from mteditflow.record.metrics import FILE, Reporter, read_lines
 from mteditflow.report.run_report import write_report
-from mteditflow.report.seen import Seen, choose_of_all, save_seen
+from mteditflow.report.seen import (
+    Seen,
+    choose_of_all,
+    save_seen,
+    table_rows,
+)
 from mteditflow.report.strips import save_strips
 from mteditflow.reward import Judged, build_reward, is_trained_by_group
 from mteditflow.reward.overlap import Overlap, efficiency
 from mteditflow.transformer.compiled import count_graphs
 from mteditflow.transformer.sharded import make_mesh
 from mteditflow.types import Rollout
+from mteditflow.watch.progress import working
 
 
 class Run:
@@ -77,6 +84,7 @@ class Run:
         self._warned: set[str] = set()
         self._lines: list[dict[str, Any]] = []  # metrics of every iteration, on the main rank
         self.base_error: dict[str, float] = {}  # of a quantised base, in the metrics of the first iteration
+        self.best = Best(config, ranks)
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
@@ -88,6 +96,8 @@ class Run:
 
     def _start(self, stack: ExitStack) -> None:
         config = self.config
+        if self.ranks.is_main:
+            check_boards(config.run.log_to)
         # first: a judge that is not there is found at once
         self.judge = Overlap(build_reward(config), config.reward, self.ranks.device)
         stack.enter_context(self.judge)
@@ -100,14 +110,15 @@ class Run:
             checkpoint.keep_rubric(self.folder, rubric, is_resumed=saved is not None)
         is_probed = saved is None and config.model.quantised is not None
         is_probed &= self.ranks.is_main or config.distributed.shard != "none"  # a forward pass is then one of all ranks
-        self.policy = build_policy(
-            with_choice.model, config.lora, config.run.seed, has_old=self.objective.has_old, keeps_originals=is_probed,
-            mesh=make_mesh(config.distributed, self.ranks),
-        )  # fmt: skip
+        with working(f"loading {config.model.path}") if self.ranks.is_main else nullcontext():
+            self.policy = build_policy(
+                with_choice.model, config.lora, config.run.seed, has_old=self.objective.has_old,
+                keeps_originals=is_probed, mesh=make_mesh(config.distributed, self.ranks),
+            )  # fmt: skip
         self.optimizer, self.first_iteration = build_optimizer(self.policy, config), 0
         if saved:
             self._restore(saved)
-        self._num_saved = self.first_iteration
+        self._num_saved = self.num_done = self.first_iteration
         self._graphs = count_graphs()
         settled = settle(self.policy, self.objective, training_tasks(config, 0, self.ranks), config, self.ranks)
         lines = [f"attention {self.policy.attention}, {compile_line}", *SAID[settled], *self._waits()]
@@ -136,7 +147,8 @@ class Run:
 
     def _open(self, stack: ExitStack, lines: list[str], *, is_resumed: bool) -> None:
         config = self.config
-        self.reporter = Reporter(self.folder, iteration=self.first_iteration, num_iterations=config.run.num_iterations)
+        num = config.run.num_iterations
+        self.reporter = Reporter(self.folder, iteration=self.first_iteration, num_iterations=num, config=config)
         stack.callback(self.reporter.close)
         self._lines = read_lines(self.folder / FILE)
         (self.folder / "config.yaml").write_text(to_yaml(config))
@@ -177,7 +189,7 @@ class Run:
             self.base_error = error.figures
             self._say(str(error))
         problem = problem_of(self.tasks, config, self.contents)
-        before = self.ranks.from_main(self._load_before(problem) if self.ranks.is_main else None)
+        before = self.ranks.from_main(load_before(self.folder, problem, self._say) if self.ranks.is_main else None)
         if before is None:
             before = self._evaluate_start()
             if self.ranks.is_main:
@@ -187,15 +199,7 @@ class Run:
             self._parts("before", 0).remove()
             if not is_resumed:
                 self._parts("after", 0).remove()  # of weights that are no longer there
-                save_strips(self.folder, 0, self.tasks, before.images, before.images)
-
-    def _load_before(self, problem: str) -> Evaluation | None:
-        """Read the evaluation of the base; None, with a line, where it is damaged or of another problem."""
-        try:
-            return load_evaluation(self.folder, "before", problem)
-        except ValueError as error:
-            self._say(f"the base is evaluated again: {error}")
-            return None
+                save_strips(self.folder, 0, self.tasks, before, before)
 
     def _evaluate_start(self) -> Evaluation:
         """Evaluate the base, or the LoRA of lora.init_from."""
@@ -229,33 +233,31 @@ class Run:
         finally:
             self._stack.close()
 
+    def iterations(self) -> Iterator[int]:
+        """Count the iterations that are to come, until all are done, or held-out O does not rise any more."""
+        while self.num_done < self.config.run.num_iterations and not self.best.is_over:
+            yield self.num_done
+
     def record(self, iteration: int, values: dict[str, float], rollout: Rollout, scored: Judged) -> None:
         """The end of an iteration: metrics, what the judge saw, evaluation, checkpoint, which comes last."""
         config, done, judged, scores = self.config, iteration + 1, self.judge.read(), scored.scores
-        self._check_weights(done)
+        check_weights(self.policy.adapters, self.optimizer, done, self.ranks)
+        is_last = done == config.run.num_iterations
         values = values | alarms.rollout_figures(rollout, scores, self.ranks, scored.group, scored.advantages)
         values |= {"update/learning_rate": self.optimizer.param_groups[0]["lr"]}
         chosen = choose_of_all(rollout, scores, config.run.num_judged, self.ranks)
         if values["reward/zero_spread_share"] == 1:
             self._say(f"iteration {done}: all groups without spread, nothing to learn from them")
-        if config.evaluation.every and done % config.evaluation.every == 0 and done < config.run.num_iterations:
+        is_due = config.evaluation.every > 0 and done % config.evaluation.every == 0 and not is_last
+        if is_due or (is_last and config.run.patience):  # the last average may be the best
             values |= self._short_evaluation(done)
         if self.ranks.is_main:
             self._report(iteration, values | alarms.held_out_figures(values), judged, chosen)
-        if done % config.run.save_every == 0 or done == config.run.num_iterations:
+        self.num_done = done
+        if done % config.run.save_every == 0 or is_last or self.best.is_over:
             self._save(done, self._state())
         elif self.ranks.is_main and not config.lora.is_full:
             self._unsaved = done, _to_host(self._state())
-
-    def _check_weights(self, done: int) -> None:
-        """Stop, before anything is saved or scored by them, where an update left weights that are not finite."""
-        is_broken = torch.tensor(int(not self.policy.adapters.is_finite()), device=self.ranks.device)
-        self.ranks.max_(is_broken)
-        if is_broken:
-            raise GuardError(
-                f"weights are not finite after the updates of iteration {done}, and not saved: optimizer.learning_rate "
-                f"is {self.config.optimizer.learning_rate:g}, lower it and begin in another run.folder"
-            )
 
     def _report(self, iteration: int, values: dict[str, float], judged: dict[str, float], chosen: list[Seen]) -> None:
         """Write and print the figures of an iteration."""
@@ -285,14 +287,19 @@ class Run:
     def _short_evaluation(self, done: int) -> dict[str, float]:
         now = self._evaluate("", "ema", done)
         if self.ranks.is_main:
-            picture = save_strips(self.folder, done, self.tasks, self.before.images, now.images)
+            picture = save_strips(self.folder, done, self.tasks, self.before, now)
             self.reporter.image("strips", done, picture)
         point = point_metrics(now)
-        return {
+        values = {
             f"heldout/{m}_{turn + 1}": float(point[i, turn])
             for i, m in enumerate(METRICS)
             for turn in range(point.shape[1])
         }
+        values |= {f"heldout/success_{kind}": 100 * of["success"] for kind, of in success_by_type(now).items()}
+        values |= self.best.see(now, self.before, done, lambda: self.policy.adapters.state("ema"))
+        if self.best.is_over:
+            self._say(f"iteration {done}: held-out O does not clearly rise any more: training stops (run.patience)")
+        return values
 
     def _evaluate(self, name: str, adapter: AdapterName, done: int) -> Evaluation:
         """Evaluate after `done` iterations, on all ranks, and keep what the judge saw. A whole evaluation has a name,
@@ -307,6 +314,7 @@ class Run:
         def see(sessions: list[Seen]) -> None:
             if is_main:
                 save_seen(self.folder, "evaluation", done, judge, sessions)
+                self.reporter.table("judged", done, table_rows(sessions))
 
         folder = self._parts(name, done) if name else None
         with (
@@ -322,15 +330,25 @@ class Run:
         return part_folder(path, self.policy, self.tasks, self.config, f"after {done} iterations")
 
     def finish(self) -> None:
-        """Evaluation of the averaged adapter, export, report, and the table that the user came for."""
-        done = self.config.run.num_iterations
+        """Evaluation of the averaged adapter, the best where there are several to choose from, export, report, and the
+        table that the user came for.
+        """
+        done = self.num_done
+        if self.best.iteration:
+            done = self.best.iteration
+            self.policy.adapters.load("ema", self.best.weights)
+            self._say(f"the average after iteration {done} of {self.num_done} is evaluated and exported: the best O")
         after = self._evaluate("after", "ema", done)
         if self.ranks.is_main:
             save_evaluation(self.folder, "after", after)
             self._parts("after", done).remove()
             save_comparison(self.folder, self.before, after)
-            save_strips(self.folder, done, self.tasks, self.before.images, after.images)
-        use = save_result(self.policy, self.config, self.folder, self.ranks)
+            picture = save_strips(self.folder, done, self.tasks, self.before, after)
+            self.reporter.image("strips", self.num_done, picture)
+            self.reporter.table("held out", self.num_done, held_out_rows(self.folder))
+        compare_sessions(self.folder, self.policy, self.tasks, self.before, after, self.config, self.ranks, self.judge)
+        with working("exporting") if self.ranks.is_main else nullcontext():
+            use = save_result(self.policy, self.config, self.folder, self.ranks, done)
         if self.ranks.is_main:
             report = write_report(self.folder)
             self.reporter.close()
@@ -350,7 +368,7 @@ class Run:
         names = ("current", "ema", "old") if self.objective.has_old else ("current", "ema")
         state = {name: self.policy.adapters.state(name) for name in names}
         state["optimizer"] = optimizer_state(self.optimizer)
-        return state
+        return state | self.best.state()
 
     def _save_unsaved(self) -> str:
         """Save the last finished iteration, unless it is; says what the same command does then."""
@@ -360,20 +378,11 @@ class Run:
 
     def _restore(self, saved: checkpoint.Checkpoint) -> None:
         self.first_iteration = saved.iteration
+        self.best.restore(saved, self.policy.adapters.state("ema"))
         for name in (*saved.held, *saved.cut):
-            if name != "optimizer":
+            if name not in ("optimizer", STANDING, BEST):
                 self.policy.adapters.load(name, saved.read(name, self.policy.adapters.state(name)))  # pyright: ignore[reportArgumentType]
         load_optimizer(self.optimizer, saved.read("optimizer", moments_like(self.optimizer)))
-
-
-def check(config: Config, *, is_main: bool) -> None:
-    """Raise ValueError for what is wrong with a run and can be known before ranks join and anything is loaded; the main
-    rank names what of the data is skipped.
-    """
-    check_editors(config, is_main=is_main)
-    build_objective(config)
-    if is_main:
-        check_folder(Path(config.run.folder), "run.folder")
 
 
 def _to_host(state: checkpoint.State) -> checkpoint.State:

@@ -55,13 +55,10 @@ def _joined(config: Any, *, is_training: bool) -> Iterator[Any]:
 
     with Ending() as ending:  # before torch is imported: a signal is heeded from here on
         from mteditflow import distributed
+        from mteditflow.evaluate.compare_editors import check
         from mteditflow.guards import GuardError
 
-        if is_training:
-            from mteditflow.run import check
-        else:
-            from mteditflow.evaluate.compare_editors import check
-        check(config, is_main=distributed.read_environment()[0] == 0)
+        check(config, is_main=distributed.read_environment()[0] == 0, is_training=is_training)
         ranks = distributed.start(config, is_training=is_training)
         ending.meet(ranks)
         distributed.check_same(ranks, config)
@@ -276,10 +273,18 @@ def report(argv: Sequence[str]) -> int:
     """Write the HTML page of a run, also of one that is still at work."""
     parser = _parser("report", report)
     parser.add_argument("folder", type=Path, metavar="RUN", help="the run's folder")
-    folder = cli.parse(parser, argv).folder
+    live = "show it on a page of this machine that follows the run while it goes on"
+    parser.add_argument("--live", action="store_true", help=live)
+    parser.add_argument("--port", type=int, default=8321, help="with --live: of the page; 0: any that is free")
+    v = cli.parse(parser, argv)
+    if v.live:
+        from mteditflow.report.live import serve
+
+        serve(v.folder, v.port)
+        return 0
     from mteditflow.report.run_report import write_report
 
-    print(write_report(folder))
+    print(write_report(v.folder))
     return 0
 
 

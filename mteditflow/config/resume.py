@@ -16,7 +16,7 @@ OPERATIONAL = {
     "reward.rubric", "reward.url", "reward.timeout_s", "reward.max_wait_s", "reward.max_answer_tokens",
     "reward.num_retries", "reward.num_parallel", "reward.overlap", "reward.green_sms",
     "run.folder", "run.num_iterations", "run.save_every", "run.num_checkpoints", "run.num_judged",
-    "run.max_ratio_error", "run.num_gpus", "run.gpu_gib",
+    "run.max_ratio_error", "run.num_gpus", "run.gpu_gib", "run.patience", "run.log_to",
 }  # fmt: skip
 """Fields that may change, with all of the sections below. Of a rubric the text is compared, instead of its path."""
 SECTIONS = ("evaluation.", "distributed.")

@@ -8,6 +8,10 @@ from mteditflow.config.model import EMBEDDED, LoraConfig, ModelConfig
 from mteditflow.config.ranges import Count, CountOrNone, Range, Rate, Seed, Share, Turns, Weight, check_ranges, require
 from mteditflow.config.reward import RewardConfig
 
+BOARDS = ("wandb", "trackio")
+MIN_SESSIONS = 10
+"""Held-out sessions below which no interval is given: a bootstrap of so few says next to nothing."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -239,6 +243,12 @@ class RunConfig:
     num_judged: Annotated[int, Range(0, 64)] = 4
     """Sessions of an iteration, and of an evaluation, that are kept to be looked at, with pictures, scores and the
     judge's words: the worst, the best, and those that are in dispute; 0: none. Ours."""
+    log_to: tuple[str, ...] = ()
+    """Boards beside TensorBoard that show curves, strips and tables, of wandb and trackio, by their own clients (extras
+    of the same names)."""
+    patience: Annotated[int, Range(0, 1000)] = 0
+    """Short evaluations in a row without a clear gain in held-out O after which training stops; the average with the
+    highest O is then evaluated and exported. 0: all iterations, and the last average. Ours."""
     max_ratio_error: Weight = 0.0
     """The run stops when |ratio - 1| before the first update exceeds this; 0 holds at the same geometry on one
     device."""
@@ -246,6 +256,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         check_ranges(self)
         require(self.folder != "", "run.folder", self.folder, "must be a folder, which is made if it is not there")
+        is_known = set(self.log_to) <= {*BOARDS} and len({*self.log_to}) == len(self.log_to)
+        require(is_known, "run.log_to", list(self.log_to), f"must be a list of some of {', '.join(BOARDS)}, each once")
 
 
 def _check_window(rollout: RolloutConfig) -> None:
@@ -302,6 +314,12 @@ class Config:
         require(is_apart, "rollout.is_start_shared", self.rollout.is_start_shared, remedy)
         is_scored = self.data.num_turns <= 9 or self.reward.judge != "vlm"
         require(is_scored, "data.num_turns", self.data.num_turns, "must be at most 9 for reward.judge 'vlm'")
+        is_evaluated = self.run.patience == 0 or self.evaluation.every > 0
+        remedy = "run.patience counts short evaluations: must be above 0, or run.patience 0"
+        require(is_evaluated, "evaluation.every", self.evaluation.every, remedy)
+        short, remedy = self.evaluation.num_sessions_short, "run.patience goes by the interval of held-out O"
+        is_enough = self.run.patience == 0 or short >= MIN_SESSIONS
+        require(is_enough, "evaluation.num_sessions_short", short, f"{remedy}: must be at least {MIN_SESSIONS}")
         weight = self.advantage.consistency_weight
         is_measured = weight == 0 or self.reward.consistency != "none"
         remedy = "reward.consistency is 'none', so that there is nothing to weigh: must be 0"

@@ -35,6 +35,7 @@ from mteditflow.evaluate.held_out import (
     has_truth,
     held_out_fields,
     list_settings,
+    load_evaluation,
     load_verdicts,
     save_verdicts,
 )
@@ -201,6 +202,15 @@ def find_saved(config: Config, ranks: Ranks, resume_from: int | None) -> tuple[C
     if saved and "data.path" in contents and gone:
         say(f"data.path: {len(gone)} sessions are gone, the others go on in a new order")
     return saved, contents
+
+
+def load_before(folder: Path, problem: str, say: Callable[[str], None]) -> Evaluation | None:
+    """Read a run's evaluation before training; None, with a line, where it is damaged or of another problem."""
+    try:
+        return load_evaluation(folder, "before", problem)
+    except ValueError as error:
+        say(f"the base is evaluated again: {error}")
+        return None
 
 
 def problem_of(tasks: list[EditTask], config: Config, contents: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ from mteditflow.config import Config
 from mteditflow.config.cli import to_yaml
 from mteditflow.config.model import MINIATURES
 from mteditflow.policy import family_of
-from mteditflow.record.figures import METRICS, RESULTS, align_turns, read_figures
+from mteditflow.record.figures import METRICS, RESULTS, SHOWN, align_turns, read_figures
 from mteditflow.record.templates import write_page
 
 TAG = "mt-editflow"
@@ -37,6 +37,8 @@ class Card:
     """From where the export is loaded: its folder, or its name on the hub."""
     origin: str = ""
     """The LoRA, of which nothing more is known, that the export is another form of; empty: a run."""
+    is_finished: bool = True
+    """Whether the run came to its end, so that it was evaluated after training."""
 
     @property
     def is_lora(self) -> bool:
@@ -54,7 +56,8 @@ def write_card(card: Card, run: Path, out: Path) -> None:
     strips = sorted((run / "strips").glob("iteration-*.png"))
     (out / "strips.png").unlink(missing_ok=True)  # of an export that this one replaces
     if strips:
-        shutil.copy(strips[-1], out / "strips.png")
+        mine = run / "strips" / f"iteration-{card.iteration:06d}.png"
+        shutil.copy(mine if mine in strips else strips[-1], out / "strips.png")
     recipe = replace(card.config, run=replace(card.config.run, folder=f"runs/{run.resolve().name}"))
     before, after, gain = (read_figures(run / f"{name}.json") for name in RESULTS)
     values = {
@@ -65,7 +68,7 @@ def write_card(card: Card, run: Path, out: Path) -> None:
         "code": usage(card),
         "notes": _notes(card),
         "base": _base_in_words(card.config),
-        "metrics": METRICS,
+        "metrics": {name: METRICS[name] for name in SHOWN},
         "before": before,
         "turns": align_turns(before, after, gain),
         "has_strips": bool(strips),

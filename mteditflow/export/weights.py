@@ -38,6 +38,7 @@ from mteditflow.policy.lora_file import adapter_for, find_lora, padded_state
 from mteditflow.record import checkpoint
 from mteditflow.transformer.sharded import whole_on_host
 
+BEST, STANDING = "best", "standing"  # groups of a checkpoint, with run.patience: evaluate/best.py
 PREFIX = "transformer."  # of a LoRA's keys in diffusers' format
 Dtype = Literal["float32", "bfloat16"]
 
@@ -52,10 +53,12 @@ class Trained:
     state: dict[str, Tensor]
     origin: str = ""
     """The LoRA, as the user called it, of which nothing else is known; empty: a run."""
+    is_finished: bool = True  # so that it is what was evaluated after training, where it is the average
 
 
 def read_run(folder: Path, adapter: AdapterName) -> Trained:
-    """Read an adapter of a run's newest checkpoint, or its final LoRA where the checkpoints are gone.
+    """Read an adapter of a run's newest checkpoint, or its final LoRA where the checkpoints are gone. The average is
+    the best one, where the run kept it (run.patience).
 
     ValueError: no run folder, nothing saved in it, or one of another version.
     """
@@ -67,9 +70,17 @@ def read_run(folder: Path, adapter: AdapterName) -> Trained:
         config = from_yaml(folder / "config.yaml")
     except ValueError as error:
         raise ValueError(f"{folder} is of another version, use it with the one that trained it: {error}") from None
-    saved = checkpoint.load_latest(folder, config, lambda line: print(line, file=sys.stderr), groups=(adapter,))
+    groups, run = (adapter, BEST, STANDING), config.run
+    saved = checkpoint.load_latest(folder, config, lambda line: print(line, file=sys.stderr), groups=groups)
     if saved:
-        return Trained(config=config, iteration=saved.iteration, adapter=adapter, state=saved.read(adapter))
+        names = (*saved.held, *saved.cut)
+        standing = saved.read(STANDING) if STANDING in names and run.patience else {}
+        is_finished = saved.iteration >= run.num_iterations
+        is_finished |= bool(standing) and int(standing["num_stalled"]) >= run.patience
+        is_best = adapter == "ema" and bool(standing) and BEST in names
+        state = saved.read(BEST if is_best else adapter)
+        iteration = int(standing["best"]) if is_best else saved.iteration
+        return Trained(config=config, iteration=iteration, adapter=adapter, state=state, is_finished=is_finished)
     final = folder / "lora" / LORA_FILE
     if not final.is_file():
         raise ValueError(
@@ -99,15 +110,15 @@ def read_origin(word: str, base: str | None) -> Trained:
     return Trained(config=Config(model=model, lora=adapter), iteration=0, adapter="ema", state=state, origin=word)
 
 
-def save_result(policy: Policy, config: Config, run: Path, ranks: Ranks) -> str:
-    """Export a finished run's average with a card, to RUN/lora or RUN/weights; returns the line that uses it. All ranks
-    put together what is cut; the main one writes.
+def save_result(policy: Policy, config: Config, run: Path, ranks: Ranks, iteration: int) -> str:
+    """Export a finished run's average, that after `iteration`, with a card, to RUN/lora or RUN/weights; returns the
+    line that uses it. All ranks put together what is cut; the main one writes.
     """
     state = whole_on_host(policy.adapters.state("ema"), is_kept=ranks.is_main)
     use = f"{policy.family.transformer}.from_pretrained('{run / 'weights'}', subfolder='transformer')"
     if not ranks.is_main:
         return use
-    trained = Trained(config=config, iteration=config.run.num_iterations, adapter="ema", state=state)
+    trained = Trained(config=config, iteration=iteration, adapter="ema", state=state)
     if not config.lora.is_full:
         write_export(trained, run, run / "lora", "diffusers", "float32")
         return f"pipe.load_lora_weights('{run / 'lora'}')"
@@ -141,6 +152,7 @@ def write_export(
     card = Card(
         config=config, iteration=trained.iteration, adapter=trained.adapter, form=form, dtype=dtype,
         pipeline=pipeline.__name__, file=file, source=hub_name or str(out), origin=trained.origin,
+        is_finished=trained.is_finished,
     )  # fmt: skip
     write_card(card, run, out)
 
