@@ -96,8 +96,6 @@ class Run:
 
     def _start(self, stack: ExitStack) -> None:
         config = self.config
-        if self.ranks.is_main:
-            check_boards(config.run.log_to)
         # first: a judge that is not there is found at once
         self.judge = Overlap(build_reward(config), config.reward, self.ranks.device)
         stack.enter_context(self.judge)

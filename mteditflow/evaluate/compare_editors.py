@@ -60,6 +60,7 @@ from mteditflow.reward import build_reward, check_judge
 from mteditflow.reward.overlap import Overlap
 from mteditflow.transformer.sharded import make_mesh
 from mteditflow.types import EditTask
+from mteditflow.watch.boards import check_boards
 from mteditflow.watch.progress import show_sessions, start_bars
 
 EXPOSURE = ("MT_true", "MT_true_interval", "compounding", "compounding_interval")
@@ -88,6 +89,7 @@ def check(config: Config, *, is_main: bool, is_training: bool) -> None:
     if is_training:
         build_objective(config)
     if is_training and is_main:
+        check_boards(config.run.log_to)
         check_folder(Path(config.run.folder), "run.folder")
     check_data(config, is_speaking=is_main)
     configured_family(config.model)
