@@ -90,7 +90,8 @@ KICKS = (
     ("cast", -1),
     ("fade", 1),
     ("saturation", 1),
-)  # what the autoencoder keeps: warm, cold, faded, grey
+)
+"""Warm, cold, faded, grey: what the autoencoder keeps."""
 
 
 @dataclass(frozen=True, kw_only=True)
