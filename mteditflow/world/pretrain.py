@@ -104,11 +104,11 @@ class Flaws:
     mistaken: float = 0.0
     gain: float = 0.0
     step: float = 0.0
-    power: float = 2.0
+    power: float = 1.0
 
 
 CLEAN = Flaws()
-DRIFTING = Flaws(ignored=0.03, mistaken=0.03, gain=1.6, step=0.7)
+DRIFTING = Flaws(ignored=0.03, mistaken=0.03, gain=1.6, step=0.9, power=3.0)
 
 
 def new_pipeline(seed: int) -> FluxKontextPipeline:
