@@ -80,7 +80,7 @@ class Sampler:
         cfg_scale: float = 1.0,
     ) -> None:
         """Encode the sources, and each text that does not depend on what the model makes. Of the config: hand_off,
-        microbatch_size, cuda_graph.
+        microbatch_size, is_start_shared, cuda_graph.
         """
         self.policy, self.tasks, self.noise, self.config = policy, tasks, noise, config
         self.schedule, self.num_turns, self.cfg_scale = schedule.to(policy.device), num_turns, cfg_scale
@@ -108,11 +108,12 @@ class Sampler:
             text = self._text(turn, group, image)
             condition = Condition(text=text, image=image_latents, cfg_scale=self.cfg_scale)
 
-            def keys(place: Place, number: int = 0, turn: int = turn) -> Tensor:
+            def keys(place: Place, number: int = 0, turn: int = turn, member: Tensor = member) -> Tensor:
                 return row_keys(ids, member, self.noise, turn=turn, place=place, number=number).to(policy.device)
 
             shape = (policy.num_tokens, policy.num_channels)
-            start = counter_normal(keys(Place.INITIAL_LATENTS), shape).to(image_latents)
+            whose = member * (not config.is_start_shared)  # 0: the group's
+            start = counter_normal(keys(Place.INITIAL_LATENTS, member=whose), shape).to(image_latents)
             step_keys = [
                 keys(Place.DENOISING_STEP, step) if is_noisy else None
                 for step, is_noisy in enumerate(schedule.is_noisy)
@@ -130,9 +131,7 @@ class Sampler:
                 image_latents = latents[-1]
                 if config.hand_off == "pixels":
                     image_latents = policy.encode_image(image, self.to_encode)
-        return Rollout(
-            tasks=self.tasks, turns=turns, group=group, member=member, schedule=schedule, noise=self.noise
-        )  # fmt: skip
+        return Rollout(tasks=self.tasks, turns=turns, group=group, member=member, schedule=schedule, noise=self.noise)
 
     def _text(self, turn: int, group: Tensor, image: Tensor) -> dict[str, Tensor]:
         """The text of a turn: of the tasks, or where the encoder sees the picture of the trajectories."""

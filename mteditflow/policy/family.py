@@ -1,13 +1,14 @@
 """What a family of editors is: the facts that plans, cards, exports and CUDA graphs ask for, and the editor itself."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from mteditflow.config import ModelConfig
+from mteditflow.policy.lora_names import Names
 from mteditflow.policy.pipelines import DTYPES
 from mteditflow.types import Condition
 
@@ -182,6 +183,8 @@ class Family:
     """Arguments of a call of the stock pipeline, by its class, that make the edit the one that was trained."""
     note: str = ""
     """What the stock pipeline does with the picture's size unless it is told not to."""
+    originals: Names = field(default_factory=dict)
+    """Names of the model's original code, by which LoRAs of others call its linears; {}: diffusers' own."""
     comfyui: tuple[str, ...] = ()
     """Patterns of the modules for which ComfyUI has keys, each of a whole name; (): unknown."""
     uncapturable: tuple[str, ...] = ()
