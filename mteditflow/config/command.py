@@ -204,13 +204,7 @@ def generate(argv: Sequence[str]) -> int:
     add("--turns", type=int, default=DataConfig().num_turns, help="instructions per session")
     add("--per_image", type=int, default=1, help="sessions per image")
     add("--seed", type=int, default=0, help="of everything that is drawn")
-    add(
-        "--words",
-        type=str,
-        default="",
-        metavar="YAML",
-        help="lists: new_objects, colors, materials, backgrounds, texts",
-    )
+    add("--words", type=str, default="", metavar="YAML", help="new_objects, colors, materials, backgrounds, texts")
     add("--edit_types", type=str, default="", help="what is drawn, as color_alter=2,subject_add; left out: all alike")
     values = cli.parse(parser, argv)
     from mteditflow.data.coco import Order, write_sessions
