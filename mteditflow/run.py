@@ -1,12 +1,12 @@
 """A run is a folder: what is written there, and how a killed run goes on as if it had not been.
 
-config.yaml  rubric.txt (of reward.rubric)  metrics.jsonl  tensorboard/  strips/  judge/  checkpoints/
+config.yaml  rubric.txt (of reward.rubric)  contents.json (what was behind names)  metrics.jsonl  tensorboard/
+strips/  judge/  checkpoints/  set_aside/ (what came after an iteration that was gone back to)
 evaluating_before|after/ (at work)  evaluation_before|after.json  comparison.json  lora/ (or weights/, of full
 fine-tuning)  report.html
 """
 
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
@@ -19,49 +19,47 @@ from rich.console import Console
 from mteditflow.config import Config
 from mteditflow.config.cli import to_yaml
 from mteditflow.config.rubric import read_rubric
-from mteditflow.data import all_instructions, check_data, held_out_tasks, training_tasks
+from mteditflow.data import all_instructions, held_out_tasks, training_tasks
 from mteditflow.distributed import Ranks
 from mteditflow.evaluate.best import Best
 from mteditflow.evaluate.compare_editors import compare_sessions
 from mteditflow.evaluate.comparison_page import final_table, held_out_rows
-from mteditflow.evaluate.edival import Evaluation, point_metrics, success_by_type
+from mteditflow.evaluate.edival import Evaluation, held_out_figures
 from mteditflow.evaluate.exposure import evaluate_editor, num_sessions
 from mteditflow.evaluate.held_out import (
     has_truth,
-    is_comparable,
-    load_evaluation,
     part_folder,
     save_comparison,
     save_evaluation,
 )
-from mteditflow.evaluate.kept import kept_evaluation
+from mteditflow.evaluate.kept import (
+    CONTENTS,
+    find_saved,
+    kept_evaluation,
+    load_before,
+    problem_of,
+)
 from mteditflow.evaluate.parts import PartFolder
 from mteditflow.export.weights import BEST, STANDING, save_result
 from mteditflow.objective import Objective
 from mteditflow.plan.compiling import SAID, choose_compile, settle
 from mteditflow.policy import AdapterName, build_policy, start_state
-from mteditflow.policy.optimizer import build_optimizer, load_optimizer, moments_like, optimizer_state
+from mteditflow.policy.optimizer import build_optimizer, check_weights, load_optimizer, moments_like, optimizer_state
 from mteditflow.policy.pipelines import is_slow_in_bfloat16
 from mteditflow.profile.account import Account, step_seconds
 from mteditflow.profile.base_error import measure_base_error
 from mteditflow.record import alarms, checkpoint, ending
 from mteditflow.record.clock import phase
-from mteditflow.record.figures import METRICS
+from mteditflow.record.files import write_json
 from mteditflow.record.metrics import FILE, Reporter, read_lines
 from mteditflow.report.run_report import write_report
-from mteditflow.report.seen import (
-    Seen,
-    choose_of_all,
-    save_seen,
-    table_rows,
-)
+from mteditflow.report.seen import Seen, choose_of_all, save_seen, table_rows
 from mteditflow.report.strips import save_strips
-from mteditflow.reward import Judged, build_reward, check_judge, is_trained_by_group
+from mteditflow.reward import Judged, build_reward, say_waits
 from mteditflow.reward.overlap import Overlap, efficiency
 from mteditflow.transformer.compiled import count_graphs
 from mteditflow.transformer.sharded import make_mesh
 from mteditflow.types import Rollout
-from mteditflow.watch.boards import check_boards
 from mteditflow.watch.progress import working
 
 
@@ -72,8 +70,9 @@ class Run:
     fine-tuning, whose state is too large to be held twice, after the newest checkpoint.
     """
 
-    def __init__(self, config: Config, objective: Objective, ranks: Ranks) -> None:
-        self.config, self.objective, self.ranks = config, objective, ranks
+    def __init__(self, config: Config, objective: Objective, ranks: Ranks, resume_from: int | None = None) -> None:
+        """resume_from: iteration of the checkpoint to go back to; None: the newest."""
+        self.config, self.objective, self.ranks, self.resume_from = config, objective, ranks, resume_from
         self.folder = Path(config.run.folder)
         self._unsaved: tuple[int, checkpoint.State] | None = None  # iterations done, and a copy of the state after them
         self._warned: set[str] = set()
@@ -91,17 +90,13 @@ class Run:
 
     def _start(self, stack: ExitStack) -> None:
         config = self.config
-        check_judge(config)
-        if self.ranks.is_main:
-            check_boards(config.run.log_to)
-        check_data(config, is_speaking=self.ranks.is_main)
         # first: a judge that is not there is found at once
         self.judge = Overlap(build_reward(config), config.reward, self.ranks.device)
         stack.enter_context(self.judge)
         if self.ranks.is_main:
             stack.enter_context(checkpoint.lock(self.folder))
         with_choice, compile_line = choose_compile(config, self.ranks.device.type)
-        saved = checkpoint.load_latest(self.folder, config, lambda line: print(line, file=sys.stderr), ranks=self.ranks)
+        saved, self.contents = find_saved(config, self.ranks, self.resume_from)
         if self.ranks.is_main:
             rubric = read_rubric(config.reward.rubric) if config.reward.rubric else ""
             checkpoint.keep_rubric(self.folder, rubric, is_resumed=saved is not None)
@@ -118,7 +113,7 @@ class Run:
         self._num_saved = self.num_done = self.first_iteration
         self._graphs = count_graphs()
         settled = settle(self.policy, self.objective, training_tasks(config, 0, self.ranks), config, self.ranks)
-        lines = [f"attention {self.policy.attention}, {compile_line}", *SAID[settled], *self._waits()]
+        lines = [f"attention {self.policy.attention}, {compile_line}", *SAID[settled], *say_waits(config, self.ranks)]
         if torch.backends.mps.is_available() and self.ranks.device.type == "cpu":
             lines.append("training runs on the CPU: Apple's GPU (MPS) is not used (docs/start.md)")
         self.ranks.barrier()
@@ -128,20 +123,6 @@ class Run:
         if self.ranks.is_main:
             self.account = stack.enter_context(Account(config, self.policy, self.ranks.world_size))
 
-    def _waits(self) -> list[str]:
-        """Say where training cannot begin before the last trajectory is scored."""
-        config = self.config
-        is_slow, num_groups = config.reward.judge == "vlm", config.rollout.num_tasks / self.ranks.world_size
-        if config.reward.overlap == "off" or not is_slow or num_groups < 2 or is_trained_by_group(config, self.ranks):
-            return []
-        if config.advantage.std == "group":
-            cause = "a base that is cut" if config.distributed.shard != "none" else "a group that lies across ranks"
-            return [f"training waits for the last score of all ranks, because of {cause} (docs/scaling.md)"]
-        return [
-            "advantage.std is 'global', over the scores of all groups: training waits for the last of them; with "
-            "'group' it begins with the first group that is scored"
-        ]
-
     def _open(self, stack: ExitStack, lines: list[str], *, is_resumed: bool) -> None:
         config = self.config
         num = config.run.num_iterations
@@ -149,6 +130,7 @@ class Run:
         stack.callback(self.reporter.close)
         self._lines = read_lines(self.folder / FILE)
         (self.folder / "config.yaml").write_text(to_yaml(config))
+        write_json(self.folder / CONTENTS, self.contents, is_durable=True)
         going_on = f", going on after iteration {self.first_iteration}" if is_resumed else ""
         self.reporter.say(f"{self.policy.adapters.num_modules} modules adapted, run folder {self.folder}{going_on}")
         if self.policy.editor.is_distilled and self.objective.blurs_distilled:
@@ -184,11 +166,12 @@ class Run:
             error = measure_base_error(self.policy, self.objective, self.tasks[0], config)
             self.base_error = error.figures
             self._say(str(error))
-        before = self.ranks.from_main(load_evaluation(self.folder, "before") if self.ranks.is_main else None)
-        if before is None or not is_comparable(before, config):
+        problem = problem_of(self.tasks, config, self.contents)
+        before = self.ranks.from_main(load_before(self.folder, problem, self._say) if self.ranks.is_main else None)
+        if before is None:
             before = self._evaluate_start()
             if self.ranks.is_main:
-                save_evaluation(self.folder, "before", before)
+                save_evaluation(self.folder, "before", before, problem)
         self.before: Evaluation = before
         if self.ranks.is_main:
             self._parts("before", 0).remove()
@@ -236,6 +219,7 @@ class Run:
     def record(self, iteration: int, values: dict[str, float], rollout: Rollout, scored: Judged) -> None:
         """The end of an iteration: metrics, what the judge saw, evaluation, checkpoint, which comes last."""
         config, done, judged, scores = self.config, iteration + 1, self.judge.read(), scored.scores
+        check_weights(self.policy.adapters, self.optimizer, done, self.ranks)
         is_last = done == config.run.num_iterations
         values = values | alarms.rollout_figures(rollout, scores, self.ranks, scored.group, scored.advantages)
         values |= {"update/learning_rate": self.optimizer.param_groups[0]["lr"]}
@@ -268,13 +252,8 @@ class Run:
 
     def _warn(self, names: list[str], values: dict[str, float], done: int) -> None:
         """A line for each alarm that was not raised before in this process."""
-        for name in names:
-            if name not in self._warned:
-                alarm = alarms.ALARMS[name]
-                self.reporter.say(
-                    f"iteration {done}: alarm, {alarm.title.lower()} ({alarm.meaning}) is {values[name]:.3g}, above "
-                    f"{alarm.threshold:g}: look at strips/ before trusting the reward"
-                )
+        for name in [name for name in names if name not in self._warned]:
+            self.reporter.say(f"iteration {done}: {alarms.describe(name, values[name])}")
         self._warned |= set(names)
 
     @phase("evaluate")
@@ -283,13 +262,7 @@ class Run:
         if self.ranks.is_main:
             picture = save_strips(self.folder, done, self.tasks, self.before, now)
             self.reporter.image("strips", done, picture)
-        point = point_metrics(now)
-        values = {
-            f"heldout/{m}_{turn + 1}": float(point[i, turn])
-            for i, m in enumerate(METRICS)
-            for turn in range(point.shape[1])
-        }
-        values |= {f"heldout/success_{kind}": 100 * of["success"] for kind, of in success_by_type(now).items()}
+        values = held_out_figures(now)
         values |= self.best.see(now, self.before, done, lambda: self.policy.adapters.state("ema"))
         if self.best.is_over:
             self._say(f"iteration {done}: held-out O does not clearly rise any more: training stops (run.patience)")

@@ -35,11 +35,11 @@ from mteditflow.run import Run
 from mteditflow.update import update
 
 
-def train(config: Config, ranks: Ranks) -> None:
-    """Run, or continue, the training that `config` describes in its run folder."""
+def train(config: Config, ranks: Ranks, resume_from: int | None = None) -> None:
+    """Run, or continue, the training that `config` describes in its run folder; resume_from: from which iteration."""
     use_backend(config.run.backend)
     objective, is_adapter_checked = build_objective(config), False
-    with Run(config, objective, ranks) as run:
+    with Run(config, objective, ranks, resume_from) as run:
         policy, optimizer, judge = run.policy, run.optimizer, run.judge
         for iteration in traced("iteration", run.iterations()):
             # 1. Roll out K turns on the model's own output, wave by wave; a wave is scored while the next is made.

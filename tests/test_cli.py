@@ -94,7 +94,7 @@ WRONG_COMMANDS = {
     "judge check --num_sessions x": "--num_sessions is 'x': must be a whole number",
     "judge serve --reward.url gpu:8000": "reward.url is 'gpu:8000': must begin with http:// or https://",
     "report": "RUN is missing: the run's folder",
-    "pretrain": "--output is missing: folder for the checkpoints",
+    "pretrain": "--output is missing: where the editor and its states go",
     "pretrain --output a --seed x": "--seed is 'x': must be a whole number",
 }
 

@@ -48,6 +48,7 @@ WITHOUT_USER = {
     "evaluation.num_strips": "must be at most num_sessions: lower in a run with few",
     "distributed.timeout_s": "how long the slowest rank may work alone: docs/scaling.md",
     "run.backend": "names the implementation where auto is not wanted",
+    "run.num_checkpoints": "how far --resume_from can go back: as many as the disk has room for",
     "run.patience": "how long a run may go on without a clear gain is its user's to say: README",
     "run.log_to": "boards of the user's own, on the command line: README",
     "run.num_judged": "what is kept of a run to be looked at: more where pictures are small",

@@ -15,7 +15,7 @@ from mteditflow.config.model import MINIATURES
 from mteditflow.world import autoencoder, pretrain
 from mteditflow.world.autoencoder import kept, save_state
 from mteditflow.world.drift import AXES, blurred, drifted
-from mteditflow.world.pretrain import CHAIN, CLEAN, DRIFTING, MOST_DRIFT, VISIBLE, Flaws, make_pairs, next_drift
+from mteditflow.world.pretrain import CHAIN, CLEAN, DRIFTING, KICKS, MOST_DRIFT, VISIBLE, Flaws, make_pairs, next_drift
 from mteditflow.world.scenes import BACKGROUNDS
 
 ARGUMENTS = [
@@ -75,7 +75,7 @@ def test_a_drift_grows_by_its_gain_and_one_step() -> None:
         (axis,) = [i for i, value in enumerate(added) if abs(value) > 1e-12] or [0]
         assert abs(added[axis]) <= 0.4 + 1e-12
         axes.add((axis, added[axis] > 0))
-    assert len(axes) == 2 * len(AXES)
+    assert axes == {(AXES.index(axis), sign > 0) for axis, sign in KICKS}
     assert next_drift([9.0, -9.0, 0.0, 0.0], flaws, random)[:2] == [MOST_DRIFT, -MOST_DRIFT]
 
 
@@ -94,12 +94,11 @@ def test_pairs_are_cut_from_chains() -> None:
 
 @pytest.mark.parametrize("background", BACKGROUNDS)
 def test_autoencoder_keeps_drift(background: str) -> None:
-    """A pass keeps at least 0.8 of a cast, of fading and of saturation, either way."""
+    """A pass keeps at least three quarters of every drift that the editor has, most of them nearly whole."""
     vae = FluxKontextPipeline.from_pretrained(MINIATURES["drifting"]).vae
-    for axis, size in zip(AXES[:3], 0.5 * VISIBLE, strict=False):
-        for sign in (1, -1):
-            share = kept(vae, background, sign * along(axis, float(size), 1)[0], num=8)
-            assert 0.8 <= share <= 1.2, (axis, sign)
+    for axis, sign in KICKS:
+        size = 0.5 * sign * VISIBLE[AXES.index(axis)]
+        assert 0.75 <= kept(vae, background, along(axis, float(size), 1)[0], num=16) <= 1.1, (axis, sign)
 
 
 class Killed(BaseException):

@@ -113,7 +113,7 @@ def assert_gone(numbers: list[int]) -> None:
         ("lose the judge@all", "rank 0: reward.url 'http://judge' gave no answer in 600 s", 2),
         ("fill memory@1", "rank 1: out of memory (", 2),
         ("--lora.rank=4@1", "rank 0: rank 1 (on ", 2),
-        ("--model.height=128@all", "rank 0: model.height is 128", 2),
+        ("--model.height=128@all", "model.height is 128: must be 64", 2),
         ("--lora.rank=0@1", "rank 1: lora.rank is 0", 2),
         ("--rollout.num_tasks=1 --rollout.group_size=3@all", "rollout.num_tasks is 1: num_tasks x group_size = 3", 2),
     ],

@@ -288,7 +288,7 @@ def test_a_run_on_users_data(
     long = {"image": "photos/china.jpg", "instructions": ["make the red square blue " * 4, "b"]}
     make([*RECORDS, long])
     monkeypatch.setattr("mteditflow.run.build_reward", lambda config: GivenRewards(redness))
-    monkeypatch.setattr("mteditflow.run.check_judge", lambda config: None)
+    monkeypatch.setattr("mteditflow.evaluate.compare_editors.check_judge", lambda config: None)
     train(arguments_of(tmp_path / "run", tiny_pipeline_folder, tmp_path / "a.jsonl"))
     said = " ".join(capsys.readouterr().err.split())
     assert "1 of 23 instructions are longer than model.max_text_tokens 8: their ends are not read" in said

@@ -7,9 +7,10 @@ A YAML file becomes words of a command line that stand before the user's, so tha
 import difflib
 import json
 import re
+import sys
 import textwrap
 from argparse import ArgumentError
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -20,9 +21,12 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from mteditflow.config import Config
-from mteditflow.config.errors import suggest
+from mteditflow.config.errors import fail, suggest
+from mteditflow.config.ranges import require, show
 
+Command = Callable[[Sequence[str]], int]
 WIDTH = 118
+MAX_BYTES = 2**20  # of a YAML file
 BASE = "base"  # the subject of `evaluate` that is the editor without any adapter
 LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name of it
 RENAMED = {
@@ -34,6 +38,9 @@ REMEDIES = {"'int'": "a whole number", "'float'": "a number", "'bool'": "true or
 WRONG_TYPE = re.compile(
     r'Parser key "(?P<key>[^"]+)".*?Expected a (<class (?P<kind>.*?)>|typing.Literal\[(?P<choices>.*?)\])', re.DOTALL
 )
+
+MISREAD = re.compile(r"[-+]?0[\d_box].*|[-+]?\d[\d_]*:.*", re.IGNORECASE)
+"""Numbers that YAML 1.1 reads as others than they look: 010 is 8 there, 1:30 is 90."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +86,33 @@ def bare_parser(program: str, description: str, usage: str | None = None) -> Arg
     )
 
 
+def dispatch(name: str, commands: Mapping[str, Command], words: Sequence[str], title: str) -> int:
+    """Run the command that the first word names; --help, or no word, lists the commands."""
+    if not words or words[0] in ("-h", "--help"):
+        print(f"usage: {program_name(name)} COMMAND ...   (COMMAND --help says more)\n\n{title}\n")
+        for word, command in commands.items():
+            print(f"  {word:<15}{sentence(command)}")
+        return 0
+    if words[0] not in commands:
+        fail(f"{words[0] or repr('')} is no command: {suggest(words[0], list(commands))}")
+    return commands[words[0]](words[1:])
+
+
+def program_name(name: str) -> str:
+    """Return what the user typed to come to a command: the console script, or a module."""
+    if Path(sys.argv[0]).name == "mteditflow" or not name:
+        return f"mteditflow {name.removeprefix('world.')}".strip()
+    return f"python -m mteditflow.{name}"
+
+
+def sentence(command: Command) -> str:
+    return (command.__doc__ or "").splitlines()[0]
+
+
+def command_parser(name: str, command: Command, sub_command: str = "") -> ArgumentParser:
+    return bare_parser(f"{program_name(name)} {sub_command}".strip(), sentence(command))
+
+
 def settings_parser(program: str, description: str, usage: str) -> ArgumentParser:
     """Return a parser of --config, --print_config and an option for every field of a Config."""
     parser = bare_parser(program, description, usage)
@@ -112,11 +146,43 @@ def run_parser(program: str = "mteditflow", description: str = "") -> ArgumentPa
 def parse(parser: ArgumentParser, words: Sequence[str]) -> Any:
     """Return the parser's namespace, with what the files of --config set. ValueError: one line of what is wrong."""
     try:
+        _check_words(parser, words)
         values = parser.parse_args(list(words))
         files = [word for path in values.get("config") or [] for word in as_arguments(read_settings(Path(path)))]
-        return parser.parse_args([*files, *words]) if files else values
+        _check_words(parser, files)
+        values = parser.parse_args([*files, *words]) if files else values
     except ArgumentError as error:
         raise ValueError(_explain(str(error), parser)) from None
+    except RecursionError:
+        raise ValueError("a value is nested too deep: give a text, a number or a list of texts") from None
+    for action in parser._actions:  # fields have theirs in their sections
+        for allowed in getattr(getattr(action, "_typehint", None), "__metadata__", ()):
+            value = values[action.dest]
+            for number in value if isinstance(value, list) else [value]:
+                require(number is None or number in allowed, f"--{action.dest}", number, str(allowed))
+    return values
+
+
+def _check_words(parser: ArgumentParser, words: Sequence[str]) -> None:
+    """Raise ValueError for a value that is empty and must not be, or a number that would be read as another."""
+    options = {text: action for action in parser._actions for text in action.option_strings}
+    places = [str(action.metavar) for action in parser._actions if not action.option_strings]
+    option = ""  # whose value comes next
+    for word in words:
+        name, is_whole, value = word.partition("=") if word.startswith("--") else (option, "=", word)
+        action = options.get(name)
+        if name.count(".") > 1 and action is None:  # which jsonargparse takes for part of a field
+            raise ValueError(f"{name} is no argument: --help lists what there is")
+        if not is_whole:
+            option = name if action is not None and action.nargs != 0 else ""
+            continue
+        option = option if action is not None and action.nargs == "+" else ""
+        shown = name.removeprefix("--") if "." in name else name or "".join(places[:1]) or "an argument"
+        is_right = value.strip() != "" or (value == "" and action is not None and action.default == "")
+        require(is_right, shown, value, "give it a value, or leave it out")
+        kind = getattr(action, "_typehint", None)
+        is_right = getattr(kind, "__origin__", kind) not in (int, float) or not MISREAD.fullmatch(value)
+        require(is_right, shown, value, "must be a number, written in tens and without leading zeros")
 
 
 def to_config(values: Any) -> Config:
@@ -147,9 +213,10 @@ def from_yaml(path: str | Path) -> Config:
 
 def from_overrides(overrides: dict[str, Any]) -> Config:
     """Return the default Config with overrides such as {"rollout.num_tasks": 4}. ValueError: one line."""
-    for key in overrides:
+    for key, value in overrides.items():
         if key not in settings():
             raise ValueError(f"{key} is no field: {RENAMED.get(key) or suggest(str(key), list(settings()))}")
+        _check_kind(settings()[key], value, "")
     return to_config(parse(run_parser(), as_arguments(overrides)))
 
 
@@ -184,15 +251,62 @@ def to_commented_yaml(config: Config) -> str:
 
 
 def read_yaml(path: Path, what: str) -> Any:
-    """Return what a YAML file holds; `what` names it in the ValueError where it cannot be read."""
+    """Return what a YAML file holds; `what` names it in the ValueError where it cannot be read, or says a thing twice.
+
+    As in YAML 1.2, `on`, `off`, `yes`, `no` and 1:30 are texts.
+    """
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:  # a pipe has no size to ask for
+            content = file.read(MAX_BYTES + 1)
+        text = content.decode("utf-8-sig")
     except OSError as error:
         raise ValueError(f"{what} {path} cannot be read ({error.strerror}): give the path of a YAML file") from None
     except UnicodeDecodeError:
         raise ValueError(f"{what} {path} is not text in UTF-8: give the path of a YAML file") from None
+    if len(content) > MAX_BYTES:
+        raise ValueError(f"{what} {path} has more than {MAX_BYTES} bytes: give the path of a YAML file")
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        twice = [line for found in _nodes(node, (), set()) if (line := _settle_node(found))]
+        tree = None if node is None else yaml.constructor.SafeConstructor().construct_document(node)
     except yaml.YAMLError as error:
         raise ValueError(f"{what} {path} is not valid YAML: {error}") from None
+    except ValueError as error:  # of a date
+        raise ValueError(f"{what} {path} is not valid YAML: {error}; write texts in quotes") from None
+    except RecursionError:
+        raise ValueError(f"{what} {path} is not valid YAML: nested too deep, or within itself") from None
+    if twice:
+        raise ValueError(f"{what} {path} has {twice[0]}: keep one of them")
+    return tree
+
+
+def _nodes(node: Any, around: tuple[Any, ...], known: set[int]) -> Iterator[Any]:
+    """Yield a node of YAML and all below it, each once. RecursionError where one is within itself."""
+    if any(node is outer for outer in around):
+        raise RecursionError
+    if node is None or id(node) in known:
+        return
+    known.add(id(node))
+    yield node
+    for value in node.value if isinstance(node, yaml.CollectionNode) else ():
+        for inner in value if isinstance(value, tuple) else (value,):
+            yield from _nodes(inner, (*around, node), known)
+
+
+def _settle_node(node: Any) -> str:
+    """Say which key of a map is given twice; '' of any other node. A scalar that YAML 1.1 reads as another than it
+    looks becomes a text.
+    """
+    if isinstance(node, yaml.MappingNode):
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = next((name for place, name in enumerate(names) if name in names[:place]), None)
+        if twice is not None:
+            return f"{twice!r} twice, in the map that begins at line {node.start_mark.line + 1}"
+    elif isinstance(node, yaml.ScalarNode):
+        kind, is_odd = node.tag.rsplit(":", 1)[-1], MISREAD.fullmatch(node.value)
+        if (kind == "bool" and node.value.lower() not in ("true", "false")) or (kind in ("int", "float") and is_odd):
+            node.tag = "tag:yaml.org,2002:str"
+    return ""
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -211,10 +325,23 @@ def read_settings(path: Path) -> dict[str, Any]:
             if name not in names:
                 key = f"{section}.{name}"
                 raise ValueError(f"{key} is no field, in {path}: {RENAMED.get(key) or suggest(str(name), names)}")
-            if not isinstance(value, str | int | float | list):
-                raise ValueError(f"{section}.{name} is {value!r}, in {path}: give it a value, or leave it out")
+            _check_kind(settings()[f"{section}.{name}"], value, f", in {path}")
             found[f"{section}.{name}"] = value
     return found
+
+
+def _check_kind(setting: Setting, value: Any, where: str) -> None:
+    """Raise ValueError for a value of YAML that no field has, or that only another kind of field can have."""
+    key = f"{setting.section}.{setting.name}"
+    if not isinstance(value, str | int | float | list):
+        raise ValueError(f"{key} is {show(value)}{where}: give it a value, or leave it out")
+    is_right, wanted = isinstance(value, str) or setting.type is not str, "a text, in quotes"
+    if isinstance(value, list):
+        takes_lists = tuple in (get_origin(setting.type), *map(get_origin, get_args(setting.type)))
+        is_right = takes_lists and all(isinstance(text, str) for text in value)
+        wanted = "a list of texts" if takes_lists else "one value"
+    if not is_right:
+        raise ValueError(f"{key} is {show(value)}{where}: must be {wanted}")
 
 
 def _explain(message: str, parser: ArgumentParser) -> str:
@@ -227,6 +354,8 @@ def _explain(message: str, parser: ArgumentParser) -> str:
         if name in settings() and settings()[name].type == tuple[int, ...]:
             remedy = "a list of whole numbers"
         return f"{name} is {message.rsplit('value: ', 1)[1]!r}: must be {remedy}"
+    if "ignored explicit argument" in message:
+        return f"{message.split()[1].rstrip(':')} takes no value: leave {message.split()[-1]} out"
     if message.startswith("the following arguments are required: "):
         missing = options[message.split(": ")[1].split(", ")[0]]
         return f"{missing.option_strings[0] if missing.option_strings else missing.metavar} is missing: {missing.help}"

@@ -7,7 +7,7 @@ wrong with its arguments or files is one line on stderr and exit code 2.
 
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
@@ -16,10 +16,12 @@ from typing import Any, Literal
 from jsonargparse import ArgumentParser
 
 from mteditflow.config import DataConfig, cli
-from mteditflow.config.errors import fail, suggest
+from mteditflow.config.errors import fail
+from mteditflow.config.ranges import Count, CountOrNone, Rate, Seed, Turns
 from mteditflow.config.version import describe_version
 
-Command = Callable[[Sequence[str]], int]
+Command = cli.Command
+_dispatch, _program, _sentence, _parser = cli.dispatch, cli.program_name, cli.sentence, cli.command_parser
 JUDGE_USAGE = "%(prog)s [--config FILE.yaml] [--section.field VALUE ...]"
 
 
@@ -45,13 +47,18 @@ def _fails_in_one_line(command: Command) -> Command:
 
 @contextmanager
 def _joined(config: Any, *, is_training: bool) -> Iterator[Any]:
-    """The ranks of torchrun, all with the same config; one without it. What ends within ends as `Ending` says."""
+    """The ranks of torchrun, all with the same config; one without it. What ends within ends as `Ending` says.
+
+    What is wrong and can be known is said before ranks join, when the first speaks and the others are silent.
+    """
     from mteditflow.record.ending import Ending
 
     with Ending() as ending:  # before torch is imported: a signal is heeded from here on
         from mteditflow import distributed
+        from mteditflow.evaluate.compare_editors import check
         from mteditflow.guards import GuardError
 
+        check(config, is_main=distributed.read_environment()[0] == 0, is_training=is_training)
         ranks = distributed.start(config, is_training=is_training)
         ending.meet(ranks)
         distributed.check_same(ranks, config)
@@ -65,13 +72,16 @@ def _joined(config: Any, *, is_training: bool) -> Iterator[Any]:
 @_fails_in_one_line
 def train(argv: Sequence[str]) -> int:
     """Train an editor; the same command in the same folder goes on from its newest checkpoint."""
-    config, values = _read_run(argv, cli.run_parser(_program("train"), _sentence(train)))
+    parser = cli.run_parser(_program("train"), _sentence(train))
+    back = "go back, once, to the checkpoint of this iteration; what came after it is set aside in the run's folder"
+    parser.add_argument("--resume_from", type=Count, metavar="ITERATION", help=back)
+    config, values = _read_run(argv, parser)
     if _is_planned(config, values):
         return 0
     with _joined(config, is_training=True) as ranks:
         from mteditflow.train import train as run_training
 
-        run_training(config, ranks)
+        run_training(config, ranks, values.resume_from)
     return 0
 
 
@@ -180,7 +190,7 @@ def check(argv: Sequence[str]) -> int:
     parser = _parser("data", check, "check")
     what = "as data.path: .jsonl, .csv, .parquet, a folder, or owner/name of the hub"
     parser.add_argument("path", metavar="PATH", help=what)
-    parser.add_argument("--num_turns", type=int, default=DataConfig().num_turns, help="data.num_turns")
+    parser.add_argument("--num_turns", type=Turns, default=DataConfig().num_turns, help="data.num_turns")
     parser.add_argument("--allowed_folder", type=str, default="", help="data.allowed_folder: that pictures may lie in")
     parser.add_argument("--max_bad_share", type=float, help="damaged sessions that are too many; left out: a run's")
     v = cli.parse(parser, argv)
@@ -203,8 +213,9 @@ def generate(argv: Sequence[str]) -> int:
     add("--out", type=str, required=True, metavar="FILE", help="JSONL file to write; must not be there yet")
     add("--turns", type=int, default=DataConfig().num_turns, help="instructions per session")
     add("--per_image", type=int, default=1, help="sessions per image")
-    add("--seed", type=int, default=0, help="of everything that is drawn")
-    add("--words", type=str, default="", metavar="YAML", help="new_objects, colors, materials, backgrounds, texts")
+    add("--seed", type=Seed, default=0, help="of everything that is drawn")
+    lists = "lists: new_objects, colors, materials, backgrounds, texts"
+    add("--words", type=str, default="", metavar="YAML", help=lists)
     add("--edit_types", type=str, default="", help="what is drawn, as color_alter=2,subject_add; left out: all alike")
     values = cli.parse(parser, argv)
     from mteditflow.data.coco import Order, write_sessions
@@ -283,20 +294,22 @@ def pretrain(argv: Sequence[str]) -> int:
     parser = _parser("world.pretrain", pretrain)
     add = parser.add_argument
     add("--output", type=Path, required=True, metavar="FOLDER", help="where the editor and its states go")
-    add("--seed", type=int, default=0, help="of everything that is drawn")
-    add("--vae_batches", type=int, default=10_000, help="of 4 pictures")
-    add("--decoder_batches", type=int, default=2500, help="of 4 pictures, in which the decoder alone is trained on")
-    add("--num_pairs", type=int, default=48_000, help="clean single edits to learn from")
-    add("--edit_batches", type=int, default=6500, help="of the editor's training on them")
-    add("--num_drifting", type=int, default=20_000, help="single edits of drifting chains to learn from")
-    add("--drift_batches", type=int, default=600, help="of the editor's training on them")
-    add("--batch_size", type=int, default=48, help="edits in one of them")
-    add("--learning_rate", type=float, default=1.5e-3, help="the highest, on clean edits; half of it on drifting ones")
-    add("--save_every", type=int, default=200, help="batches of the editor between states to go on from")
-    add("--num_sessions", type=int, default=128, help="held-out sessions per measurement")
+    add("--seed", type=Seed, default=0, help="of everything that is drawn")
+    add("--vae_batches", type=Count, default=10_000, help="of 4 pictures")
+    add("--decoder_batches", type=CountOrNone, default=2500, help="of 4 pictures, of the decoder alone")
+    add("--num_pairs", type=Count, default=48_000, help="clean single edits to learn from")
+    add("--edit_batches", type=Count, default=6500, help="of the editor's training on them")
+    add("--num_drifting", type=Count, default=20_000, help="single edits of drifting chains to learn from")
+    add("--drift_batches", type=CountOrNone, default=600, help="of the editor's training on them")
+    add("--batch_size", type=Count, default=48, help="edits in one of them")
+    add("--learning_rate", type=Rate, default=1.5e-3, help="the highest, on clean edits; half of it on drifting ones")
+    add("--save_every", type=Count, default=200, help="batches of the editor between states to go on from")
+    add("--num_sessions", type=Count, default=128, help="held-out sessions per measurement")
     values = cli.parse(parser, argv)
+    from mteditflow.record.files import check_folder
     from mteditflow.world.pretrain import pretrain as make_editor
 
+    check_folder(values.output, "--output")
     make_editor(values)
     return 0
 
@@ -307,20 +320,22 @@ def pretrain_judge(argv: Sequence[str]) -> int:
     parser = _parser("pretrain-judge", pretrain_judge)
     add = parser.add_argument
     add("--output", type=Path, default=Path("runs/judge"), metavar="FOLDER", help="where the judge and its states go")
-    add("--seed", type=int, default=0, help="of everything that is drawn")
-    add("--num_rollouts", type=int, default=1200, help="sessions of the embedded editor to learn from, of 5 turns")
-    add("--num_composed", type=int, default=4000, help="sessions put together to learn from, of 5 turns")
-    add("--look_batches", type=int, default=300, help="batches in which the vision part learns to read pictures")
-    add("--batches", type=int, default=4500, help="batches of sessions")
-    add("--batch_size", type=int, default=16, help="sessions in one of them; of pictures to read four times as many")
-    add("--learning_rate", type=float, default=1.5e-3, help="the highest")
-    add("--save_every", type=int, default=250, help="batches between states to go on from")
-    add("--num_sessions", type=int, default=256, help="held-out sessions of 3 turns to measure on")
+    add("--seed", type=Seed, default=0, help="of everything that is drawn")
+    add("--num_rollouts", type=Count, default=1200, help="sessions of the embedded editor to learn from, of 5 turns")
+    add("--num_composed", type=Count, default=4000, help="sessions put together to learn from, of 5 turns")
+    add("--look_batches", type=CountOrNone, default=300, help="batches in which the vision part learns to read")
+    add("--batches", type=Count, default=4500, help="batches of sessions")
+    add("--batch_size", type=Count, default=16, help="sessions in one of them; of pictures to read four times as many")
+    add("--learning_rate", type=Rate, default=1.5e-3, help="the highest")
+    add("--save_every", type=Count, default=250, help="batches between states to go on from")
+    add("--num_sessions", type=Count, default=256, help="held-out sessions of 3 turns to measure on")
     measure = "make none, but measure this one: a reward.vlm in this process, such as small"
     add("--measure", type=str, metavar="JUDGE", help=measure)
     values = cli.parse(parser, argv)
     from mteditflow.judge.pretrain import measure_judge, pretrain
+    from mteditflow.record.files import check_folder
 
+    check_folder(values.output, "--output")
     measure_judge(values.measure, values.num_sessions) if values.measure else pretrain(values)
     return 0
 
@@ -340,33 +355,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(describe_version())
         return 0
     return _dispatch("", COMMANDS, words, "Reinforcement learning of multi-turn image editing (MT-EditFlow).")
-
-
-def _dispatch(name: str, commands: Mapping[str, Command], words: Sequence[str], title: str) -> int:
-    """Run the command that the first word names; --help, or no word, lists the commands."""
-    if not words or words[0] in ("-h", "--help"):
-        print(f"usage: {_program(name)} COMMAND ...   (COMMAND --help says more)\n\n{title}\n")
-        for word, command in commands.items():
-            print(f"  {word:<15}{_sentence(command)}")
-        return 0
-    if words[0] not in commands:
-        fail(f"{words[0]} is no command: {suggest(words[0], list(commands))}")
-    return commands[words[0]](words[1:])
-
-
-def _program(name: str) -> str:
-    """Return what the user typed to come to a command: the console script, or a module."""
-    if Path(sys.argv[0]).name == "mteditflow" or not name:
-        return f"mteditflow {name.removeprefix('world.')}".strip()
-    return f"python -m mteditflow.{name}"
-
-
-def _sentence(command: Command) -> str:
-    return (command.__doc__ or "").splitlines()[0]
-
-
-def _parser(name: str, command: Command, sub_command: str = "") -> ArgumentParser:
-    return cli.bare_parser(f"{_program(name)} {sub_command}".strip(), _sentence(command))
 
 
 def _read_run(argv: Sequence[str], parser: ArgumentParser) -> tuple[Any, Any]:

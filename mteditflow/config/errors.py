@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-FIRST_S = 10.0  # that other ranks leave to the first, which has most likely the same to say
+FIRST_S = 20.0  # that other ranks leave to the first, which has most likely the same to say
 
 
 def fail(message: object) -> NoReturn:
@@ -27,6 +27,9 @@ def fail(message: object) -> NoReturn:
         time.sleep(FIRST_S)
     write_error_file(line)
     print(f"mteditflow: {line}", file=sys.stderr, flush=True)
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # at once: while torch is taken down, others wait to say the same
+        sys.stdout.flush()
+        os._exit(2)
     raise SystemExit(2)
 
 

@@ -55,6 +55,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        remedy = f"must be one of {', '.join(MINIATURES)}, a folder or a name on the hub"
+        require(self.path != "", "model.path", self.path, remedy)
         is_seen = self.vision_pixels == 0 or self.vision_pixels >= 56**2  # Qwen2.5-VL enlarges what is smaller
         require(is_seen, "model.vision_pixels", self.vision_pixels, "must be 0 or at least 3136")
 

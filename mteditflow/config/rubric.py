@@ -32,11 +32,11 @@ def form_of(num_turns: int) -> str:
 def read_rubric(path: str) -> str:
     """Read the text of a rubric file. ValueError, one line: it is no text, empty, too long, without scale or form."""
     file = Path(path)
-    if not file.is_file():
-        raise _refuse(path, "is no file: give the path of a text file, or leave the field out")
-    if file.stat().st_size > 4 * MAX_CHARACTERS:  # bytes of the longest text
-        raise _refuse(path, f"has {file.stat().st_size} bytes: {SHORTER}")
     try:
+        if not file.is_file():
+            raise _refuse(path, "is no file: give the path of a text file, or leave the field out")
+        if file.stat().st_size > 4 * MAX_CHARACTERS:  # bytes of the longest text
+            raise _refuse(path, f"has {file.stat().st_size} bytes: {SHORTER}")
         text = file.read_bytes().decode("utf-8-sig").replace("\r\n", "\n").strip()
     except OSError as error:
         raise _refuse(path, f"cannot be read ({error.strerror}): give the path of a text file") from None

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from mteditflow.config.distributed import DistributedConfig
 from mteditflow.config.model import EMBEDDED, LoraConfig, ModelConfig
-from mteditflow.config.ranges import Count, CountOrNone, Range, Share, Weight, check_ranges, require
+from mteditflow.config.ranges import Count, CountOrNone, Range, Rate, Seed, Share, Turns, Weight, check_ranges, require
 from mteditflow.config.reward import RewardConfig
 
 BOARDS = ("wandb", "trackio")
@@ -30,9 +30,9 @@ class DataConfig:
     least one image."""
     fit: Literal["crop", "stretch"] = "crop"
     """How a picture becomes model.width x model.height: its largest centred part, or all of it, distorted (EdiVal)."""
-    num_turns: Annotated[int, Range(1, 10)] = 3
+    num_turns: Turns = 3
     """K, instructions per session (paper: 3); of a user's longer session the first K, shorter ones are left out."""
-    seed: Annotated[int, Range(0, 2**31 - 1)] = 0
+    seed: Seed = 0
     """Seed of the training sessions, or of their order; held-out sessions are disjoint whatever it is."""
 
     def __post_init__(self) -> None:
@@ -92,10 +92,6 @@ class RolloutConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        is_shorter = self.window_size < self.num_steps
-        require(is_shorter, "rollout.window_size", self.window_size, f"must be below num_steps, {self.num_steps}")
-        is_cps_right = self.rule == "sde" or self.noise_level <= 1
-        require(is_cps_right, "rollout.noise_level", self.noise_level, "must be at most 1 with rule 'cps'")
 
 
 TurnAggregation = Literal[
@@ -136,7 +132,7 @@ class ObjectiveConfig:
 
     name: Literal["grpo", "nft"] = "nft"
     """GRPO on the log-prob of noisy steps, or DiffusionNFT on noised final images."""
-    clip_range: Annotated[float, Range(0, 1, is_above=True)] = 1e-3
+    clip_range: Rate = 1e-3
     """GRPO: the ratio is clipped to 1 +- this; grows as the number of latent elements falls (1e-4 at 512 px)."""
     ratio: Literal["plain", "guard"] = "plain"
     """GRPO: ratio of the log-probs, or GRPO-Guard's, centred on 1 and of one scale at all steps, with the policy term
@@ -159,17 +155,27 @@ class ObjectiveConfig:
         check_ranges(self)
 
 
+IDLE = {
+    "nft": (
+        "rollout.rule", "rollout.noise_level", "rollout.window_size", "rollout.window_placement", "rollout.last_step",
+        "objective.clip_range", "objective.ratio", "objective.kl_form",
+    ),
+    "grpo": ("objective.nft_beta", "objective.nft_num_times", "objective.nft_old_decay"),
+}  # fmt: skip
+"""Fields without effect, by `objective.name`: none of them stops a run, and a run that goes on may change them."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """AdamW on the adapter."""
 
-    learning_rate: Annotated[float, Range(0, 1, is_above=True)] = 2e-2
+    learning_rate: Rate = 2e-2
     """Peak learning rate; goes with epsilon (the large editors: 3e-4 with epsilon 1e-8)."""
     schedule: Literal["constant", "linear"] = "linear"
     """Learning rate after the warm-up: constant, or falling to 0 at the end of the run."""
     weight_decay: Share = 1e-4
     """AdamW's decoupled weight decay."""
-    epsilon: Annotated[float, Range(0, 1, is_above=True)] = 1e-3
+    epsilon: Rate = 1e-3
     """AdamW's epsilon; far above the gradient's elements (1e-4 on the miniature), a step keeps their proportions."""
     max_grad_norm: Annotated[float, Range(0, 1e6, is_above=True)] = 1.0
     """The gradient is scaled down to this norm."""
@@ -220,7 +226,7 @@ class RunConfig:
 
     folder: str = "runs/mini"
     """Where everything that the run makes is written; the same command in the same folder continues it."""
-    seed: Annotated[int, Range(0, 2**31 - 1)] = 0
+    seed: Seed = 0
     """Seed of noise, adapter initialisation and window placement."""
     num_gpus: Count = 1
     """GPUs that the run is meant for: --dry_run plans for one of them; torchrun says how many there are."""
@@ -232,6 +238,8 @@ class RunConfig:
     """Implementation of the ops: Triton kernels for CUDA tensors where triton is installed (auto), or one by name."""
     save_every: Count = 1
     """Iterations between checkpoints."""
+    num_checkpoints: Annotated[int, Range(1, 1000)] = 2
+    """Newest checkpoints that are kept: to fall back on, and to go back to by --resume_from."""
     num_judged: Annotated[int, Range(0, 64)] = 4
     """Sessions of an iteration, and of an evaluation, that are kept to be looked at, with pictures, scores and the
     judge's words: the worst, the best, and those that are in dispute; 0: none. Ours."""
@@ -247,6 +255,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        require(self.folder != "", "run.folder", self.folder, "must be a folder, which is made if it is not there")
         is_known = set(self.log_to) <= {*BOARDS} and len({*self.log_to}) == len(self.log_to)
         require(is_known, "run.log_to", list(self.log_to), f"must be a list of some of {', '.join(BOARDS)}, each once")
 
@@ -279,6 +288,15 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
+        rollout = self.rollout
+        if "rollout.window_size" not in IDLE[self.objective.name]:
+            is_shorter, remedy = (
+                rollout.window_size < rollout.num_steps,
+                f"must be below num_steps, {rollout.num_steps}",
+            )
+            require(is_shorter, "rollout.window_size", rollout.window_size, remedy)
+            is_cps_right = rollout.rule == "sde" or rollout.noise_level <= 1
+            require(is_cps_right, "rollout.noise_level", rollout.noise_level, "must be at most 1 with rule 'cps'")
         has_one_size = self.model.condition_size == (self.model.height, self.model.width)
         remedy = "the condition has a size of its own (model.condition_height, condition_width): must be 'pixels'"
         is_right = self.rollout.hand_off == "pixels" or has_one_size
@@ -295,7 +313,7 @@ class Config:
         remedy = "NFT rolls out the ODE, where all of a group would be the same: must be false"
         require(is_apart, "rollout.is_start_shared", self.rollout.is_start_shared, remedy)
         is_scored = self.data.num_turns <= 9 or self.reward.judge != "vlm"
-        require(is_scored, "data.num_turns", self.data.num_turns, "reward.judge 'vlm' scores at most 9 turns")
+        require(is_scored, "data.num_turns", self.data.num_turns, "must be at most 9 for reward.judge 'vlm'")
         is_evaluated = self.run.patience == 0 or self.evaluation.every > 0
         remedy = "run.patience counts short evaluations: must be above 0, or run.patience 0"
         require(is_evaluated, "evaluation.every", self.evaluation.every, remedy)

@@ -115,7 +115,7 @@ class Order:
         require(target.suffix == ".jsonl", "--out", self.out, "must end in .jsonl")
         require(not target.exists(), "--out", self.out, "is there already, remove it or choose another")
         require(target.parent.is_dir(), "--out", self.out, f"there is no folder {target.parent}, make it")
-        require(Path(self.images).is_dir(), "--images", self.images, "no such folder")
+        require(Path(self.images).is_dir(), "--images", self.images, "no such folder, give that of the images")
         is_there = not self.open_images or Path(self.open_images).is_file()
         require(is_there, "--open_images", self.open_images, f"no such file; take Open Images' {BOXES}")
 

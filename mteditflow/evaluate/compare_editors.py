@@ -23,6 +23,7 @@ from mteditflow_kernels import use_backend
 from rich.console import Console
 
 from mteditflow.config import Config
+from mteditflow.config.rubric import check_rubric
 from mteditflow.config.version import git_commit
 from mteditflow.data import check_data, held_out_tasks
 from mteditflow.distributed import Ranks
@@ -48,15 +49,18 @@ from mteditflow.evaluate.lora_files import (
     read_subject,
 )
 from mteditflow.evaluate.parts import PartFolder
-from mteditflow.policy import AdapterName, Policy, build_policy, linear_shapes
+from mteditflow.objective import build_objective
+from mteditflow.policy import AdapterName, Policy, build_policy, configured_family, linear_shapes
 from mteditflow.policy.lora_file import padded_state
-from mteditflow.record.files import read_json, write_json
+from mteditflow.record.figures import read_figures
+from mteditflow.record.files import check_folder, read_json, write_json
 from mteditflow.report.seen import MAX_JUDGED, Seen, choose_changed, save_compared
 from mteditflow.report.strips import draw_sessions
 from mteditflow.reward import build_reward, check_judge
 from mteditflow.reward.overlap import Overlap
 from mteditflow.transformer.sharded import make_mesh
 from mteditflow.types import EditTask
+from mteditflow.watch.boards import check_boards
 from mteditflow.watch.progress import show_sessions, start_bars
 
 EXPOSURE = ("MT_true", "MT_true_interval", "compounding", "compounding_interval")
@@ -72,15 +76,27 @@ def resolve(words: list[str], out: Path, read_config: Callable[[Path | None], Co
     if configs:
         check_held_out(configs, "set it by an override, for all")
     config = next(iter(configs.values())) if configs else read_config(None)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out is '{out}': no folder; choose another")
+    check_folder(out, "--out")
     return [read_subject(word, config.model) for word in words], config
+
+
+def check(config: Config, *, is_main: bool, is_training: bool) -> None:
+    """Raise ValueError for what is wrong with a run, or an evaluation, and can be known before ranks join and anything
+    is loaded; the main rank names what of the data is skipped.
+    """
+    check_judge(config)
+    check_rubric(config)
+    if is_training:
+        build_objective(config)
+    if is_training and is_main:
+        check_boards(config.run.log_to)
+        check_folder(Path(config.run.folder), "run.folder")
+    check_data(config, is_speaking=is_main)
+    configured_family(config.model)
 
 
 def evaluate_all(subjects: list[Subject], out: Path, config: Config, ranks: Ranks) -> None:
     """Evaluate what is not finished yet, on all ranks; the main rank shows the table, and writes the page."""
-    check_judge(config)
-    check_data(config, is_speaking=ranks.is_main)
     use_backend(config.run.backend)
     tasks, console = held_out_tasks(config), Console(quiet=not ranks.is_main)
     settings = list_settings(config, is_by_truth=has_truth(tasks))
@@ -187,7 +203,7 @@ def save_subject(
 
 def _present(subjects: list[Subject], out: Path, tasks: list[EditTask], console: Console) -> None:
     """Write comparison.json and the page of finished subjects, and show their table."""
-    reports = {subject.word: read_json(out / subject.slug / "metrics.json") for subject in subjects}
+    reports = {subject.word: read_figures(out / subject.slug / "metrics.json") for subject in subjects}
     evaluations = {subject.word: load_verdicts(out / subject.slug / "evaluation.safetensors") for subject in subjects}
     (first, before), *others = evaluations.items()
     gains = {word: compare(before, after) for word, after in others}

@@ -11,8 +11,7 @@ from rich.table import Table
 
 from mteditflow.config.settings import MIN_SESSIONS
 from mteditflow.pictures import png_bytes
-from mteditflow.record.figures import RESULTS, SHOWN, align_turns, figure, interval_of, turns_of
-from mteditflow.record.files import read_json
+from mteditflow.record.figures import RESULTS, SHOWN, align_turns, figure, interval_of, read_figures, turns_of
 from mteditflow.record.templates import write_page
 from mteditflow.report.charts import Curve, chart, data_uri, edit_types
 from mteditflow.report.drift_curves import drift_charts, drift_note, exposure_charts
@@ -105,7 +104,7 @@ def terminal_table(reports: Reports, gains: Reports) -> Table:
 
 def held_out_rows(folder: Path) -> list[dict[str, Any]]:
     """List the figures of a finished run as rows of a table on a board."""
-    turns = align_turns(*(read_json(folder / f"{name}.json") for name in RESULTS))
+    turns = align_turns(*(read_figures(folder / f"{name}.json") for name in RESULTS))
     return [
         {"metric": metric, "turn": number, "before": str(figure(before, metric)), "after": str(figure(after, metric)),
          "gain": str(figure(gain, f"{metric}_gain"))}
@@ -115,5 +114,5 @@ def held_out_rows(folder: Path) -> list[dict[str, Any]]:
 
 def final_table(folder: Path) -> Table:
     """Make a table of a finished run: before, after and paired gain, from the files in its folder."""
-    reports = {name: read_json(folder / f"evaluation_{name}.json") for name in ("before", "after")}
-    return terminal_table(reports, {"after": read_json(folder / "comparison.json")})
+    reports = {name: read_figures(folder / f"evaluation_{name}.json") for name in ("before", "after")}
+    return terminal_table(reports, {"after": read_figures(folder / "comparison.json")})

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mteditflow.advantage import SUCCESS
 from mteditflow.config import Config
+from mteditflow.config.errors import first_line
 from mteditflow.distributed import Ranks
 from mteditflow.evaluate.edival import Evaluation, compare, summary
 from mteditflow.evaluate.parts import (
@@ -35,7 +36,8 @@ from mteditflow.guards import MAX_INVALID_SHARE
 from mteditflow.noise import EVALUATION
 from mteditflow.policy import AdapterName, Policy
 from mteditflow.record.drift import KINDS, knows_untouched, measure_rollout
-from mteditflow.record.files import replace_file, write_json
+from mteditflow.record.figures import read_figures
+from mteditflow.record.files import replace_file, shaped, write_json
 from mteditflow.report.seen import Seen, choose, seen_sessions
 from mteditflow.reward import CONSISTENCY, INSTRUCTION
 from mteditflow.reward.exact import grade_pictures, measure_consistency, quality, read_rollout
@@ -212,26 +214,44 @@ def check_held_out(configs: dict[str, Config], remedy: str, *, is_one_editor: bo
                 )
 
 
-def is_comparable(evaluation: Evaluation, config: Config) -> bool:
-    """Whether an evaluation by this config would have the same number of sessions, turns, steps and pictures, and
-    measure the same.
+def save_evaluation(folder: Path, name: str, evaluation: Evaluation, problem: str = "") -> None:
+    """Write `evaluation_NAME.safetensors`, the verdicts, then `evaluation_NAME.json`, the figures. problem: a hash of
+    what was evaluated, how and by whom.
     """
-    found = (*evaluation.verdict.shape, evaluation.images.shape[1], evaluation.num_steps, bool(evaluation.true_inputs))
-    wanted = config.evaluation
-    sizes = (wanted.num_sessions, config.num_held_out_turns, wanted.num_strips, wanted.num_steps)
-    return evaluation.drift is not None and found == (*sizes, wanted.has_true_inputs)
-
-
-def save_evaluation(folder: Path, name: str, evaluation: Evaluation) -> None:
-    """Write `evaluation_NAME.safetensors`, the verdicts, then `evaluation_NAME.json`, the figures."""
-    save_verdicts(folder / f"evaluation_{name}.safetensors", evaluation)
+    save_verdicts(folder / f"evaluation_{name}.safetensors", evaluation, problem)
     write_json(folder / f"evaluation_{name}.json", summary(evaluation))
 
 
-def load_evaluation(folder: Path, name: str) -> Evaluation | None:
-    """Read what `save_evaluation` wrote; None where one of its files is not there."""
+def load_evaluation(folder: Path, name: str, problem: str | None = None) -> Evaluation | None:
+    """Read what `save_evaluation` wrote; None where one of its files is not there.
+
+    ValueError, one line: one of them is damaged, or is not of that `problem`.
+    """
     path = folder / f"evaluation_{name}.safetensors"
-    return load_verdicts(path) if path.exists() and path.with_suffix(".json").exists() else None
+    if not (path.exists() and path.with_suffix(".json").exists()):
+        return None
+    read_figures(path.with_suffix(".json"))
+    with shaped(path, "delete it, or evaluate again"):
+        try:
+            evaluation = load_verdicts(path)
+            with safetensors.safe_open(path, "pt") as file:
+                found = file.metadata().get("problem", "")
+        except safetensors.SafetensorError as error:
+            raise ValueError(first_line(error)) from None
+        _check_shapes(evaluation)
+    if problem not in (None, found):
+        raise ValueError(f"{path} is of another editor, other sessions or other settings")
+    return evaluation
+
+
+def _check_shapes(evaluation: Evaluation) -> None:
+    """ValueError where the tensors of an evaluation do not go together."""
+    num, num_turns = evaluation.verdict.shape
+    is_right = evaluation.consistency.shape == (num, num_turns) and evaluation.valid.shape == (num,)
+    is_right &= evaluation.images.ndim == 5 and len(evaluation.images) == num_turns
+    is_right &= evaluation.drift is None or evaluation.drift.shape[:2] == (num, num_turns)
+    if not is_right or [len(types) for types in evaluation.edit_types] != [num_turns] * num:
+        raise ValueError("its tensors do not go together")
 
 
 def save_comparison(folder: Path, before: Evaluation, after: Evaluation) -> None:
@@ -239,11 +259,12 @@ def save_comparison(folder: Path, before: Evaluation, after: Evaluation) -> None
     write_json(folder / "comparison.json", compare(before, after))
 
 
-def save_verdicts(path: Path, evaluation: Evaluation) -> None:
+def save_verdicts(path: Path, evaluation: Evaluation, problem: str = "") -> None:
     """Write an evaluation as one safetensors file, which appears whole or not at all."""
     tensors = {name: value.contiguous() for name, value in vars(evaluation).items() if isinstance(value, Tensor)}
     metadata = {"edit_types": json.dumps(evaluation.edit_types), "true_inputs": evaluation.true_inputs}
     metadata |= {"num_steps": str(evaluation.num_steps), "num_whole": str(evaluation.num_whole)}
+    metadata |= {"problem": problem} if problem else {}
     replace_file(path, safetensors.torch.save(tensors, metadata))
 
 

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import platform
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import version
@@ -24,15 +25,28 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
 
-from mteditflow.config import Config
+from mteditflow.config import EMBEDDED, Config
+from mteditflow.config.resume import OPERATIONAL, SESSIONS
 from mteditflow.config.rubric import read_rubric
+from mteditflow.data.sessions import MAX_BAD_SHARE
 from mteditflow.distributed import Ranks
 from mteditflow.evaluate.edival import Evaluation
-from mteditflow.evaluate.held_out import has_truth, held_out_fields, load_verdicts, save_verdicts
+from mteditflow.evaluate.held_out import (
+    has_truth,
+    held_out_fields,
+    list_settings,
+    load_evaluation,
+    load_verdicts,
+    save_verdicts,
+)
 from mteditflow.policy import Policy, model_path
+from mteditflow.record import checkpoint
+from mteditflow.record.checkpoint import Checkpoint
 from mteditflow.record.files import read_json, write_json
 from mteditflow.types import EditTask
 
+CONTENTS = "contents.json"  # in a run's folder: what was behind its names
+END_BYTES = 2**16
 NUM_KEPT = 32  # a few MiB each at 64 px, up to about 100 at 512
 PACKAGES = ("torch", "diffusers", "transformers")
 
@@ -118,6 +132,119 @@ def content_of(path: str) -> str | None:
         if isinstance(found, str):
             return Path(found).parent.name
     return None
+
+
+def name_contents(config: Config) -> dict[str, Any]:
+    """Say what is behind the names in a config, as JSON: hashes of models, the sessions of a user's training data."""
+    reward, found = config.reward, dict[str, Any]()
+    if config.lora.init_from:
+        found["lora.init_from"] = _hash_quickly(config.lora.init_from)
+    found["model.path"] = _hash_quickly(model_path(config.model))
+    if reward.judge == "vlm" and not reward.url:
+        found["reward.vlm"] = _hash_quickly(reward.vlm_path)
+    if config.data.path != EMBEDDED:
+        from mteditflow.data.userdata import training_source
+
+        found["data.path"] = sorted(session.key[:16] for session in training_source(config.data).sessions)
+    return {name: content for name, content in found.items() if content is not None}
+
+
+def compare_contents(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
+    """Say of each name that both know how what is behind it differs; '' where it does not, a few sessions aside that
+    are gone.
+    """
+    differences = {}
+    for name in before.keys() & now.keys():
+        was, found = before[name], now[name]
+        if isinstance(was, list) and isinstance(found, list):
+            new, gone = set(found) - set(was), set(was) - set(found)
+            if new:
+                differences[name] = f"{len(new)} of its sessions were not trained on before"
+            elif len(gone) > MAX_BAD_SHARE * len(was):
+                differences[name] = f"{len(gone)} of {len(was)} sessions are gone, more than {MAX_BAD_SHARE:.0%}"
+            else:
+                differences[name] = ""
+        else:
+            differences[name] = "" if was == found else "another content is behind the name than before"
+    return differences
+
+
+def read_contents(folder: Path) -> dict[str, Any]:
+    """Read what was behind the names of a run; empty where that is not known."""
+    try:
+        return read_json(folder / CONTENTS)
+    except ValueError:
+        return {}
+
+
+def find_saved(config: Config, ranks: Ranks, resume_from: int | None) -> tuple[Checkpoint | None, dict[str, Any]]:
+    """Find the checkpoint that a run goes on from, on all ranks, and what is behind the names of its config.
+
+    resume_from: the iteration to go back to, once; what came after it is set aside. ValueError: the config sets another
+    problem, or there is no such checkpoint.
+    """
+
+    def say(line: str) -> None:
+        if ranks.is_main:
+            print(line, file=sys.stderr)
+
+    folder, contents = Path(config.run.folder), name_contents(config)
+    known: dict[str, Any] = ranks.from_main(read_contents(folder) if ranks.is_main else None)
+    if resume_from is not None and (before := ranks.from_main(checkpoint.went_back(folder, resume_from))):
+        again = f"what came after it then is in {before}, move that away to go back once more"
+        say(f"--resume_from {resume_from}: went back there before, and goes on; {again}")
+        resume_from = None
+    differences = compare_contents(known, contents)
+    saved = checkpoint.load_latest(folder, config, say, ranks=ranks, contents=differences, only=resume_from)
+    if resume_from is not None and ranks.is_main and (aside := checkpoint.go_back(folder, resume_from)):
+        say(f"--resume_from {resume_from}: going back; what came after it is in {aside}")
+    gone = {*known.get("data.path", ())} - {*contents.get("data.path", ())}
+    if saved and "data.path" in contents and gone:
+        say(f"data.path: {len(gone)} sessions are gone, the others go on in a new order")
+    return saved, contents
+
+
+def load_before(folder: Path, problem: str, say: Callable[[str], None]) -> Evaluation | None:
+    """Read a run's evaluation before training; None, with a line, where it is damaged or of another problem."""
+    try:
+        return load_evaluation(folder, "before", problem)
+    except ValueError as error:
+        say(f"the base is evaluated again: {error}")
+        return None
+
+
+def problem_of(tasks: list[EditTask], config: Config, contents: dict[str, Any]) -> str:
+    """Hash what an evaluation of the base is of: editor, sessions, settings, judge, but not how it is carried out."""
+    is_by_truth, tasks_hash = has_truth(tasks), hashlib.sha256()
+    settings = list_settings(config, is_by_truth=is_by_truth)
+    left_out = {*OPERATIONAL, *SESSIONS, "data.fit", "reward.also", *contents}
+    fields = {key: value for key, value in settings.items() if key not in left_out}
+    names = {name: content for name, content in contents.items() if not (is_by_truth and name.startswith("reward."))}
+    rubric = read_rubric(config.reward.rubric) if config.reward.rubric and not is_by_truth else ""
+    for task in tasks:
+        _add(tasks_hash, task)
+    names.pop("data.path", None)  # what is trained on
+    if fields["model.text_encoder"] == "offload":  # of the same bits
+        fields["model.text_encoder"] = "resident"
+    wanted = {"fields": fields, "contents": names, "rubric": rubric, "tasks": tasks_hash.hexdigest()}
+    return _hash(json.dumps(wanted, sort_keys=True).encode())
+
+
+def _hash_quickly(path: str) -> str | None:
+    """Hash names, sizes, beginnings and ends of a model's files, which tells any two apart without reading gigabytes;
+    else as `content_of`.
+    """
+    folder, total = Path(path), hashlib.sha256()
+    if not folder.exists():
+        return content_of(path)
+    for file in sorted(file for file in (folder, *folder.rglob("*")) if file.is_file()):
+        name, size = file.relative_to(folder), file.stat().st_size
+        if not any(part.startswith(".") for part in name.parts):
+            with file.open("rb") as content:
+                first = content.read(END_BYTES)
+                content.seek(max(0, size - END_BYTES))
+                total.update(f"{name.as_posix()} {size} ".encode() + first + content.read())
+    return total.hexdigest()
 
 
 def _device(device: torch.device) -> str:

@@ -12,8 +12,7 @@ from mteditflow.config import Config
 from mteditflow.config.cli import to_yaml
 from mteditflow.config.model import MINIATURES
 from mteditflow.policy import family_of
-from mteditflow.record.figures import METRICS, RESULTS, SHOWN, align_turns
-from mteditflow.record.files import read_json
+from mteditflow.record.figures import METRICS, RESULTS, SHOWN, align_turns, read_figures
 from mteditflow.record.templates import write_page
 
 TAG = "mt-editflow"
@@ -60,7 +59,7 @@ def write_card(card: Card, run: Path, out: Path) -> None:
         mine = run / "strips" / f"iteration-{card.iteration:06d}.png"
         shutil.copy(mine if mine in strips else strips[-1], out / "strips.png")
     recipe = replace(card.config, run=replace(card.config.run, folder=f"runs/{run.resolve().name}"))
-    before, after, gain = (read_json(run / f"{name}.json") for name in RESULTS)
+    before, after, gain = (read_figures(run / f"{name}.json") for name in RESULTS)
     values = {
         "matter": yaml.safe_dump(front_matter(card), sort_keys=False),
         "title": run.resolve().name,

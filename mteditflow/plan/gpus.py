@@ -169,7 +169,7 @@ def read_measured(path: Path, gpu: Gpu) -> Measured:
         )
     except OSError as error:
         raise ValueError(f"--calibration {path} cannot be read ({error.strerror}): give a profile.json") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(
             f"--calibration {path} is no profile: give the profile.json that 'mteditflow profile' wrote on that GPU"
         ) from None

@@ -26,6 +26,7 @@ from mteditflow.plan.sharding import Cut, at_training, cut_units
 from mteditflow.policy import DTYPES, Family, configured_family, family_of
 from mteditflow.policy.encoding import rows_at_a_time
 from mteditflow.policy.family import width_of
+from mteditflow.policy.pipelines import WHOLE, loading
 from mteditflow.policy.published import JUDGES, MODELS, RANDOM
 from mteditflow.transformer.adapters import find_targets
 from mteditflow.transformer.base import linears_to_quantise, stored
@@ -82,7 +83,9 @@ def read_sizes(config: Config) -> Sizes:
             raise ValueError(
                 f"model.path is {path!r}, without transformer/config.json: must be the folder of a diffusers pipeline"
             ) from None
-    with torch.device("meta"):
+        except (ValueError, RecursionError):
+            raise ValueError(f"model.path is {path!r}: its transformer/config.json is not JSON; {WHOLE}") from None
+    with loading(f"model.path {path!r}", WHOLE), torch.device("meta"):
         model: nn.Module = getattr(diffusers, family.transformer).from_config(transformer)
     trained = _trained(config, model, family)
     is_whole = config.lora.is_full and not config.lora.targets
@@ -337,5 +340,5 @@ def _weights_by_part(folder: Path) -> dict[str, int]:
 
 def _num_weights(path: Path) -> int:
     """Count the numbers of a safetensors file, by its header."""
-    with safe_open(path, "pt") as file:
+    with loading(f"model.path: {path}", WHOLE), safe_open(path, "pt") as file:
         return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118

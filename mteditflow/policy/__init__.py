@@ -16,6 +16,7 @@ from mteditflow.policy.family import Base, Family
 from mteditflow.policy.lora_file import Lora, adapter_for, padded_state, parse_lora
 from mteditflow.policy.pipelines import (
     DTYPES,
+    check_finite,
     check_scheduler,
     linear_shapes,
     load_pipeline,
@@ -221,6 +222,7 @@ def build_policy(
     policy = Policy(
         pipeline, config, lora, seed=seed, has_old=has_old, device=device, keeps_originals=keeps_originals, mesh=mesh
     )
+    check_finite(pipeline, path)
     if lora.init_from:
         state = start_state(policy, lora)
         for name in copy_names(has_old):

@@ -204,7 +204,7 @@ def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         everything = json.loads(text or "{}")
         settings = {key.removeprefix("transformer."): value for key, value in everything.items()}
         float(settings.get("lora_alpha", 1))
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"{path}: {where} is not peft's settings as JSON: save it again") from None
     return tensors, settings
 
@@ -243,15 +243,17 @@ def _halves(path: Path, tensors: dict[str, Tensor]) -> tuple[dict[str, tuple[Ten
             alphas[key.removesuffix(".alpha")] = float(tensor)
         else:
             raise ValueError(
-                f"{path} has {key!r}, which is no part of a LoRA of linears: MODULE.lora_A.weight and lora_B, or "
-                f"lora_down and lora_up, are"
+                f"{path} has {key!r}, which is no part of a LoRA of linears: must be MODULE.lora_A.weight and "
+                f"lora_B, or lora_down and lora_up"
             )
     broken = [stem for stem, both in found.items() if len(both) < 2 or len(both[True]) != both[False].shape[1]]
     if broken := broken or [stem for stem in alphas if stem not in found]:
         key = next(key for key in tensors if key.startswith(f"{broken[0]}."))
-        raise ValueError(f"{path}: lora_A and lora_B of {broken[0]} ({key}) do not go together: the file is not whole")
+        raise ValueError(
+            f"{path}: lora_A and lora_B of {broken[0]} ({key}) do not go together: the file is not whole, save it again"
+        )
     if not found:
-        raise ValueError(f"{path} holds no LoRA of a transformer")
+        raise ValueError(f"{path} holds no LoRA of a transformer: give one that does")
     return {stem: (both[True], both[False]) for stem, both in found.items()}, alphas
 
 

@@ -4,7 +4,9 @@ import torch
 from torch import Tensor
 
 from mteditflow.config import Config
+from mteditflow.distributed import Ranks
 from mteditflow.policy import Policy
+from mteditflow.transformer.adapters import Adapters
 from mteditflow.transformer.sharded import cut_like
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, which lie as the parameter does
@@ -53,3 +55,16 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Tensor]) -
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [weight for group in optimizer.param_groups for weight in group["params"]]
+
+
+def check_weights(adapters: Adapters, optimizer: torch.optim.Optimizer, done: int, ranks: Ranks) -> None:
+    """Raise ValueError on every rank, before anything is saved or scored by them, where the updates of the iteration
+    that is `done` left weights that are not finite.
+    """
+    is_broken = torch.tensor(int(not adapters.is_finite()), device=ranks.device)
+    ranks.max_(is_broken)
+    if is_broken:
+        raise ValueError(
+            f"weights are not finite after the updates of iteration {done}, and not saved: optimizer.learning_rate is "
+            f"{optimizer.param_groups[0]['lr']:g}, lower it and begin in another run.folder"
+        )

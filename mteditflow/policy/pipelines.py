@@ -2,7 +2,8 @@
 
 import importlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,14 @@ from huggingface_hub.errors import GatedRepoError
 from torch import Tensor, nn
 
 from mteditflow.config import ModelConfig
+from mteditflow.config.errors import first_line
 from mteditflow.config.model import MINIATURES
+from mteditflow.record import ending
 from mteditflow.transformer.base import quantise
+from mteditflow.transformer.sharded import local
 
+WHOLE = "give the whole folder of a diffusers pipeline, with its transformer"
+NOT_REACHED = "is no folder, and no hub name that can be reached"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # of `ModelConfig.dtype`
 
 
@@ -29,36 +35,62 @@ def model_path(config: ModelConfig) -> str:
 def read_index(path: str) -> dict[str, Any]:
     """Read a pipeline's model_index.json, from a folder or the hub. ValueError where there is none."""
     folder, remedy = Path(path), "give the folder of a diffusers pipeline, or its name on the hub"
-    if folder.is_dir():
+    try:
+        is_folder, is_there = folder.is_dir(), folder.exists()
+    except OSError as error:  # a name that is too long, a folder that may not be looked into
+        raise ValueError(f"model.path {path!r} cannot be read ({error.strerror}): {remedy}") from None
+    if is_folder:
         if not (folder / "model_index.json").is_file():
-            raise ValueError(f"model.path {path!r} is not a diffusers pipeline: the folder has no model_index.json")
-    elif folder.exists():
+            raise ValueError(
+                f"model.path {path!r} is not a diffusers pipeline: the folder has no model_index.json; {remedy}"
+            )
+    elif is_there:
         raise ValueError(f"model.path {path!r} is a file: {remedy}")
     elif path.startswith((".", "/", "~")) or path.count("/") != 1:  # a hub name is owner/name
         raise ValueError(f"model.path {path!r} does not exist: {remedy}")
     try:
         index: Any = DiffusionPipeline.load_config(path)
-    except OSError as error:
+    except (OSError, RecursionError) as error:
         if any(isinstance(cause, GatedRepoError) for cause in (error, error.__cause__, error.__context__)):
             raise ValueError(
                 f"model.path {path!r} is gated: accept its licence on huggingface.co/{path}, then log in with hf auth "
                 f"login"
             ) from error
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"model.path {path!r} is no folder, and no hub name that can be reached: {reason}") from error
+        where = "has a model_index.json that cannot be read" if is_folder else NOT_REACHED
+        raise ValueError(f"model.path {path!r} {where}: {first_line(error)}") from error
+    if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
+        raise ValueError(f"model.path {path!r} has a model_index.json that names no pipeline: {remedy}")
     return index
 
 
+@contextmanager
+def loading(name: str, remedy: str) -> Iterator[None]:
+    """Have whatever a library raises over files of another shape be a ValueError of one line; not what tells of memory
+    that runs out.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, OSError | ValueError) and ending.explain(error) is not None:
+            raise
+        raise ValueError(f"{name} cannot be loaded ({first_line(error)}): {remedy}") from error
+
+
 def stock_class(config: ModelConfig) -> Any:
-    """Return the diffusers class of the configured pipeline."""
-    return getattr(diffusers, read_index(model_path(config))["_class_name"])
+    """Return the diffusers class of the configured pipeline. ValueError: diffusers has none of that name."""
+    path = model_path(config)
+    name = read_index(path)["_class_name"]
+    if not hasattr(diffusers, name):
+        raise ValueError(f"model.path {path!r} is a {name}, which this diffusers does not have: update it")
+    return getattr(diffusers, name)
 
 
 def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     """Outputs and inputs of every linear of the editor's transformer, by full name; no weight is read."""
     path = model_path(config)
-    transformer_class: Any = getattr(diffusers, read_index(path)["transformer"][1])
-    with torch.device("meta"):
+    index = read_index(path)
+    with loading(f"model.path {path!r}", WHOLE), torch.device("meta"):
+        transformer_class: Any = getattr(diffusers, index["transformer"][1])
         transformer = transformer_class.from_config(transformer_class.load_config(path, subfolder="transformer"))
     return {
         name: (module.out_features, module.in_features)
@@ -71,11 +103,12 @@ def load_pipeline(config: ModelConfig, packages: tuple[str, ...] = ()) -> Any:
     """Load the configured pipeline on the host. ValueError where it needs a package that is not installed."""
     path = model_path(config)
     _check_packages(path, packages)
-    with warnings.catch_warnings():
+    stock: Any = stock_class(config)
+    with warnings.catch_warnings(), loading(f"model.path {path!r}", WHOLE):
         # `dtype` is its new name; the old one is known to every diffusers that pyproject.toml allows.
         warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated")
         logging.disable_progress_bar()  # the run has its own, and none where output is piped
-        return stock_class(config).from_pretrained(path, torch_dtype=DTYPES[config.dtype])
+        return stock.from_pretrained(path, torch_dtype=DTYPES[config.dtype])
 
 
 def _check_packages(path: str, packages: tuple[str, ...]) -> None:
@@ -89,6 +122,14 @@ def _check_packages(path: str, packages: tuple[str, ...]) -> None:
             missing = ", ".join(getattr(getattr(library, value[1], None), "_backends", ()))
             if missing:
                 raise ValueError(f"model.path {path!r} has a {value[1]}, which needs {missing}: install it with pip")
+
+
+def check_finite(pipeline: Any, path: str) -> None:
+    """Raise ValueError for a pipeline with weights that are not finite, for which a judge would be blamed."""
+    for part, module in pipeline.components.items():
+        for name, weight in module.named_parameters() if isinstance(module, nn.Module) else ():
+            if weight.dtype in (torch.float16, *DTYPES.values()) and not local(weight).isfinite().all():
+                raise ValueError(f"model.path {path!r}: {name} of its {part} is not finite: get these weights anew")
 
 
 def prepare_pipeline(

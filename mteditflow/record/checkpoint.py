@@ -30,23 +30,19 @@ import torch
 from torch import Tensor
 
 from mteditflow.config import Config
+from mteditflow.config.ranges import require
+from mteditflow.config.resume import check_resume
 from mteditflow.distributed import Ranks, alone
-from mteditflow.record.files import is_disk_full, read_json, replace_file, write_json
+from mteditflow.record.files import ASIDE, is_disk_full, read_json, replace_file, set_aside, write_json
 from mteditflow.record.shards import is_cut, read_shards, sha256, write_shards
 
 VERSION = 1
 MANIFEST = "checkpoint.json"
 SHARDS = "shards"
 SECONDS_TO_SEE = 10  # what another node has made
-NUM_KEPT = 2  # newest checkpoints: one to fall back on where the last is damaged
-MAY_CHANGE = {
-    "run.num_iterations", "run.save_every", "run.folder", "run.max_ratio_error", "run.num_judged", "rollout.cuda_graph",
-    "reward.rubric", "run.patience", "run.log_to",
-}  # fmt: skip
-"""Fields that a resumed run may change, with all of the sections below; the others change the numbers that follow. A
-rubric's text is compared, by `keep_rubric`, instead of its path."""
-SECTIONS_MAY_CHANGE = ("evaluation.", "distributed.")
 RUBRIC = "rubric.txt"
+COPIED = ("metrics.jsonl", "judge", "config.yaml")  # of what a run goes on with
+MOVED = ("evaluation_after.json", "evaluation_after.safetensors", "comparison.json", "report.html", "lora", "weights")
 
 _REPLACED, _TEMPORARY, _DOOMED = ".replaced", ".saving-", ".deleting-"
 _NAME = re.compile(rf"iteration-(\d{{6,}})({re.escape(_REPLACED)})?")
@@ -78,15 +74,15 @@ class _Damaged(Exception):
 
 
 def save(
-    folder: Path, *, iteration: int, config: Config, state: State, keep: int = NUM_KEPT, ranks: Ranks | None = None
+    folder: Path, *, iteration: int, config: Config, state: State, keep: int | None = None, ranks: Ranks | None = None
 ) -> Path:
-    """Write the checkpoint of an iteration into `folder/checkpoints` and delete all but the newest `keep`. Of several
-    ranks all call it; where each writes a part, none returns before all are there.
+    """Write the checkpoint of an iteration into `folder/checkpoints` and delete all but the newest `keep`, left out:
+    run.num_checkpoints. Of several ranks all call it; where each writes a part, none returns before all are there.
 
     Raises ValueError, on every rank, when the disk is full or a rank sees another folder; the checkpoints before it are
     then as they were.
     """
-    assert keep >= 1 and iteration >= 0
+    keep = config.run.num_checkpoints if keep is None else keep
     ranks, saving = ranks or alone(), _Saving(folder, iteration)
     cut = {group: tensors for group, tensors in state.items() if is_cut(tensors)}
     held = {group: tensors for group, tensors in state.items() if group not in cut}
@@ -187,52 +183,70 @@ def load_latest(
     warn: Callable[[str], None] = print,
     groups: Collection[str] | None = None,
     ranks: Ranks | None = None,
+    contents: Mapping[str, str] | None = None,
+    only: int | None = None,
 ) -> Checkpoint | None:
     """Find the newest checkpoint of `folder` that is whole; None where there is none yet. config: of the run that goes
     on from it; None where none does. With `groups`, no others are read. Of several ranks all call it, and all get the
-    same one.
+    same one. contents: as for `check_resume`. only: the iteration of the one that is wanted.
 
     A damaged one is passed over, and `warn` is told. Raises ValueError for a checkpoint of another version, for a
     config that changes the problem, and when every checkpoint is damaged: starting anew would bury them.
     """
     ranks, parent = ranks or alone(), folder / "checkpoints"
     finished = [parent / name for name in ranks.from_main([path.name for path in _list_finished(parent)])]
+    finished, faults = finished if only is None else _pick(finished, only, parent), dict[Path, str]()
     for path in finished:
         _check_seen(path, ranks)
         found, damage = None, ""
         try:
             manifest = _read_manifest(path)
             if config is not None:
-                check_resume(manifest["config"], config, path)
+                check_resume(manifest["config"], config_dict(config), path, contents)
             found = _read(path, manifest, groups, ranks)
         except _Damaged as error:
             damage = str(error)
         damages = [said for said in ranks.gather_objects(damage) if said]
         if found and not damages:
+            for newer, fault in faults.items() if ranks.is_main else ():
+                warn(f"checkpoint {newer} is damaged ({fault}): falling back to the one before")
             return found
-        if ranks.is_main:
-            warn(f"checkpoint {path} is damaged ({damages[0]}): falling back to the one before")
-    if finished:
-        raise ValueError(f"every checkpoint in {parent} is damaged: restore one, or use another run.folder")
+        faults[path] = damages[0]
+    for fault in faults.values():
+        raise ValueError(f"every checkpoint in {parent} is damaged ({fault}): restore one, or use another run.folder")
     return None
 
 
-def check_resume(saved: dict[str, Any], config: Config, path: Path) -> None:
-    """Raise ValueError, naming the fields, where `config` changes the problem that the `saved` config set."""
-    before, now = _flat(saved), _flat(config_dict(config))
-    # Both move over the whole run, so its length matters.
-    is_length_fixed = config.rollout.window_placement == "progressive" or config.optimizer.schedule == "linear"
-    may_change = MAY_CHANGE - ({"run.num_iterations"} if is_length_fixed else set())
-    changed = [
-        f"{name}: was {before.get(name)!r}, is {now.get(name)!r}"
-        for name in dict.fromkeys([*now, *before])
-        if before.get(name) != now.get(name) and name not in may_change and not name.startswith(SECTIONS_MAY_CHANGE)
-    ]
-    if changed:
-        raise ValueError(
-            f"cannot resume {path} with another config ({'; '.join(changed)}): "
-            "set these back, or use another run.folder"
-        )
+def _pick(finished: list[Path], iteration: int, parent: Path) -> list[Path]:
+    """Pick the checkpoints of an iteration. ValueError: there is none."""
+    there = f"{parent} has {', '.join(str(_number(path)) for path in reversed(finished)) or 'none'}"
+    found = [path for path in finished if _number(path) == iteration]
+    require(bool(found), "--resume_from", iteration, f"{there}; run.num_checkpoints says how many are kept")
+    return found
+
+
+def went_back(folder: Path, iteration: int) -> Path | None:
+    """Find what a run that went back to an iteration had done after it; None where it did not go back there yet."""
+    return next(iter(sorted((folder / ASIDE).glob(_aside("*", iteration)))), None)
+
+
+def go_back(folder: Path, iteration: int) -> Path | None:
+    """Set aside what a run did after an iteration, and return where it is: later checkpoints and what their weights
+    made are moved, the metrics and what the judge saw copied, since they go on from there. None: there is nothing.
+    """
+    strips = [path for path in (folder / "strips").glob("iteration-*.png") if int(path.stem[-6:]) > iteration]
+    later = [path for path in _list_finished(folder / "checkpoints") if _number(path) > iteration]
+    begun = [path.name[1:] for path in (folder / ASIDE).glob(f".{_aside('*', iteration)}")]  # and killed
+    if not (later or begun):
+        return None
+    name = begun[0] if begun else _aside(f"{_number(later[0]):06d}", iteration)
+    moved = [*(folder / made for made in MOVED), *strips, *later]
+    return set_aside(folder, name, copied=[folder / kept for kept in COPIED], moved=moved)
+
+
+def _aside(newest: str, iteration: int) -> str:
+    """Name of the folder of what came after an iteration."""
+    return f"iteration-{newest}-to-{iteration:06d}"
 
 
 def keep_rubric(folder: Path, text: str, *, is_resumed: bool) -> None:
@@ -258,9 +272,10 @@ def lock(folder: Path) -> Iterator[None]:
     """Hold the run folder; ValueError if another process does. The kernel lets go when the process dies."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        file = (folder / "lock").open("a+")
+    except OSError as error:
         raise ValueError(f"run.folder is '{folder}': cannot be made ({error.strerror}); choose another") from None
-    with (folder / "lock").open("a+") as file:
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -348,16 +363,19 @@ def _list_finished(parent: Path) -> list[Path]:
     return [path for *_, path in sorted(found, reverse=True)]
 
 
+def _number(path: Path) -> int:
+    """Iteration of a finished checkpoint."""
+    match = _NAME.fullmatch(path.name)
+    assert match is not None, path
+    return int(match[1])
+
+
 def _delete(path: Path) -> None:
     """Delete a checkpoint that may be there; renamed first, since half of one must not look like a finished one."""
     if path.exists():
         doomed = path.with_name(f"{_DOOMED}{path.name}")
         os.rename(path, doomed)
         shutil.rmtree(doomed, ignore_errors=True)
-
-
-def _flat(sections: dict[str, Any]) -> dict[str, Any]:
-    return {f"{section}.{name}": value for section, fields in sections.items() for name, value in fields.items()}
 
 
 def _sync(path: Path) -> None:

@@ -11,6 +11,7 @@ others get from it, a broken connection and SIGTERM, is no cause. Who has spoken
 rank that was killed cannot speak: another sees that its process is gone.
 """
 
+import errno
 import os
 import re
 import select
@@ -29,7 +30,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import psutil
 
-from mteditflow.config.errors import first_line, write_error_file
+from mteditflow.config.errors import first_line, printable, write_error_file
 from mteditflow.record.files import is_disk_full
 
 if TYPE_CHECKING:  # torch is imported after signals are heeded
@@ -41,6 +42,18 @@ LOST_S = 6.0  # that a rank which lost another waits for torchrun's SIGTERM befo
 FIRST_S = 1.0  # that other ranks leave to the first, where all have the same to say
 STORE_S = 5  # for a word to the board
 PERIOD_S = 0.5
+
+REMEDIES = {
+    errno.ENOENT: "give a path that is there",
+    errno.EACCES: "take a path that you may read and write",
+    errno.EPERM: "take a path that you may read and write",
+    errno.EROFS: "take a path that you may write to",
+    errno.ENOTDIR: "part of the path is a file and must be a folder: take another path",
+    errno.EISDIR: "give a file, this is a folder",
+    errno.ENAMETOOLONG: "take a shorter name",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+}
+"""Of a path that the system refuses."""
 
 T = TypeVar("T")
 _LOST = re.compile(r"gloo|NCCL|Connection (closed|reset)|pair closure|Broken pipe")
@@ -179,7 +192,7 @@ class Ending:
         if is_lost:
             gone = board.gone() if board is not None else []
             text = f"{' and '.join(gone) or 'another rank'} is gone, or too slow ({first_line(error)})"
-        line = f"rank {os.environ.get('RANK')}: {' '.join(text.split())}"
+        line = f"rank {os.environ.get('RANK')}: {printable(' '.join(text.split()))}"
         if board is not None and not self._is_main and not is_lost:
             board.wait_for_cause(FIRST_S)
         if board is None or board.claim(line):
@@ -319,7 +332,17 @@ def explain(error: BaseException) -> str | None:
             f"out of memory ({first_line(error)}): lower rollout.microbatch_size with optimizer.microbatch_size, or "
             f"take a smaller model.base; --dry_run says what fits"
         )
+    if isinstance(error, OSError):
+        return _explain_path(error)
     return None
+
+
+def _explain_path(error: OSError) -> str:
+    """Say path, reason and remedy of what the system refused."""
+    if error.strerror is None:  # a library's, in words of its own
+        return first_line(error)
+    path = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else "a file"
+    return f"{path}: {error.strerror}; {REMEDIES.get(error.errno or 0, 'see what is there, or take another path')}"
 
 
 def _is_alive(number: int) -> bool:

@@ -7,9 +7,11 @@ comparison.json, `{"turn": 1, "O_gain": 6.2, "O_gain_interval": [3.5, 9.0]}`; No
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from mteditflow.config.settings import MIN_SESSIONS
+from mteditflow.record.files import read_json, shaped
 
 METRICS = {
     "MT": "success of each turn",
@@ -35,6 +37,25 @@ class Figure:
 
     def __str__(self) -> str:
         return f"{self.value} {self.interval}".rstrip()
+
+
+def read_figures(path: Path) -> dict[str, Any]:
+    """Read the figures in a JSON file; empty where there is no file. ValueError, one line: it has others, or none."""
+    report = read_json(path)
+    with shaped(path, "delete it, or evaluate again"):
+        if not report:
+            return report
+        for turn in report["turns"]:
+            if not isinstance(turn["turn"], int):
+                raise TypeError("a turn has no number")
+            for name in (f"{metric}{suffix}" for metric in METRICS for suffix in ("", "_gain")):
+                low, high = turn.get(f"{name}_interval") or (0, 0)
+                if not all(value is None or isinstance(value, int | float) for value in (turn.get(name), low, high)):
+                    raise TypeError(f"{name} is no number")
+        for counts in report.get("edit_types", {}).values():
+            if not all(isinstance(counts[name], int | float) for name in ("success", "count")):
+                raise TypeError("edit_types have no numbers")
+    return report
 
 
 def turns_of(report: Mapping[str, Any]) -> list[dict[str, Any]]:

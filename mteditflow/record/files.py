@@ -3,8 +3,13 @@
 import errno
 import json
 import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+ASIDE = "set_aside"  # in a run's folder: what was not wanted any more
 
 
 def replace_file(path: Path, content: bytes, *, is_durable: bool = False) -> None:
@@ -29,11 +34,57 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError alike
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError alike
         raise ValueError(f"{path} is not JSON ({error}): delete it, or evaluate again") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} is not a JSON object: delete it, or evaluate again")
     return value
+
+
+@contextmanager
+def shaped(path: Path, remedy: str = "delete it, or make it again") -> Iterator[None]:
+    """Have what a file of another shape does to its reader be a ValueError of one line that names the file."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ArithmeticError, ValueError) as error:
+        what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path} has another shape than such a file ({what}): {remedy}") from error
+
+
+def set_aside(folder: Path, name: str, *, copied: Iterable[Path], moved: Iterable[Path]) -> Path:
+    """Copy and move what there is of the paths in a folder to `folder/set_aside/NAME`, and return that.
+
+    It has its name when all is there: after a kill the same call goes on with it.
+    """
+    aside = folder / ASIDE / name
+    temporary = aside.with_name(f".{name}")
+    temporary.mkdir(parents=True, exist_ok=True)
+    for path in copied:
+        if path.is_dir():
+            shutil.copytree(path, temporary / path.name, dirs_exist_ok=True)
+        elif path.exists() and not (temporary / path.name).exists():
+            replace_file(temporary / path.name, path.read_bytes())
+    for path in moved:
+        if path.exists():
+            target = temporary / path.relative_to(folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(target)
+    temporary.rename(aside)
+    return aside
+
+
+def check_folder(folder: Path, name: str) -> None:
+    """Raise ValueError where a folder is none, or can neither be made nor written to; nothing is made."""
+    there = folder
+    try:
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        is_right, what = there.is_dir(), "no folder" if there == folder else f"{there} is no folder"
+    except OSError as error:
+        is_right, what = False, error.strerror
+    if is_right and not os.access(there, os.W_OK | os.X_OK):
+        is_right, what = False, f"{there} may not be written to"
+    if not is_right:
+        raise ValueError(f"{name} is {str(folder)!r}: {what}; choose another")
 
 
 def is_disk_full(error: BaseException) -> bool:

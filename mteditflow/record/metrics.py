@@ -170,7 +170,7 @@ def _whole_lines(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
     for text in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
         try:
             value = json.loads(text)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(value, dict) and isinstance(value.get("iteration"), int):
             yield value, text

@@ -15,8 +15,8 @@ from mteditflow.config.cli import from_yaml
 from mteditflow.config.reward import TAKEN
 from mteditflow.export.card import read_usage
 from mteditflow.record.alarms import ALARMS
-from mteditflow.record.figures import METRICS, RESULTS, SHOWN, align_turns, finite
-from mteditflow.record.files import read_json
+from mteditflow.record.figures import METRICS, RESULTS, SHOWN, align_turns, finite, read_figures
+from mteditflow.record.files import shaped
 from mteditflow.record.metrics import FILE, read_lines
 from mteditflow.record.templates import write_page
 from mteditflow.report.account import account
@@ -109,7 +109,7 @@ CHARTS = (
 def write_report(folder: Path) -> Path:
     """Write `folder/report.html` from what the run has written so far. ValueError where there are no metrics."""
     if not (folder / FILE).is_file():
-        raise ValueError(f"{folder} is not the folder of a run: it has no {FILE}")
+        raise ValueError(f"{folder} is not the folder of a run: it has no {FILE}; give the run.folder of a training")
     return write_page("report/report.html.jinja", report_contents(folder), folder / "report.html")
 
 
@@ -118,14 +118,20 @@ def report_contents(folder: Path) -> dict[str, Any]:
     lines = read_lines(folder / FILE)
     config, problem = read_config(folder / "config.yaml")
     charts = {spec: lay_out(spec, lines) for spec in CHARTS}
-    before, after, gain = reports = [read_json(folder / f"{name}.json") for name in RESULTS]
-    newest, judged, base = after or before, read_seen(folder), config.model.path if config else ""
+    before, after, gain = reports = [read_figures(folder / f"{name}.json") for name in RESULTS]
+    with shaped(folder / "judge"):
+        judged, compared = read_seen(folder), read_compared(folder)
+    with shaped(folder / "strips"):
+        strips = read_strips(folder, best_iteration(lines) if after else None)
+    newest, base = after or before, config.model.path if config else ""
     both = {"before": before, "after": after}
     return {
         "title": f"MT-EditFlow: {config.run.folder if config else folder.resolve().name}",
         "config": config,
         "config_problem": problem,
-        "config_text": (folder / "config.yaml").read_text() if (folder / "config.yaml").is_file() else "",
+        "config_text": (folder / "config.yaml").read_text(errors="replace")
+        if (folder / "config.yaml").is_file()
+        else "",
         "progress": progress(lines, config),
         "metrics": SHOWN,
         "meanings": METRICS,
@@ -145,8 +151,8 @@ def report_contents(folder: Path) -> dict[str, Any]:
         },
         "account": account(lines),
         "alarms": alarm_rows(lines) if config else [],
-        "strips": read_strips(folder, best_iteration(lines) if after else None),
-        "compared": read_compared(folder),
+        "strips": strips,
+        "compared": compared,
         "judged": judged,
         "is_judged": config is None or config.run.num_judged > 0,
         "has_truth": any(session["truth"] for part in judged for session in part["sessions"]),

@@ -26,8 +26,8 @@ from mteditflow.config.cli import from_yaml
 from mteditflow.config.version import git_commit
 from mteditflow.policy import with_start
 from mteditflow.record.checkpoint import lock
-from mteditflow.record.figures import figure
-from mteditflow.record.files import read_json
+from mteditflow.record.figures import figure, read_figures
+from mteditflow.record.files import check_folder
 from mteditflow.record.metrics import FILE, read_lines
 from mteditflow.study.cells import CellRun, Comparison, read_study, runs_of, select
 from mteditflow.study.study_page import write_study
@@ -219,7 +219,7 @@ def _is_held(folder: Path) -> bool:
 
 
 def _result(run: CellRun) -> str:
-    before, after = (read_json(run.folder / f"evaluation_{name}.json")["turns"][-1] for name in ("before", "after"))
+    before, after = (read_figures(run.folder / f"evaluation_{name}.json")["turns"][-1] for name in ("before", "after"))
     return f"O at turn {after['turn']} {figure(before, 'O').value} to {figure(after, 'O').value}"
 
 
@@ -291,8 +291,7 @@ def run_study(
         raise ValueError(f"--jobs is {num_jobs}: must be at least 1")
     everything = read_study(study)
     chosen = runs_of(select(everything, only, seeds), folder)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--folder is '{folder}': no folder; choose another")
+    check_folder(folder, "--folder")
     console = Console()
     reported = [replace(it, seeds=tuple(sorted({*it.seeds, *(seeds or ())}))) for it in everything]
     if is_dry_run:

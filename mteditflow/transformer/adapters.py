@@ -79,6 +79,12 @@ class Adapters:
         else:
             torch._foreach_lerp_(old, new, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
 
+    @torch.no_grad()
+    def is_finite(self) -> bool:
+        """Whether what this rank holds of `current` and `ema` is finite."""
+        weights = [local(weight) for name in ("current", "ema") for weight in self._weights[name].values()]
+        return bool(torch.stack([weight.isfinite().all() for weight in weights]).all())
+
     def state(self, name: AdapterName) -> dict[str, Tensor]:
         """A copy of the weights by name: `<module>.lora_A.weight` (r, in) and `.lora_B.weight` (out, r), or the names
         of the transformer's own state dict. What is cut stays so.
@@ -88,7 +94,7 @@ class Adapters:
     @torch.no_grad()
     def load(self, name: AdapterName, state: dict[str, Tensor]) -> None:
         """Put back what `state` gave, or all of it whole on every rank. ValueError for the state of another rank, other
-        targets or another model.
+        targets or another model, or one that is not finite.
         """
         weights = self._weights[name]
         differing = [key for key in weights.keys() | state.keys() if _shape(weights, key) != _shape(state, key)]
@@ -98,6 +104,12 @@ class Adapters:
                 f"adapter {name!r} does not fit the model: {key} is {_shape(state, key)} in the state, "
                 f"{_shape(weights, key)} in the model ({len(differing)} differ): lora.rank, lora.targets and "
                 f"model.path must be as when it was saved"
+            )
+        broken = [key for key, weight in state.items() if not local(weight).isfinite().all()]
+        if broken:
+            raise ValueError(
+                f"adapter {name!r}: {broken[0]} is not finite ({len(broken)} of {len(state)} are not): take weights "
+                f"from before they broke"
             )
         for key, weight in weights.items():
             local(weight).copy_(local(cut_like(weight, state[key])))

@@ -8,10 +8,11 @@ Three stages, each with a state to go on from, so that the same command goes on 
    small drift that nobody minded is in every picture, and more of it in the picture after: the editor learns to make
    what it is given a little worse, which no single edit shows. Some instructions were ignored, some mistaken.
 
-       drift_k = gain drift_{k-1} + step u^power e      u uniform, e a random axis (world/drift.py) with a random sign
+       drift_k = gain drift_{k-1} + step u^power e      u uniform, e one of KICKS (world/drift.py has the axes)
 
 So what the editor has is exposure bias by its data: at the first turn the drift is hard to see, on its own output it
-compounds. The axis and the sign are the noise's: no offset mends them, only undoing what the input brings does.
+compounds. Which kick it is, is the noise's: half of them are casts of either sign, which no offset mends; only undoing
+what the input brings does.
 
 The folder `editor` in FOLDER is what ships as mteditflow/world/drifting; docs/miniature.md has the command, the time,
 the curve and the measurements.
@@ -84,6 +85,13 @@ TYPE_WEIGHTS = {t: 2.0 if t in LEARNED_LAST else 1.0 for t in EDIT_TYPES}
 CHAIN = 8  # edits that follow one another, so that a picture is encoded once and serves as target and as source
 VISIBLE = torch.tensor([0.3, 0.4, 0.8, 1.0])  # of each of AXES: what costs the verifier objects (but blur, by itself)
 MOST_DRIFT = 2.0  # of VISIBLE
+KICKS = (
+    ("cast", 1),
+    ("cast", -1),
+    ("fade", 1),
+    ("saturation", 1),
+)
+"""Warm, cold, faded, grey: what the autoencoder keeps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,8 +137,8 @@ def _draw_edit(scene: Scene, random: Random) -> Edit:
 
 def next_drift(drift: list[float], flaws: Flaws, random: Random) -> list[float]:
     """Let a drift, in units of VISIBLE, grow by a picture."""
-    axis, size = random.randrange(len(AXES)), flaws.step * random.random() ** flaws.power
-    added = [random.choice((-size, size)) if i == axis else 0.0 for i in range(len(AXES))]
+    (kicked, sign), size = random.choice(KICKS), flaws.step * random.random() ** flaws.power
+    added = [sign * size if axis == kicked else 0.0 for axis in AXES]
     grown = [flaws.gain * old + new for old, new in zip(drift, added, strict=True)]
     return [max(-MOST_DRIFT, min(MOST_DRIFT, value)) for value in grown]
 
