@@ -290,8 +290,8 @@ def test_a_run_on_users_data(
     monkeypatch.setattr("mteditflow.run.build_reward", lambda config: GivenRewards(redness))
     monkeypatch.setattr("mteditflow.evaluate.compare_editors.check_judge", lambda config: None)
     train(arguments_of(tmp_path / "run", tiny_pipeline_folder, tmp_path / "a.jsonl"))
-    said = " ".join(capsys.readouterr().out.split())
-    assert "1 of 23 instructions are longer than model.max_text_tokens, 8: their ends are cut off" in said
+    said = " ".join(capsys.readouterr().err.split())
+    assert "1 of 23 instructions are longer than model.max_text_tokens 8: their ends are not read" in said
     (line,) = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert 0 < line["reward/instruction"] < 1 and line["update/grad_norm"] > 0
     assert (tmp_path / "run" / "lora" / "pytorch_lora_weights.safetensors").exists()

@@ -55,7 +55,8 @@ class Flux2:
 
     def is_cut(self, instruction: str) -> bool:
         """See `family.Editor`: the chat template is around the instruction."""
-        tokens = self.pipeline.tokenizer(instruction, add_special_tokens=False, verbose=False)["input_ids"]
+        tokenizer = getattr(self.pipeline.tokenizer, "tokenizer", self.pipeline.tokenizer)  # dev has a processor
+        tokens = tokenizer(instruction, add_special_tokens=False, verbose=False)["input_ids"]
         return self._num_template_tokens + len(tokens) > self.base.config.max_text_tokens
 
     def encode_image(self, images: Tensor) -> Tensor:
