@@ -126,10 +126,8 @@ def advantages(scores: Scores, group: Tensor, config: AdvantageConfig) -> Tensor
         parts = _aggregate(rewards, config)
     else:
         parts = list(rewards.values())  # a column per turn
-    masks, weights = (
-        [counted[:, None] & ~part.isnan() for part in parts],
-        [scores.weights[name] for name in scores.rewards],
-    )
+    masks = [counted[:, None] & ~part.isnan() for part in parts]
+    weights = [scores.weights[name] for name in scores.rewards]
     if config.fusion == "reward":
         filled = [torch.where(mask, r, _group_mean(r, mask, group)) for r, mask in zip(parts, masks, strict=True)]
         advantage = _z(_add(weights, filled), masks[0], group, config.std)

@@ -10,6 +10,7 @@ update has to be exactly 1.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import torch
 from mteditflow_kernels import counter_normal, sde_step
@@ -55,6 +56,12 @@ def chunks(condition: Condition, noise: Tensor, keys: Keys, size: int) -> Iterat
         yield condition.rows(rows), noise[rows], [None if key is None else key[rows] for key in keys]
 
 
+def cut_shapes(tasks: Sequence[EditTask]) -> list[slice]:
+    """Cut tasks where their shape changes."""
+    starts = [n for n, task in enumerate(tasks) if n == 0 or task.shape != tasks[n - 1].shape]
+    return [slice(start, stop) for start, stop in pairwise([*starts, len(tasks)])]
+
+
 def cut_waves(rows: range, config: RolloutConfig) -> list[Tensor]:
     """The trajectories (W,) of each wave: whole microbatches, the fewest that have wave_size rows, or a group's."""
     size = config.wave_size or config.group_size
@@ -68,20 +75,13 @@ class Sampler:
     """
 
     def __init__(
-        self,
-        policy: Policy,
-        tasks: list[EditTask],
-        schedule: Schedule,
-        noise: NoiseSource,
-        config: RolloutConfig,
-        *,
-        num_turns: int,
-        group_size: int,
-        cfg_scale: float = 1.0,
-    ) -> None:
-        """Encode the sources, and each text that does not depend on what the model makes. Of the config: hand_off,
-        microbatch_size, cuda_graph.
+        self, policy: Policy, tasks: list[EditTask], schedule: Schedule, noise: NoiseSource, config: RolloutConfig, *,
+        num_turns: int, group_size: int, cfg_scale: float = 1.0,
+    ) -> None:  # fmt: skip
+        """Encode the sources, of one shape, and each text that does not depend on what the model makes. Of the config:
+        hand_off, microbatch_size, cuda_graph.
         """
+        policy = policy.at(tasks[0].shape)
         self.policy, self.tasks, self.noise, self.config = policy, tasks, noise, config
         self.schedule, self.num_turns, self.cfg_scale = schedule.to(policy.device), num_turns, cfg_scale
         sizes = policy.config.condition_size, (policy.config.height, policy.config.width)
@@ -113,10 +113,7 @@ class Sampler:
 
             shape = (policy.num_tokens, policy.num_channels)
             start = counter_normal(keys(Place.INITIAL_LATENTS), shape).to(image_latents)
-            step_keys = [
-                keys(Place.DENOISING_STEP, step) if is_noisy else None
-                for step, is_noisy in enumerate(schedule.is_noisy)
-            ]
+            step_keys = [keys(Place.DENOISING_STEP, s) if noisy else None for s, noisy in enumerate(schedule.is_noisy)]
             is_by_graph = is_captured(policy, min(config.microbatch_size, len(start)), condition, config.cuda_graph)
             run = by_graph(denoise) if is_by_graph else denoise
             parts = [
@@ -130,9 +127,7 @@ class Sampler:
                 image_latents = latents[-1]
                 if config.hand_off == "pixels":
                     image_latents = policy.encode_image(image, self.to_encode)
-        return Rollout(
-            tasks=self.tasks, turns=turns, group=group, member=member, schedule=schedule, noise=self.noise
-        )  # fmt: skip
+        return Rollout(tasks=self.tasks, turns=turns, group=group, member=member, schedule=schedule, noise=self.noise)
 
     def _text(self, turn: int, group: Tensor, image: Tensor) -> dict[str, Tensor]:
         """The text of a turn: of the tasks, or where the encoder sees the picture of the trajectories."""
@@ -145,16 +140,9 @@ class Sampler:
 
 @torch.no_grad()
 def roll_out(
-    policy: Policy,
-    tasks: list[EditTask],
-    schedule: Schedule,
-    noise: NoiseSource,
-    config: RolloutConfig,
-    *,
-    num_turns: int,
-    group_size: int,
-    cfg_scale: float = 1.0,
-) -> Rollout:
+    policy: Policy, tasks: list[EditTask], schedule: Schedule, noise: NoiseSource, config: RolloutConfig, *,
+    num_turns: int, group_size: int, cfg_scale: float = 1.0,
+) -> Rollout:  # fmt: skip
     """Roll out G trajectories of K turns for each task at once, as `Sampler` does."""
     sampler = Sampler(
         policy, tasks, schedule, noise, config, num_turns=num_turns, group_size=group_size, cfg_scale=cfg_scale
@@ -166,24 +154,28 @@ def sample_waves(
     policy: Policy, objective: Objective, tasks: list[EditTask], config: Config, iteration: int, ranks: Ranks
 ) -> Iterator[Rollout]:
     """Roll out this rank's trajectories, of its tasks, wave by wave under the old policy on the objective's steps."""
-    size = config.rollout.group_size
-    sampler = Sampler(
-        policy, tasks, objective.schedule(policy.sigmas(config.rollout.num_steps), iteration),
-        NoiseSource(seed=config.run.seed, step=iteration), config.rollout,
-        num_turns=config.data.num_turns, group_size=size,
-        cfg_scale=config.model.cfg_scale if config.rollout.is_guided else 1.0,
-    )  # fmt: skip
+    size, num_steps = config.rollout.group_size, config.rollout.num_steps
     share = ranks.share(config.rollout.num_tasks * size)  # which begins within the group of the first task
-    for rows in cut_waves(range(share[0] % size, share[0] % size + len(share)), config.rollout):
-        with policy.adapters.use(objective.rollout_adapter):
-            wave = sampler(rows)
-        yield wave
+    first, stop = share[0] % size, share[0] % size + len(share)
+    for part in cut_shapes(tasks):
+        sigmas = policy.at(tasks[part.start].shape).sigmas(num_steps)  # fewer tokens, less noise
+        sampler = Sampler(
+            policy, tasks[part], objective.schedule(sigmas, iteration),
+            NoiseSource(seed=config.run.seed, step=iteration), config.rollout,
+            num_turns=config.data.num_turns, group_size=size,
+            cfg_scale=config.model.cfg_scale if config.rollout.is_guided else 1.0,
+        )  # fmt: skip
+        start = part.start * size
+        for rows in cut_waves(range(max(first, start) - start, min(stop, part.stop * size) - start), config.rollout):
+            with policy.adapters.use(objective.rollout_adapter):
+                wave = sampler(rows)
+            yield wave
 
 
 def sample_rollout(
     policy: Policy, objective: Objective, tasks: list[EditTask], config: Config, iteration: int
 ) -> Rollout:
-    """All trajectories of some tasks in one wave, as an iteration makes them."""
+    """All trajectories of some tasks of one shape in one wave, as an iteration makes them."""
     size = len(tasks) * config.rollout.group_size
     whole = replace(config.rollout, num_tasks=len(tasks), wave_size=size)
     return next(sample_waves(policy, objective, tasks, replace(config, rollout=whole), iteration, alone()))

@@ -51,7 +51,7 @@ from mteditflow.reward import build_reward, check_judge, is_trained_by_group
 from mteditflow.reward.overlap import Overlap, efficiency
 from mteditflow.transformer.compiled import count_graphs
 from mteditflow.transformer.sharded import make_mesh
-from mteditflow.types import Rollout, Scores
+from mteditflow.types import Rollout, Rollouts, Scores
 
 
 class Run:
@@ -184,7 +184,7 @@ class Run:
         finally:
             self._stack.close()
 
-    def record(self, iteration: int, values: dict[str, float], rollout: Rollout, scores: Scores) -> None:
+    def record(self, iteration: int, values: dict[str, float], rollout: Rollout | Rollouts, scores: Scores) -> None:
         """The end of an iteration: metrics, what the judge saw, evaluation, checkpoint, which comes last."""
         config, done, judged = self.config, iteration + 1, self.judge.read()
         values = values | alarms.rollout_figures(rollout, scores, self.ranks)

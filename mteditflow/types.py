@@ -15,6 +15,8 @@ from mteditflow.noise import NoiseSource, Place, row_keys
 
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom in shares of width and height."""
+Shape = tuple[tuple[int, int], ...]
+"""What the sessions of a batch have alike: height and width of the source and its edits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +38,11 @@ class EditTask:
     truth: Any = None  # for the embedded world, its Session: what the exact verifier needs to know
     objects: tuple[Region, ...] = ()  # all that were found in the source, touched or not; (): unknown
     untouched: tuple[tuple[Region, ...], ...] = ()  # K: what no instruction so far touches; (): unknown
+
+    @property
+    def shape(self) -> Shape:
+        """The sizes of its pictures."""
+        return ((self.source.shape[1], self.source.shape[2]),)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +71,7 @@ class Turn:
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout:
-    """K turns of N trajectories."""
+    """K turns of N trajectories, of tasks of one shape."""
 
     tasks: list[EditTask]
     turns: list[Turn]
@@ -72,6 +79,16 @@ class Rollout:
     member: Tensor  # (N,) int64: the trajectory's number in its group
     schedule: Schedule  # made the denoising steps
     noise: NoiseSource  # made all that was random, and makes what is drawn from this rollout later
+
+    @property
+    def parts(self) -> "tuple[Rollout, ...]":
+        """Itself, as the one part of a rollout of one shape."""
+        return (self,)
+
+    @property
+    def shape(self) -> Shape:
+        """That of its tasks."""
+        return self.tasks[0].shape
 
     @property
     def sources(self) -> Tensor:
@@ -87,6 +104,13 @@ class Rollout:
         """Noise keys (N, 5) of the trajectories, at a draw of a place within a turn."""
         task_ids = torch.tensor([task.id for task in self.tasks])
         return row_keys(task_ids[self.group], self.member, self.noise, turn=turn, place=place, number=number)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollouts:
+    """K turns of N trajectories, of tasks of several shapes."""
+
+    parts: tuple[Rollout, ...]  # in the order of the trajectories, each of one shape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +166,8 @@ class Transitions:
 class Microbatch:
     """Rows of a rollout that go through the model together in training, at one turn and one draw."""
 
+    part: int = 0  # of the rollout
     turn: int
     draw: int  # a denoising step (GRPO), or a number (NFT)
-    rows: Tensor  # (B,) int64
+    rows: Tensor  # (B,) int64, of the part
     weight: Tensor  # (B,) of each row's loss; 0 for a row that only fills the microbatch

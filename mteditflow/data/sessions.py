@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from mteditflow.data.images import read_picture
+from mteditflow.data.images import read_picture, read_size
 from mteditflow.types import Box, Region
 
 FIELDS = ("image", "instructions", "prompt", "edit_types", "objects", "untouched_objects")
@@ -52,6 +52,10 @@ class UserSession:
     def read(self) -> Image.Image:
         """Read the image, as `read_picture` does. ValueError in one line where it cannot be read."""
         return read_picture(self.picture if isinstance(self.picture, Path) else self.picture())
+
+    def read_size(self) -> tuple[int, int]:
+        """Read the image's width and height, from its header. ValueError as `read`."""
+        return read_size(self.picture if isinstance(self.picture, Path) else self.picture())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,15 +8,18 @@ The slot is the task's id: two tasks of a step have different noise even where t
 """
 
 import sys
+from collections import Counter
+from contextlib import suppress
 from functools import cache, lru_cache
 
 from mteditflow.config import Config, DataConfig
 from mteditflow.config.ranges import require
 from mteditflow.data.formats import read_sessions
-from mteditflow.data.images import crop_region, fit_picture
+from mteditflow.data.images import crop_region, fit_picture, nearest_size
 from mteditflow.data.sessions import MAX_BAD_SHARE, Sessions, UserSession, digest
 from mteditflow.types import EditTask
 
+NUM_MEASURED = 1000  # pictures whose headers a plan reads
 MAX_NAMED = 10  # faults that are printed; `python -m mteditflow.data check` prints them all
 
 
@@ -70,7 +73,8 @@ class Source:
             _say(f"skipped {session.place}: image {session.image}: {error}")
             self._check()
             return None
-        seen = fit_picture(picture, height=config.model.height, width=config.model.width, fit=config.data.fit)
+        height, width = nearest_size(picture.size, config.sizes)
+        seen = fit_picture(picture, height=height, width=width, fit=config.data.fit)
         objects, *untouched = [
             tuple(region for region in (crop_region(region, seen.frame) for region in regions) if region)
             for regions in (session.objects, *session.untouched[: self.num_turns])
@@ -145,6 +149,19 @@ def user_task(config: Config, slot: int) -> EditTask:
         if task:
             return task
     raise ValueError(f"data.path is {source.path!r}: none of its {num} images can be read")
+
+
+@cache
+def measure_shares(data: DataConfig, sizes: tuple[tuple[int, int], ...]) -> dict[tuple[int, int], float]:
+    """Count which of the sizes pictures take, of up to NUM_MEASURED training sessions in the order of the first epoch;
+    those of damaged pictures aside. ValueError where none can be read.
+    """
+    source, counts = training_source(data), Counter[tuple[int, int]]()
+    for session in _in_order(source, f"{data.seed}/0")[:NUM_MEASURED]:
+        with suppress(ValueError):  # which a run would pass over, too
+            counts[nearest_size(session.read_size(), sizes)] += 1
+    require(bool(counts), "data.path", data.path, f"none of the first {NUM_MEASURED} images can be read")
+    return {size: counts[size] / counts.total() for size in sizes}
 
 
 def held_out_user_tasks(config: Config) -> list[EditTask]:

@@ -29,7 +29,7 @@ class Evaluation:
     consistency: Tensor
     valid: Tensor  # (n,) bool
     edit_types: list[tuple[str, ...]]
-    images: Tensor  # (K, num_strips, 3, H, W)
+    images: Tensor  # (K, num_strips, 3, H, W); a picture that is smaller stands at the left and the top
     num_steps: int  # denoising steps per turn
 
 

@@ -108,16 +108,9 @@ def optimality(advantage: Tensor, max_advantage: float) -> Tensor:
 
 
 def contrastive_loss(
-    velocity: Tensor,
-    old_velocity: Tensor,
-    clean_latents: Tensor,
-    noise: Tensor,
-    sigma: Tensor,
-    advantage: Tensor,
-    config: ObjectiveConfig,
-    ref_velocity: Tensor | None = None,
-    weight: Tensor | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
+    velocity: Tensor, old_velocity: Tensor, clean_latents: Tensor, noise: Tensor, sigma: Tensor, advantage: Tensor,
+    config: ObjectiveConfig, ref_velocity: Tensor | None = None, weight: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """Loss (0-d) and diagnostics (0-d, detached) of B noised edits.
 
     Velocities (B, L, C) at noised(clean_latents, noise, sigma), by the trained adapter, the old one and (needed if

@@ -15,7 +15,7 @@ from mteditflow.guards import GuardError
 from mteditflow.noise import NoiseSource, Place, row_keys
 from mteditflow.objective import Objective
 from mteditflow.plan.duration import batch_plan, num_short_evaluations
-from mteditflow.plan.flops import forward_flops
+from mteditflow.plan.flops import ForwardFlops, forward_flops, mean_flops
 from mteditflow.plan.memory import num_image_tokens, read_sizes
 from mteditflow.policy import Policy
 from mteditflow.types import Condition, EditTask
@@ -53,7 +53,8 @@ def num_graphs(config: Config) -> int:
         for size in _chunk_sizes(rows, config.rollout.microbatch_size)
     }
     trained = _chunk_sizes(total, config.optimizer.microbatch_size)
-    return num_classes * (len(sampled | trained) + len(trained)) * (2 if config.model.cfg_scale != 1 else 1)
+    num_passes = 2 if config.model.cfg_scale != 1 else 1
+    return num_classes * (len(sampled | trained) + len(trained)) * num_passes * len(config.sizes)
 
 
 def _chunk_sizes(num_rows: int, size: int) -> set[int]:
@@ -64,8 +65,12 @@ def _seconds_of_blocks(config: Config) -> float:
     """Seconds of one core in the transformer's blocks, by the estimate above."""
     sizes, evaluation, batches = read_sizes(config), config.evaluation, batch_plan(config)
     text_tokens = sizes.family.num_text_tokens(config.model)
-    image_tokens = sum(num_image_tokens(config.model, sizes.family))
-    row = forward_flops(sizes.family, sizes.transformer, text_tokens=text_tokens, image_tokens=image_tokens)
+
+    def count(size: tuple[int, int]) -> ForwardFlops:
+        image_tokens = sum(num_image_tokens(config.model.at(*size), sizes.family))
+        return forward_flops(sizes.family, sizes.transformer, text_tokens=text_tokens, image_tokens=image_tokens)
+
+    row = mean_flops(count, config)
     forwards = batches.rollout_rows + batches.train_forward_rows
     sessions = 2 * evaluation.num_sessions + num_short_evaluations(config) * evaluation.num_sessions_short
     evaluated = sessions * config.num_held_out_turns * evaluation.num_steps
@@ -90,8 +95,12 @@ def settle(
     """
     if config.lora.is_full or not (policy.is_compiled or policy.device.type == "cuda"):
         return "as it is"
-    microbatch = first_microbatch(policy, tasks, config)
-    return settle_bits(policy, *microbatch, has_ratio="ratio_error" in objective.worst_figures, ranks=ranks)
+    settled: Settled = "as it is"
+    for size in config.sizes:
+        alike, has_ratio = policy.at((size,)), "ratio_error" in objective.worst_figures
+        found = settle_bits(alike, *first_microbatch(alike, tasks, config), has_ratio=has_ratio, ranks=ranks)
+        settled = settled if found == "as it is" else found
+    return settled
 
 
 def settle_bits(
@@ -144,7 +153,9 @@ def _is_trained_as_sampled(policy: Policy, condition: Condition, latents: Tensor
 
 
 def first_microbatch(policy: Policy, tasks: list[EditTask], config: Config) -> tuple[Condition, Tensor]:
-    """Make the first rows of a rollout, as many as a microbatch has: condition, and latents (B, L, C) of noise."""
+    """Make the first rows of a rollout, at the policy's size, as many as a microbatch has: condition, and latents
+    (B, L, C) of noise.
+    """
     size, has_cfg = config.rollout.group_size, config.rollout.is_guided and config.model.cfg_scale != 1
     rows = [task for task in tasks for _ in range(size)][: config.optimizer.microbatch_size]
     images = torch.stack([task.source for task in rows])

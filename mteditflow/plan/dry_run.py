@@ -10,11 +10,13 @@ import textwrap
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import psutil
 import torch
 
 from mteditflow.config import Config
+from mteditflow.data import size_shares
 from mteditflow.distributed import check_world
 from mteditflow.objective import build_objective
 from mteditflow.plan.duration import (
@@ -24,6 +26,7 @@ from mteditflow.plan.duration import (
     check_timeout,
     duration_plan,
     longest_waits,
+    mean_seconds,
 )
 from mteditflow.plan.estimate import describe, estimate
 from mteditflow.plan.gpus import GPUS, Gpu, Target
@@ -90,7 +93,9 @@ def dry_run(config: Config, target: Target | None = None) -> Plan:
         durations = {"not measured": "the model is not on this machine; --gpu NAME estimates it for a GPU"}
     else:
         policy = build_policy(config.model, config.lora, config.run.seed, has_old=build_objective(config).has_old)
-        title, measured = "Duration, expected", measure(policy, config)
+        shares = size_shares(config)
+        rows = [(measure(policy.at((size,)), config.at(*size)), share) for size, share in shares.items()]
+        title, measured = "Duration, expected", mean_seconds(rows)
         durations = {part: _duration(value) for part, value in duration_plan(config, measured).items()}
         problem = problem or check_timeout(config, measured)
     sections = {
@@ -100,6 +105,11 @@ def dry_run(config: Config, target: Target | None = None) -> Plan:
         },
         title: durations,
     }
+    if config.data.buckets:
+        how = "" if Path(config.data.path).exists() else ", alike: data.path is not on this machine"
+        sections[f"Sizes of pictures{how}"] = {
+            f"{width} x {height}": f"{share:.0%}" for (height, width), share in size_shares(config).items()
+        }
     if config.run.num_gpus > 1:
         sections["Between GPUs, of an iteration"] = _traffic_rows(config, sizes, target.gpu if target else GPUS["h200"])
         waits = {name: _duration(value) for name, value in _waits(config, sizes).items()}

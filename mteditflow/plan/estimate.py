@@ -16,7 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mteditflow.config import Config
 from mteditflow.config.ranges import require
-from mteditflow.plan.duration import RowSeconds
+from mteditflow.data import size_shares
+from mteditflow.plan.duration import RowSeconds, mean_seconds
 from mteditflow.plan.flops import forward_flops
 from mteditflow.plan.gpus import Gpu, Span, Target
 from mteditflow.plan.memory import GIB, Sizes, folder_of, num_image_tokens, num_passes
@@ -41,11 +42,23 @@ QUESTION_TOKENS, IMAGE_TOKENS = 500, 256  # of rubric and instructions, and of a
 
 
 def estimate(config: Config, sizes: Sizes, judge_gib: float, target: Target) -> tuple[RowSeconds, RowSeconds] | None:
-    """Estimate seconds per row, at the slowest and at the fastest; `judge_gib`, of a judge in the process. None: the
-    editor is so small that the GPU would wait for the host.
+    """Estimate seconds per row, at the slowest and at the fastest, averaged over the sizes of pictures; `judge_gib`, of
+    a judge in the process. None: the editor is so small that the GPU would wait for the host.
 
     ValueError: the GPU has no such precision, or what was measured is another.
     """
+    found = {size: _estimate_one_size(config.at(*size), sizes, judge_gib, target) for size in config.sizes}
+    known, shares = {size: both for size, both in found.items() if both}, size_shares(config)
+    if len(known) < len(found):
+        return None
+    slowest, fastest = (mean_seconds([(known[size][end], shares[size]) for size in known]) for end in (0, 1))
+    return slowest, fastest
+
+
+def _estimate_one_size(
+    config: Config, sizes: Sizes, judge_gib: float, target: Target
+) -> tuple[RowSeconds, RowSeconds] | None:
+    """Estimate them where all pictures have the model's size."""
     _check(config, target)
     num_blocks = sizes.transformer["num_layers"] + (sizes.transformer.get("num_single_layers") or 0)
     seconds_of_row, _ = _transformer_seconds(config, sizes, target, 0)

@@ -120,7 +120,15 @@ def _trained(config: Config, model: nn.Module, family: Family) -> dict[str, int]
 
 
 def memory_plan(config: Config, sizes: Sizes) -> dict[str, float]:
-    """GiB by part, on each of `run.num_gpus` ranks; the sum is what the run needs.
+    """GiB by part, on each of `run.num_gpus` ranks; the sum is what the run needs: for pictures of the size that needs
+    most.
+    """
+    plans = [_plan_one_size(config.at(*size), sizes) for size in config.sizes]
+    return max(plans, key=lambda plan: sum(plan.values()))
+
+
+def _plan_one_size(config: Config, sizes: Sizes) -> dict[str, float]:
+    """GiB by part, where all pictures have the model's size.
 
     What stays: weights; trained weights, gradients and two moments of AdamW, four float32 each, `ema` and NFT's `old`
     one more each; a rollout's latents of S+1 noise levels, conditions and images. Phases follow each other: where

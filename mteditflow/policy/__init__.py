@@ -1,6 +1,7 @@
 """The editor that is trained: one file per family of editors, and one `Policy` that the rest of the trainer sees."""
 
 from collections.abc import Sequence
+from copy import copy
 from typing import Any
 
 import torch
@@ -27,12 +28,18 @@ from mteditflow.record.clock import phase
 from mteditflow.transformer.adapters import AdapterName, Adapters
 from mteditflow.transformer.attention import choose_attention
 from mteditflow.transformer.base import check_float8
-from mteditflow.transformer.compiled import compile_blocks, is_compiled, replay_blocks, run_blocks_eagerly
+from mteditflow.transformer.compiled import (
+    allow_graphs,
+    compile_blocks,
+    is_compiled,
+    replay_blocks,
+    run_blocks_eagerly,
+)
 from mteditflow.transformer.full_weights import full_weights
 from mteditflow.transformer.lora import lora_adapters
 from mteditflow.transformer.rope import fuse_rope
 from mteditflow.transformer.sharded import shard
-from mteditflow.types import Condition
+from mteditflow.types import Condition, Shape
 
 __all__ = [
     "DTYPES", "AdapterName", "Adapters", "Family", "Policy", "build_policy", "configured_family", "family_of",
@@ -75,15 +82,13 @@ class Policy:
         if device.type == "cpu" and hasattr(pipeline, "vae"):
             hasten_upsampling(pipeline.vae)
         check_scheduler(pipeline, config, family.scheduler)
-        pixels = 2 * getattr(pipeline, "vae_scale_factor", family.pixels_per_token // 2)
-        grid, condition_grid = token_grids(config, pixels)
-        base = Base(pipeline=pipeline, config=config, device=device, grid=grid, condition_grid=condition_grid)
-        self.family, self.config, self.device, self.dtype = family, config, device, base.dtype
+        self._pixels = 2 * getattr(pipeline, "vae_scale_factor", family.pixels_per_token // 2)
+        self._configured, self._others = config, dict[Shape, Policy]()
+        self.family, self.device = family, device
         self.pipeline: Any = pipeline  # with the adapters in its transformer
-        self.num_tokens = grid[0] * grid[1]  # L, latent tokens of an edit
-        self.num_condition_tokens = condition_grid[0] * condition_grid[1]  # L', of the image that is edited
         self.num_channels: int = pipeline.transformer.config.in_channels  # C, of a latent token
-        self.editor = family.editor(base)
+        self._fit(config, {})
+        base = self._base
         if device.type == "cuda" and not lora.is_full:  # whose norms are trained
             fuse_rope(pipeline.transformer)
         self.attention = choose_attention(  # before the transformer is copied, in full fine-tuning
@@ -101,6 +106,31 @@ class Policy:
             compile_blocks(pipeline.transformer)
         if mesh is not None:  # last: it renames the classes of the blocks
             shard(pipeline.transformer, mesh, set() if lora.is_full else self.adapters.parameters())
+
+    def _fit(self, config: ModelConfig, prompts: dict[str, dict[str, Tensor]]) -> None:
+        """Take an editor for the size of the config."""
+        grid, condition_grid = token_grids(config, self._pixels)
+        self._base = Base(
+            pipeline=self.pipeline, config=config, device=self.device, grid=grid, condition_grid=condition_grid,
+            prompts=prompts,
+        )  # fmt: skip
+        self.config, self.dtype, self.shape = config, self._base.dtype, ((config.height, config.width),)
+        self.num_tokens = grid[0] * grid[1]  # L, latent tokens of an edit
+        self.num_condition_tokens = condition_grid[0] * condition_grid[1]  # L', of the image that is edited
+        self.editor = self.family.editor(self._base)
+
+    def at(self, shape: Shape) -> "Policy":
+        """Return the policy for sessions of a shape: all is shared but the editor, its positions and its schedule."""
+        if shape == self.shape:
+            return self
+        if not self._others:
+            self._others[self.shape] = self
+        if shape not in self._others:
+            other = copy(self)
+            other._fit(self._configured.at(*shape[0]), self._base.prompts)
+            self._others[shape] = other
+            allow_graphs(len(self._others))
+        return self._others[shape]
 
     @phase("encode text")
     @torch.no_grad()
@@ -141,7 +171,8 @@ class Policy:
     def run_eagerly(self) -> None:
         """From now on, run the transformer's blocks as they are, not compiled."""
         run_blocks_eagerly(self.pipeline.transformer)
-        self.is_compiled = False
+        for policy in (self, *self._others.values()):
+            policy.is_compiled = False
 
     def replay(self) -> None:
         """From now on, compute a velocity that is trained on by the pass that samples (`compiled.replay_blocks`)."""

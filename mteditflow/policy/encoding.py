@@ -90,7 +90,7 @@ class Prompts:
     def __init__(self, base: Base, names: Sequence[str]) -> None:
         """names: of the tensors that the pipeline's `encode_prompt` returns first."""
         self._base, self._names = base, names
-        self._kept: dict[str, dict[str, Tensor]] = {}  # the last used comes last
+        self._kept = base.prompts  # the last used comes last
 
     def __call__(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Encode N prompts: a row of each tensor for each."""

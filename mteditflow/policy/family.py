@@ -1,7 +1,7 @@
 """What a family of editors is: the facts that plans, cards, exports and CUDA graphs ask for, and the editor itself."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -91,6 +91,7 @@ class Base:
     device: torch.device
     grid: tuple[int, int]  # rows and columns of the L tokens of an edit
     condition_grid: tuple[int, int]  # of the L' tokens of the image that is edited
+    prompts: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # what `encoding.Prompts` keeps
 
     @property
     def dtype(self) -> torch.dtype:

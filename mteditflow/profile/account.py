@@ -16,7 +16,7 @@ from typing import Self
 
 from mteditflow.config import Config
 from mteditflow.plan.duration import batch_plan
-from mteditflow.plan.flops import ForwardFlops, forward_flops, matmul_ceiling
+from mteditflow.plan.flops import ForwardFlops, forward_flops, matmul_ceiling, mean_flops
 from mteditflow.plan.memory import num_passes
 from mteditflow.policy import Policy
 from mteditflow.profile.gpu import open_meter
@@ -27,11 +27,16 @@ TRAINING = "forward, backward"
 
 
 def row_flops(config: Config, policy: Policy) -> ForwardFlops:
-    """Count the forward pass of one row of the policy, guidance aside."""
-    return forward_flops(
-        policy.family, policy.pipeline.transformer.config, text_tokens=policy.family.num_text_tokens(config.model),
-        image_tokens=policy.num_tokens + policy.num_condition_tokens,
-    )  # fmt: skip
+    """Count the forward pass of one row of the policy, guidance aside, of the mean size of pictures."""
+    text_tokens = policy.family.num_text_tokens(config.model)
+
+    def count(size: tuple[int, int]) -> ForwardFlops:
+        alike = policy.at((size,))
+        image_tokens = alike.num_tokens + alike.num_condition_tokens
+        transformer = policy.pipeline.transformer.config
+        return forward_flops(policy.family, transformer, text_tokens=text_tokens, image_tokens=image_tokens)
+
+    return mean_flops(count, config)
 
 
 def count_work(config: Config, row: ForwardFlops, num_transitions: float, num_ranks: int = 1) -> dict[str, float]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mteditflow.distributed import Ranks
-from mteditflow.types import Rollout, Scores
+from mteditflow.types import Rollout, Rollouts, Scores
 
 NO_EDIT = 0.08  # of a pixel's range: the miniature's autoencoder alone moves no block of a picture by more
 OVER_EDIT = 0.7  # consistency below which a turn has changed what it should have left alone
@@ -69,15 +69,21 @@ def is_unedited(before: Tensor, after: Tensor) -> Tensor:
     return change.flatten(1).amax(1) <= NO_EDIT
 
 
-def rollout_figures(rollout: Rollout, scores: Scores, ranks: Ranks) -> dict[str, float]:
+def rollout_figures(rollout: Rollout | Rollouts, scores: Scores, ranks: Ranks) -> dict[str, float]:
     """Measure the finite pictures of all ranks' trajectories, and the consistency that is scored. scores: of all."""
     measures = (edge_density, saturation, colourfulness)
-    pictures = [rollout.sources, *(turn.image.to(rollout.sources) for turn in rollout.turns)]
-    is_finite = torch.stack([picture.flatten(1).isfinite().all(1) for picture in pictures]).all(0)
-    unedited = torch.stack([is_unedited(before, after) for before, after in pairwise(pictures)], dim=1)  # (N, K)
-    columns = [measure(picture) for measure in measures for picture in (pictures[0], pictures[-1])]
-    rows = ranks.gather(torch.cat([torch.stack(columns, dim=1), unedited, is_finite[:, None]], dim=1))
-    measured, unedited = rows[rows[:, -1] > 0][:, :-1].split([len(columns), unedited.shape[1]], dim=1)
+
+    def measure_part(part: Rollout) -> Tensor:
+        """Measure first and last pictures, say which turns are unedited, and whether all is finite: (N, 7 + K)."""
+        pictures = [part.sources, *(turn.image.to(part.sources) for turn in part.turns)]
+        is_finite = torch.stack([picture.flatten(1).isfinite().all(1) for picture in pictures]).all(0)
+        unedited = torch.stack([is_unedited(before, after) for before, after in pairwise(pictures)], dim=1)  # (N, K)
+        columns = [measure(picture) for measure in measures for picture in (pictures[0], pictures[-1])]
+        return torch.cat([torch.stack(columns, dim=1), unedited, is_finite[:, None]], dim=1)
+
+    rows = ranks.gather(torch.cat([measure_part(part) for part in rollout.parts]))
+    num_columns = 2 * len(measures)
+    measured, unedited = rows[rows[:, -1] > 0][:, :-1].split([num_columns, rows.shape[1] - 1 - num_columns], dim=1)
     first, last = measured.mean(0).view(-1, 2).unbind(1)
     drifts = (last / first - 1).abs()
     values = {f"alarm/{measure.__name__}_drift": drift for measure, drift in zip(measures, drifts, strict=True)}

@@ -23,7 +23,8 @@ def draw_sessions(tasks: list[EditTask], edits: Mapping[str, Tensor], sessions: 
     rows, captions = [], []
     for n in sessions:
         for name, images in edits.items():
-            rows.append([_shrink(image) for image in (tasks[n].source, *images[:, n])])
+            height, width = tasks[n].source.shape[1:]
+            rows.append([_shrink(image) for image in (tasks[n].source, *images[:, n, :, :height, :width])])
             captions.append([name, *tasks[n].instructions[: len(images)]])
     return draw_grid(rows, captions, scale=_scale(rows[0][0]))
 
