@@ -217,7 +217,9 @@ def test_the_nearest_aspect() -> None:
 
 @pytest.fixture
 def photographs(tmp_path: Path) -> Path:
-    """A JSONL of 8 pictures of 3:2, 3 of 2:3 and one that is square, an object on the left of each."""
+    """A JSONL of 8 pictures of 3:2, 3 of 2:3 and one that is square, an object on the left of each; beside it
+    held.jsonl, of four others.
+    """
     lines = []
     for number, size in enumerate([(150, 100)] * 8 + [(100, 150)] * 3 + [(90, 90)]):
         Image.effect_noise(size, 60).convert("RGB").save(tmp_path / f"{number}.png")
@@ -225,11 +227,16 @@ def photographs(tmp_path: Path) -> Path:
         lines.append(f'{{"image": "{number}.png", "instructions": ["make {number} red", "b"], "objects": [{box}]}}\n')
     path = tmp_path / "a.jsonl"
     path.write_text("".join(lines))
+    for number, size in enumerate([(150, 100), (100, 150), (90, 90), (150, 100)]):
+        Image.effect_noise(size, 40).convert("RGB").save(tmp_path / f"held{number}.png")
+    held = [f'{{"image": "held{n}.png", "instructions": ["a", "b"]}}\n' for n in range(4)]
+    (tmp_path / "held.jsonl").write_text("".join(held))
     return path
 
 
 def of_photographs(path: Path, **values: Any) -> Config:
-    data = DataConfig(path=str(path), num_turns=2, held_out_share=1e-9, buckets=("80x48", "48x80"))
+    held_out = str(path.parent / "held.jsonl")
+    data = DataConfig(path=str(path), held_out=held_out, num_turns=2, buckets=("80x48", "48x80"))
     return Config(data=data, rollout=RolloutConfig(num_tasks=12, microbatch_size=16), **values)
 
 
@@ -273,8 +280,14 @@ def test_a_condition_of_its_own_size_follows() -> None:
 
 
 def test_the_plan_is_of_the_largest_and_the_hours_of_the_mix(photographs: Path) -> None:
-    config = change(from_yaml(CONFIGS / "kontext_nft_24gb.yaml"), "data", path=str(photographs), held_out_share=1e-9)
-    config = change(config, "data", num_turns=2, buckets=("768x512", "512x768", "384x384"))
+    config = change(from_yaml(CONFIGS / "kontext_nft_24gb.yaml"), "data", path=str(photographs))
+    config = change(
+        config,
+        "data",
+        held_out=str(photographs.parent / "held.jsonl"),
+        num_turns=2,
+        buckets=("768x512", "512x768", "384x384"),
+    )
     sizes = read_sizes(config)
     singles = {size: config.at(*size) for size in config.sizes}
     plans = {size: sum(memory_plan(single, sizes).values()) for size, single in singles.items()}
@@ -313,7 +326,8 @@ def test_a_run_on_pictures_of_several_sizes(
     monkeypatch.setattr("mteditflow.run.check_judge", lambda config: None)
     values = {
         "model.path": tiny_pipeline_folder, "model.max_text_tokens": 8, "lora.rank": 2, "data.path": photographs,
-        "data.buckets": "[80x48, 48x80]", "data.num_turns": 2, "data.held_out_share": 0.4, "rollout.num_tasks": 4,
+        "data.buckets": "[80x48, 48x80]", "data.num_turns": 2, "rollout.num_tasks": 4,
+        "data.held_out": photographs.parent / "held.jsonl",
         "rollout.group_size": 2, "rollout.num_steps": 3, "rollout.window_size": 1, "rollout.microbatch_size": 2,
         "optimizer.microbatch_size": 2, "objective.name": "grpo", "run.num_iterations": 2, "evaluation.every": 1,
         "evaluation.num_sessions": 4, "evaluation.num_sessions_short": 3, "evaluation.num_strips": 3,
