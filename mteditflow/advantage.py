@@ -78,9 +78,8 @@ def _z(values: Tensor, mask: Tensor, group: Tensor, std: str) -> Tensor:
     """z of each column over the group, (N, J); rows outside `mask` (N, J) have no part and get 0."""
     mean = _group_mean(values, mask, group)
     deviation = (values - mean).masked_fill(~mask, 0)
-    largest = torch.zeros_like(_group_sum(values, group)).scatter_reduce(
-        0, group[:, None].expand_as(values), deviation.abs(), "amax"
-    )[group]
+    index = group[:, None].expand_as(values)
+    largest = torch.zeros_like(_group_sum(values, group)).scatter_reduce(0, index, deviation.abs(), "amax")[group]
     if std == "global":  # Flow-GRPO's option: std of all rewards about the mean of all
         group = torch.zeros_like(group)
         mean = _group_mean(values, mask, group)

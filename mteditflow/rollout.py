@@ -10,6 +10,7 @@ update has to be exactly 1.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -24,7 +25,7 @@ from mteditflow.objective import Objective
 from mteditflow.pictures import round_to_8_bit
 from mteditflow.policy import Policy
 from mteditflow.policy.cuda_graph import by_graph, is_captured
-from mteditflow.policy.encoding import rows_at_a_time
+from mteditflow.policy.encoding import rows_at_a_time, stack_references
 from mteditflow.record.clock import phase, traced
 from mteditflow.types import Condition, EditTask, Rollout, Turn
 
@@ -90,9 +91,12 @@ class Sampler:
         self.group, self.member = every // group_size, every % group_size
         images = torch.stack([task.source for task in tasks])
         self.source_latents = policy.encode_image(images, self.to_encode)
+        self.references = stack_references(tasks)
+        self.reference_latents = policy.encode_references(self.references, self.to_encode)
+        self.encode_text = partial(policy.encode_text, has_cfg=cfg_scale != 1)
         num_texts = 1 if policy.family.is_text_of_image else num_turns
         self.texts = [
-            policy.encode_text([task.instructions[turn] for task in tasks], images, has_cfg=cfg_scale != 1)
+            self.encode_text([task.instructions[turn] for task in tasks], images, references=self.references)
             for turn in range(num_texts)
         ]
 
@@ -104,8 +108,10 @@ class Sampler:
         ids = torch.tensor([task.id for task in self.tasks])[group]
         on_device = group.to(policy.device)
         image, image_latents, turns = torch.zeros(0), self.source_latents[on_device], list[Turn]()
+        given = [latents[on_device] for latents in self.reference_latents]
         for turn in traced("turn", range(self.num_turns)):
             text = self._text(turn, group, image)
+            image_latents = torch.cat([image_latents, *given], dim=1)
             condition = Condition(text=text, image=image_latents, cfg_scale=self.cfg_scale)
 
             def keys(place: Place, number: int = 0, turn: int = turn) -> Tensor:
@@ -135,7 +141,7 @@ class Sampler:
             at = group.to(self.policy.device)
             return {name: value[at] for name, value in self.texts[turn].items()}
         instructions = [self.tasks[g].instructions[turn] for g in group.tolist()]
-        return self.policy.encode_text(instructions, image, has_cfg=self.cfg_scale != 1)
+        return self.encode_text(instructions, image, references=[images[group] for images in self.references])
 
 
 @torch.no_grad()
@@ -144,10 +150,8 @@ def roll_out(
     num_turns: int, group_size: int, cfg_scale: float = 1.0,
 ) -> Rollout:  # fmt: skip
     """Roll out G trajectories of K turns for each task at once, as `Sampler` does."""
-    sampler = Sampler(
-        policy, tasks, schedule, noise, config, num_turns=num_turns, group_size=group_size, cfg_scale=cfg_scale
-    )
-    return sampler(torch.arange(len(tasks) * group_size))
+    how = partial(Sampler, num_turns=num_turns, group_size=group_size, cfg_scale=cfg_scale)
+    return how(policy, tasks, schedule, noise, config)(torch.arange(len(tasks) * group_size))
 
 
 def sample_waves(

@@ -8,8 +8,9 @@ fine-tuning)  report.html
 import os
 import sys
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from rich.console import Console
@@ -17,13 +18,12 @@ from rich.console import Console
 from mteditflow.config import Config
 from mteditflow.config.cli import to_yaml
 from mteditflow.config.rubric import read_rubric
-from mteditflow.data import check_data, held_out_tasks, training_tasks
+from mteditflow.data import all_instructions, check_data, held_out_tasks, training_tasks
 from mteditflow.distributed import Ranks
 from mteditflow.evaluate.comparison_page import final_table
-from mteditflow.evaluate.drift import measure_drift
 from mteditflow.evaluate.edival import Evaluation, point_metrics
+from mteditflow.evaluate.exposure import evaluate_editor, num_sessions
 from mteditflow.evaluate.held_out import (
-    evaluate,
     has_truth,
     is_comparable,
     load_evaluation,
@@ -36,22 +36,23 @@ from mteditflow.evaluate.parts import PartFolder
 from mteditflow.export.weights import save_result
 from mteditflow.objective import Objective
 from mteditflow.plan.compiling import SAID, choose_compile, settle
-from mteditflow.policy import AdapterName, build_policy
+from mteditflow.policy import AdapterName, build_policy, check_references
 from mteditflow.policy.optimizer import build_optimizer, load_optimizer, moments_like, optimizer_state
 from mteditflow.policy.pipelines import is_slow_in_bfloat16
 from mteditflow.profile.account import Account, step_seconds
+from mteditflow.profile.base_error import measure_base_error
 from mteditflow.record import alarms, checkpoint, ending
 from mteditflow.record.clock import phase
 from mteditflow.record.figures import METRICS
-from mteditflow.record.metrics import Reporter
+from mteditflow.record.metrics import FILE, Reporter, read_lines
 from mteditflow.report.run_report import write_report
 from mteditflow.report.seen import Seen, choose_of_all, save_seen
 from mteditflow.report.strips import save_strips
-from mteditflow.reward import build_reward, check_judge, is_trained_by_group
+from mteditflow.reward import Judged, build_reward, check_judge, is_trained_by_group
 from mteditflow.reward.overlap import Overlap, efficiency
 from mteditflow.transformer.compiled import count_graphs
 from mteditflow.transformer.sharded import make_mesh
-from mteditflow.types import Rollout, Rollouts, Scores
+from mteditflow.types import Rollout, Rollouts
 
 
 class Run:
@@ -66,7 +67,8 @@ class Run:
         self.folder = Path(config.run.folder)
         self._unsaved: tuple[int, checkpoint.State] | None = None  # iterations done, and a copy of the state after them
         self._warned: set[str] = set()
-        self.drift: dict[str, float] = {}  # of a quantised base, in the metrics of the first iteration
+        self._lines: list[dict[str, Any]] = []  # metrics of every iteration, on the main rank
+        self.base_error: dict[str, float] = {}  # of a quantised base, in the metrics of the first iteration
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
@@ -80,6 +82,7 @@ class Run:
         config = self.config
         check_judge(config)
         check_data(config, is_speaking=self.ranks.is_main)
+        check_references(config)
         # first: a judge that is not there is found at once
         self.judge = Overlap(build_reward(config), config.reward, self.ranks.device)
         stack.enter_context(self.judge)
@@ -128,6 +131,7 @@ class Run:
         config = self.config
         self.reporter = Reporter(self.folder, iteration=self.first_iteration, num_iterations=config.run.num_iterations)
         stack.callback(self.reporter.close)
+        self._lines = read_lines(self.folder / FILE)
         (self.folder / "config.yaml").write_text(to_yaml(config))
         going_on = f", going on after iteration {self.first_iteration}" if is_resumed else ""
         self.reporter.say(f"{self.policy.adapters.num_modules} modules adapted, run folder {self.folder}{going_on}")
@@ -138,9 +142,18 @@ class Run:
             )
         if is_slow_in_bfloat16(self.policy.device) and self.policy.dtype == torch.bfloat16:
             self.reporter.say(f"model.base {config.model.base!r} computes in bfloat16, slowly here: float32 is faster")
-        for line in lines:
+        for line in [*lines, *self._cut()]:
             self.reporter.say(line)
         self._say_graphs("at the start")
+
+    def _cut(self) -> list[str]:
+        """Say how many instructions of a user's data are longer than the text encoder reads."""
+        texts, limit = all_instructions(self.config), self.config.model.max_text_tokens
+        num = sum(map(self.policy.editor.is_cut, texts))
+        cut = (
+            f"{num} of {len(texts)} instructions are longer than model.max_text_tokens {limit}: their ends are not read"
+        )
+        return [cut] if num else []
 
     def _say(self, line: str) -> None:
         """Print a line for the user, on the main rank."""
@@ -152,9 +165,9 @@ class Run:
         config = self.config
         self.tasks = held_out_tasks(config)
         if self.policy.originals:
-            drift = measure_drift(self.policy, self.objective, self.tasks[0], config)
-            self.drift = drift.figures
-            self._say(str(drift))
+            error = measure_base_error(self.policy, self.objective, self.tasks[0], config)
+            self.base_error = error.figures
+            self._say(str(error))
         before = self.ranks.from_main(load_evaluation(self.folder, "before") if self.ranks.is_main else None)
         if before is None or not is_comparable(before, config):
             before = kept_evaluation(
@@ -184,10 +197,10 @@ class Run:
         finally:
             self._stack.close()
 
-    def record(self, iteration: int, values: dict[str, float], rollout: Rollout | Rollouts, scores: Scores) -> None:
+    def record(self, iteration: int, values: dict[str, float], rollout: Rollout | Rollouts, scored: Judged) -> None:
         """The end of an iteration: metrics, what the judge saw, evaluation, checkpoint, which comes last."""
-        config, done, judged = self.config, iteration + 1, self.judge.read()
-        values = values | alarms.rollout_figures(rollout, scores, self.ranks)
+        config, done, judged, scores = self.config, iteration + 1, self.judge.read(), scored.scores
+        values = values | alarms.rollout_figures(rollout, scores, self.ranks, scored.group, scored.advantages)
         values |= {"update/learning_rate": self.optimizer.param_groups[0]["lr"]}
         chosen = choose_of_all(rollout, scores, config.run.num_judged, self.ranks)
         if values["reward/zero_spread_share"] == 1:
@@ -204,13 +217,15 @@ class Run:
     def _report(self, iteration: int, values: dict[str, float], judged: dict[str, float], chosen: list[Seen]) -> None:
         """Write and print the figures of an iteration."""
         config, done = self.config, iteration + 1
+        self._lines.append(values)
+        values = values | alarms.added_figures(self._lines)
         self._warn(alarms.find_alarms(values), values, done)
         self._say_graphs(f"iteration {done}")
-        drift = self.drift if iteration == 0 else {}
+        base_error = self.base_error if iteration == 0 else {}
         save_seen(self.folder, "training", iteration, config.reward.judge, chosen)
         account = self.account.read(values["update/num_transitions"] / self.ranks.world_size)  # of a rank
         judged["reward/overlap_efficiency"] = efficiency(judged, step_seconds(account))
-        self.reporter.write(iteration, values | drift | account | judged)
+        self.reporter.write(iteration, values | base_error | account | judged)
 
     def _warn(self, names: list[str], values: dict[str, float], done: int) -> None:
         """A line for each alarm that was not raised before in this process."""
@@ -240,8 +255,10 @@ class Run:
         """Evaluate after `done` iterations, on all ranks, and keep what the judge saw. A whole evaluation has a name,
         by which it goes on after a kill; a short one has none.
         """
-        config, is_main = self.config, self.ranks.is_main
-        tasks = self.tasks if name else self.tasks[: config.evaluation.num_sessions_short]
+        config, is_main, tasks = self.config, self.ranks.is_main, self.tasks
+        if not name:
+            tasks = tasks[: config.evaluation.num_sessions_short]
+            config = replace(config, evaluation=replace(config.evaluation, has_true_inputs=False))
         judge = "exact" if has_truth(tasks) else config.reward.judge
 
         def see(sessions: list[Seen]) -> None:
@@ -249,8 +266,10 @@ class Run:
                 save_seen(self.folder, "evaluation", done, judge, sessions)
 
         folder = self._parts(name, done) if name else None
-        with self.reporter.show_sessions(len(tasks)) if is_main else nullcontext(lambda _: None) as show:
-            return evaluate(
+        with (
+            self.reporter.show_sessions(num_sessions(tasks, config)) if is_main else nullcontext(lambda _: None) as show
+        ):
+            return evaluate_editor(
                 self.policy, tasks, config, adapter, self.ranks, self.judge,
                 see=see if config.run.num_judged else None, folder=folder, show=show,
             )  # fmt: skip
@@ -274,7 +293,7 @@ class Run:
             self.reporter.close()
             console = Console()
             console.print(final_table(self.folder))
-            console.print(f"report: {report}", soft_wrap=True, highlight=False)
+            console.print(f"report: {report}", soft_wrap=True, highlight=False, markup=False)
             console.print(f"use it: {use}", soft_wrap=True, highlight=False, markup=False)
         self.ranks.barrier()
 

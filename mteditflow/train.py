@@ -60,5 +60,5 @@ def train(config: Config, ranks: Ranks) -> None:
                 check_adapter(policy, rollout, config)
                 is_adapter_checked = True
             figures |= score_figures(judged.scores, judged.advantages, judged.group, config.advantage)
-            run.record(iteration, figures, rollout, judged.scores)
+            run.record(iteration, figures, rollout, judged)
         run.finish()

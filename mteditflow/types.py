@@ -16,7 +16,7 @@ from mteditflow.noise import NoiseSource, Place, row_keys
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom in shares of width and height."""
 Shape = tuple[tuple[int, int], ...]
-"""What the sessions of a batch have alike: height and width of the source and its edits."""
+"""What the sessions of a batch have alike: height and width of the source and its edits, then of each reference."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +35,7 @@ class EditTask:
     source: Tensor  # (3, H, W) in [-1, 1]
     instructions: tuple[str, ...]  # K
     edit_types: tuple[str, ...]  # K
+    references: tuple[Tensor, ...] = ()  # (3, h, w) each: further pictures, which every turn is given as they are
     truth: Any = None  # for the embedded world, its Session: what the exact verifier needs to know
     objects: tuple[Region, ...] = ()  # all that were found in the source, touched or not; (): unknown
     untouched: tuple[tuple[Region, ...], ...] = ()  # K: what no instruction so far touches; (): unknown
@@ -42,7 +43,7 @@ class EditTask:
     @property
     def shape(self) -> Shape:
         """The sizes of its pictures."""
-        return ((self.source.shape[1], self.source.shape[2]),)
+        return tuple((image.shape[1], image.shape[2]) for image in (self.source, *self.references))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,7 @@ class Condition:
     """What the velocity is conditioned on, fixed within a turn."""
 
     text: dict[str, Tensor]  # (N, ...) each: what the family's text encoders made of the instructions
-    image: Tensor  # (N, L', C) clean latents of the image that is edited; L' is L but for a condition of its own size
+    image: Tensor  # (N, L', C) clean latents of the image that is edited, then of the references
     cfg_scale: float = 1.0  # true classifier-free guidance; 1: none
 
     def rows(self, index: Tensor) -> "Condition":

@@ -18,7 +18,7 @@ from mteditflow.guards import GuardError, check_ratio
 from mteditflow.objective import Objective
 from mteditflow.policy import Policy
 from mteditflow.record.clock import phase
-from mteditflow.record.tally import Tally
+from mteditflow.record.metrics import Tally
 from mteditflow.transformer.sharded import clip_, uncut
 from mteditflow.types import Microbatch, Rollout, Rollouts
 
@@ -73,8 +73,7 @@ class Microbatches:
         weight = self.scale * (torch.arange(size) < len(rows)).float()
         filled = torch.cat([rows, rows[:1].expand(size - len(rows))]) - self.firsts[part]
         for i, draw in enumerate(self.draws):
-            made = Microbatch(part=part, turn=turn, draw=draw, rows=filled, weight=weight)
-            yield (step + i) % self.num_updates, made
+            yield (step + i) % self.num_updates, Microbatch(part=part, turn=turn, draw=draw, rows=filled, weight=weight)
 
 
 def update(

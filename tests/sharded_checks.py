@@ -173,7 +173,7 @@ def check_sizes(place: Place) -> None:
 
 
 def check_run(place: Place, objective: Any, lora: LoraConfig, tolerance: float, **fields: Any) -> None:
-    """A whole run, its evaluations, drift, checkpoint and export, has the metrics of one that is not cut."""
+    """A whole run, its evaluations, the base's error, checkpoint and export, has the metrics of one that is not cut."""
     lines, evaluations = [], []
     for shard in ("none", "full"):
         config = small_run(place, shard, **fields)
@@ -184,9 +184,10 @@ def check_run(place: Place, objective: Any, lora: LoraConfig, tolerance: float, 
         evaluations.append([(folder / f"evaluation_{when}.json").read_text() for when in ("before", "after")])
     whole, cut = lines
     assert whole.keys() == cut.keys() and whole["update/num_transitions"] > 0
-    assert any(name.startswith("drift/") for name in whole) == ("base" in fields)
+    assert any(name.startswith("base/") for name in whole) == ("base" in fields)
     for name, value in whole.items():
-        if name.split("/")[0] in ("update", "reward", "drift", "alarm") and not name.endswith(("_s", "_efficiency")):
+        is_of_training = name.split("/")[0] in ("update", "reward", "drift", "alarm", "base")
+        if is_of_training and not name.endswith(("_s", "_efficiency")):
             assert cut[name] == pytest.approx(value, rel=tolerance, abs=tolerance, nan_ok=True), name
     assert evaluations[0][0] == evaluations[1][0] and (tolerance > 0 or evaluations[0] == evaluations[1])
     if lora.is_full:

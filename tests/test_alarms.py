@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from rollouts import rollout_of
@@ -13,15 +14,18 @@ from mteditflow.distributed import Ranks, alone
 from mteditflow.pictures import round_to_8_bit
 from mteditflow.record.alarms import (
     ALARMS,
-    colourfulness,
-    edge_density,
+    LIMITS,
+    NUM_ITERATIONS,
+    added_figures,
+    credit_figures,
     find_alarms,
     held_out_figures,
     is_unedited,
     rollout_figures,
-    saturation,
 )
+from mteditflow.record.drift import KINDS
 from mteditflow.types import Condition, Rollout, Scores
+from mteditflow.world.drift import AXES, drifted
 from mteditflow.world.render import render
 
 NOTHING = Condition(text={}, image=torch.zeros(0))
@@ -51,17 +55,6 @@ def honest(config: Config) -> list[torch.Tensor]:
     return [render([task.truth.scenes()[turn + 1] for task in tasks]).repeat_interleave(2, dim=0) for turn in range(2)]
 
 
-def test_closed_forms() -> None:
-    stripes = torch.tensor([1.0, -1.0]).repeat(1, 3, 4, 2)  # columns of white and black, 4 x 4
-    assert edge_density(stripes).item() == pytest.approx((2 + 0) / 2)
-    assert saturation(stripes).item() == 0 and colourfulness(stripes).item() == 0
-    red = torch.tensor([1.0, -1.0, -1.0])[None, :, None, None].expand(1, 3, 4, 4)
-    assert edge_density(red).item() == 0 and saturation(red).item() == 1
-    assert colourfulness(red).item() == pytest.approx(0.3 * (1 + 0.25) ** 0.5)  # opponents 1 and 1/2, no spread
-    half = torch.cat([red[..., :2], -red[..., :2]], dim=-1)  # red and cyan: opponents 1, 1/2 and -1, -1/2
-    assert colourfulness(half).item() == pytest.approx((1 + 0.25) ** 0.5)
-
-
 def test_a_small_edit_is_one_and_noise_is_none() -> None:
     before = torch.zeros(3, 3, 64, 64)
     after = before.clone()
@@ -72,18 +65,23 @@ def test_a_small_edit_is_one_and_noise_is_none() -> None:
 
 def test_honest_pictures_do_not_ring(config: Config) -> None:
     figures = rollout_figures(*made(honest(config), config), alone())
-    assert figures.keys() == ALARMS.keys() - {"alarm/held_out_gap"}
+    watched = figures | added_figures([figures])
+    drifts = {f"drift/{kind}{size}_{turn}" for kind in KINDS for size in ("", "_size") for turn in (1, 2)}
+    assert watched.keys() == (ALARMS.keys() | drifts) - {"alarm/held_out_gap"}
     assert figures["alarm/no_edit_share"] == 0 and figures["alarm/over_edit_share"] == 0
-    assert find_alarms(figures) == []
+    assert find_alarms(watched) == []
 
 
 @pytest.mark.parametrize(
     ("fault", "expected"),
     [
-        ("noise", "alarm/edge_density_drift"),
+        ("noise", "alarm/grain_drift"),
         ("grey", "alarm/saturation_drift"),
-        ("grey", "alarm/colourfulness_drift"),
-        ("vivid", "alarm/colourfulness_drift"),
+        ("vivid", "alarm/saturation_drift"),
+        ("warm or cold", "alarm/cast_drift"),
+        ("warm or cold", "alarm/drift_growth"),
+        ("blurred", "alarm/sharpness_drift"),
+        ("faded", "alarm/contrast_drift"),
         ("ignored", "alarm/no_edit_share"),
         ("repainted", "alarm/over_edit_share"),
     ],
@@ -91,7 +89,14 @@ def test_honest_pictures_do_not_ring(config: Config) -> None:
 def test_a_hacked_run_rings(fault: str, expected: str, config: Config) -> None:
     pictures = honest(config)
     rollout, scores = made(pictures, config)
+    before, drift = rollout_figures(rollout, scores, alone()), torch.zeros(len(pictures[1]), 4)
     match fault:
+        case "warm or cold":  # as many of one as of the other
+            drift[::2, 0], drift[1::2, 0] = 0.12, -0.12
+        case "blurred":
+            drift[:, AXES.index("blur")] = 0.4
+        case "faded":
+            drift[:, AXES.index("fade")] = 0.2
         case "noise":
             noise = torch.randn(pictures[1].shape, generator=torch.Generator().manual_seed(0))
             pictures[1] = (pictures[1] + 0.2 * noise).clamp(-1, 1)
@@ -105,10 +110,12 @@ def test_a_hacked_run_rings(fault: str, expected: str, config: Config) -> None:
             pictures = [round_to_8_bit(sources), round_to_8_bit(sources)]
         case "repainted":
             scores = scores_of(torch.full_like(scores.instruction, 0.5))
+    pictures[1] = drifted(pictures[1], drift)
     rollout = replace(
         rollout, turns=[replace(turn, image=own) for turn, own in zip(rollout.turns, pictures, strict=True)]
     )
-    assert expected in find_alarms(rollout_figures(rollout, scores, alone()))
+    after = rollout_figures(rollout, scores, alone())
+    assert expected in find_alarms(after | added_figures([before] * NUM_ITERATIONS + [after] * NUM_ITERATIONS))
 
 
 def test_a_picture_that_is_not_finite_is_left_out(config: Config) -> None:
@@ -117,7 +124,39 @@ def test_a_picture_that_is_not_finite_is_left_out(config: Config) -> None:
     pictures[0][3] = torch.nan
     figures = rollout_figures(*made(pictures, config), alone())
     assert all(value == value for value in figures.values())
-    assert figures["alarm/edge_density_drift"] == pytest.approx(whole["alarm/edge_density_drift"], abs=0.05)
+    assert figures["drift/cast_size_2"] == pytest.approx(whole["drift/cast_size_2"], abs=0.01)
+
+
+def sizes(**of_turns: tuple[float, float]) -> dict[str, float]:
+    """The sizes of drifts at turns 1 and 2; the others have none."""
+    given = {kind: of_turns.get(kind, (0.0, 0.0)) for kind in KINDS}
+    return {f"drift/{kind}_size_{turn + 1}": values[turn] for kind, values in given.items() for turn in range(2)}
+
+
+def test_what_an_editor_brings_is_no_alarm_and_what_training_adds_is() -> None:
+    """An editor that drifts by 0.3 at turn 2: mended it is quiet, also from one iteration to the next; one sign made
+    the other is the same size; added, each limit is where the alarm rings, and so does growth alone.
+    """
+    begun = [sizes(cast=(0.05, 0.3), contrast=(0.02, 0.1))] * 5
+    assert find_alarms(added_figures(begun)) == []
+    mended = [*begun, *[sizes(cast=(0.02, 0.05 + 0.02 * (n % 2)), contrast=(0.01, 0.02)) for n in range(5)]]
+    figures = added_figures(mended)
+    assert find_alarms(figures) == [] and figures["alarm/cast_drift"] == pytest.approx(-0.24, abs=0.02)
+    for kind, limit in LIMITS.items():
+        for share, expected in ((0.9, []), (1.1, [f"alarm/{kind}_drift", "alarm/drift_growth"])):
+            assert find_alarms(added_figures([sizes()] * 3 + [sizes(**{kind: (0.0, share * limit)})] * 3)) == expected
+    at_once = added_figures([sizes()] * 3 + [sizes(cast=(0.1, 0.1))] * 3)
+    assert find_alarms(at_once) == ["alarm/cast_drift"]  # painted at turn 1, and not more of it at turn 2
+
+
+def test_what_is_unknown_is_no_alarm() -> None:
+    """As lines of metrics have it: None; and as they are before they are written: NaN."""
+    none: dict[str, Any] = dict.fromkeys(sizes())
+    nan = dict.fromkeys(sizes(), float("nan"))
+    for lines in ([none] * 6, [nan] * 6, [none] * 3 + [sizes(cast=(0.1, 0.9))] * 3, [{}] * 6):
+        assert find_alarms(added_figures(lines)) == []
+    partly = added_figures([none, sizes(), none, nan, sizes(cast=(0.1, 0.9)), none])
+    assert partly["alarm/cast_drift"] == pytest.approx(0.9)
 
 
 def test_the_gap_between_judge_and_truth() -> None:
@@ -126,3 +165,22 @@ def test_the_gap_between_judge_and_truth() -> None:
     assert held_out_figures({"reward/success_1": 0.9}) == {}
     assert find_alarms(values | held_out_figures(values)) == ["alarm/held_out_gap"]
     assert find_alarms({"alarm/held_out_gap": float("nan")}) == []
+
+
+def test_credit_is_the_correlation_within_groups() -> None:
+    """Numpy's, of each group's deviations; what is the same in a whole group, or unknown, has no part."""
+    generator = torch.Generator().manual_seed(0)
+    drift, group = torch.randn(12, 2, len(KINDS), generator=generator), torch.arange(3).repeat_interleave(4)
+    advantages = torch.randn(12, 2, generator=generator) + 9 * group[:, None]
+    drift[5, 1, 2] = torch.nan
+    figures = credit_figures(drift, group, advantages)
+    size = (drift / torch.tensor(list(LIMITS.values()))).square().sum(-1).sqrt()
+    for turn, added in enumerate((size[:, 0], size[:, 1] - size[:, 0]), start=1):
+        rows = [row for row in range(12) if not added[row].isnan()]
+        pairs = np.array([(added[row].item(), advantages[row, turn - 1].item()) for row in rows])
+        for number in range(3):
+            of_group = [place for place, row in enumerate(rows) if group[row] == number]
+            pairs[of_group] -= pairs[of_group].mean(0)
+        assert figures[f"drift/credit_{turn}"] == pytest.approx(np.corrcoef(pairs.T)[0, 1], abs=1e-6)
+    even = credit_figures(drift, group, torch.ones(12, 2))
+    assert all(value != value for value in even.values())

@@ -31,10 +31,10 @@ from mteditflow.config import (
 from mteditflow.config.command import train
 from mteditflow.data import held_out_tasks
 from mteditflow.distributed import Ranks
-from mteditflow.evaluate.drift import Linears, measure_drift
 from mteditflow.objective import build_objective
 from mteditflow.policy import build_policy
 from mteditflow.policy.published import FLUX_KONTEXT, KLEIN_4B, QWEN_IMAGE_EDIT
+from mteditflow.profile.base_error import Linears, measure_base_error
 from mteditflow.profile.random_kontext import _make_quantised
 from mteditflow.record.metrics import read_lines
 from mteditflow.rollout import sample_rollout
@@ -312,15 +312,15 @@ def test_the_probe_computes_with_the_originals(folders: dict[str, ModelConfig]) 
     velocity = policy.velocity
     watched: Any = lambda *given: seen.append((given, velocity(*given))) or seen[-1][1]  # noqa: E731
     policy.velocity = watched
-    drift = measure_drift(policy, build_objective(config), task_of(), config)
+    error = measure_base_error(policy, build_objective(config), task_of(), config)
     assert not policy.originals
     (given, quantised), (_, original) = seen[-2:]
     with torch.no_grad():
         assert torch.equal(original, plain.velocity(*given)) and not torch.equal(original, quantised)
     errors = [((q - o).norm() / o.norm()).item() for (_, q), (_, o) in zip(seen[-4::2], seen[-3::2], strict=True)]
-    assert drift.figures["drift/velocity"] == pytest.approx(sum(errors) / 2, rel=1e-6)
-    assert drift.figures["drift/log_prob"] > 0 and 1e-4 < drift.figures["drift/linear"] < 0.1
-    assert "clip ranges" in str(drift) and drift.worst["drift/linear"] in str(drift)
+    assert error.figures["base/velocity"] == pytest.approx(sum(errors) / 2, rel=1e-6)
+    assert error.figures["base/log_prob"] > 0 and 1e-4 < error.figures["base/linear"] < 0.1
+    assert "clip ranges" in str(error) and error.worst["base/linear"] in str(error)
 
 
 def test_an_outlier_channel_is_found() -> None:
@@ -354,7 +354,7 @@ def test_text_encoders_in_8_bits(folders: dict[str, ModelConfig]) -> None:
 
 
 def test_a_run(tiny_pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A run on float8: its drift in one line and in the first iteration's metrics, and its LoRA in a stock pipeline."""
+    """A run on float8: its error in one line and in the first iteration's metrics, and its LoRA in a stock pipeline."""
     words = {
         "model.path": tiny_pipeline_folder, "model.max_text_tokens": 8,
         "model.base": "float8", "objective.name": "grpo", "lora.rank": 2, "lora.alpha": 4, "data.num_turns": 1,
@@ -364,8 +364,8 @@ def test_a_run(tiny_pipeline_folder: Path, tmp_path: Path, capsys: pytest.Captur
     }  # fmt: skip
     assert train([word for name, value in words.items() for word in (f"--{name}", str(value))]) == 0
     first, second = read_lines(tmp_path / "metrics.jsonl")
-    assert 0 < first["drift/velocity"] < 0.2 and first["drift/log_prob"] > 0 and "drift/velocity" not in second
-    assert "drift of the base from bfloat16: velocity " in capsys.readouterr().err
+    assert 0 < first["base/velocity"] < 0.2 and first["base/log_prob"] > 0 and "base/velocity" not in second
+    assert "error of the base against bfloat16: velocity " in capsys.readouterr().err
     pipeline = diffusers.FluxKontextPipeline.from_pretrained(tiny_pipeline_folder)  # pyright: ignore
     pipeline.load_lora_weights(str(tmp_path / "lora"))
     state = safetensors.torch.load_file(tmp_path / "lora" / "pytorch_lora_weights.safetensors")

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mteditflow.config import Config, ObjectiveConfig, OptimizerConfig, RolloutConfig, RunConfig
+from mteditflow.config import Config, ModelConfig, ObjectiveConfig, OptimizerConfig, RolloutConfig, RunConfig
 from mteditflow.record import checkpoint
 from mteditflow.record.checkpoint import MANIFEST, load_latest, lock, save
 
@@ -149,6 +150,17 @@ def test_another_problem_is_refused_with_its_fields(tmp_path: Path) -> None:
         load_latest(tmp_path, Config(optimizer=OptimizerConfig(microbatch_size=16)), refuse)
     with pytest.raises(ValueError, match=r"lora\.targets: was \[.*\], is \['to_q'\]"):
         load_latest(tmp_path, replace(CONFIG, "lora", targets=("to_q",)), refuse)
+
+
+@pytest.mark.parametrize(("was", "now"), permutations(("embedded", "drifting", "/models/editor"), 2))
+def test_a_folder_of_another_world_is_refused(tmp_path: Path, was: str, now: str) -> None:
+    """Either miniature's run, or one of any other editor, resumed with another: one line, which names both."""
+    before, after = (dataclasses.replace(CONFIG, model=ModelConfig(path=path)) for path in (was, now))
+    save_one(tmp_path, 3, config=before)
+    with pytest.raises(ValueError, match=f"model.path: was '{was}', is '{now}'") as caught:
+        load_latest(tmp_path, after)
+    assert "\n" not in str(caught.value) and "use another run.folder" in str(caught.value)
+    assert_is(load_latest(tmp_path, before), 3)
 
 
 def test_what_does_not_change_the_problem_may_change(tmp_path: Path) -> None:

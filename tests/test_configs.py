@@ -25,6 +25,7 @@ NAMES = ("folder", "name", "num_gpus")  # say what they are by themselves
 JUDGE = "how a judge that serves others is asked"
 WITHOUT_USER = {
     "data.held_out_share": "docs/data.md sets it, for a data set of four images",
+    "data.allowed_folder": "where a user's pictures lie: docs/data.md",
     "rollout.hand_off": "ours: what a multi-turn editor hands on is a decision, not a constant",
     "rollout.cuda_graph": "the switch of a speed-up, which bench/ turns",
     "lora.is_full": "full fine-tuning, on the command line: docs/export.md",
@@ -40,6 +41,7 @@ WITHOUT_USER = {
     "reward.overlap": "the switch of a speed-up, which `profile --overlap` and bench/ turn",
     "reward.green_sms": "goes with reward.overlap green, which a GPU and torch 2.12 decide",
     "reward.also": "a user's function: docs/judge.md",
+    "evaluation.has_true_inputs": "a diagnosis that doubles an evaluation, on the command line: README",
     "evaluation.num_strips": "must be at most num_sessions: lower in a run with few",
     "distributed.timeout_s": "how long the slowest rank may work alone: docs/scaling.md",
     "run.backend": "names the implementation where auto is not wanted",

@@ -18,7 +18,7 @@ from mteditflow.world.edits import EDIT_TYPES
 
 ROOT = Path(__file__).parent.parent
 GUIDE = (ROOT / "docs" / "data.md").read_text()
-FILES = re.findall(r"^`(\S+)`\n\n```json\n(.*?)^```$", GUIDE, re.M | re.S)
+FILES = re.findall(r"^`(\S+)`\n\n```(?:json|yaml)\n(.*?)^```$", GUIDE, re.M | re.S)
 FENCES = re.findall(r"^```(\w*)\n(.*?)^```$", GUIDE, re.M | re.S)
 COMMANDS = [line for kind, block in FENCES if kind == "" for line in block.splitlines()]
 
@@ -43,17 +43,19 @@ def test_the_guide_is_followed(
 ) -> None:
     assert f"{('six', 'seven', 'eight')[len(PHOTOS) - 6]} photographs" in GUIDE
     copy_photos(tmp_path / "photos")
-    assert [name for name, _ in FILES] == ["sessions.jsonl", "objects.json"]
+    assert [name for name, _ in FILES] == ["sessions.jsonl", "objects.json", "words.yaml"]
     for name, content in FILES:
         (tmp_path / name).write_text(content)
     monkeypatch.chdir(tmp_path)
-    assert len(COMMANDS) == 8
+    assert len(COMMANDS) == 9
     said = {command: run(command, monkeypatch, capsys) for command in COMMANDS}
-    first, settings_of_run, folder, made, generated = (said[it] for it in COMMANDS if it.startswith("python"))
+    first, settings_of_run, folder, made, generated, chosen = (said[it] for it in COMMANDS if it.startswith("python"))
     assert "fit for data.num_turns 3: 4 of 4 sessions usable, 0 damaged" in first and "cut to 3" in first
     assert "fit for data.num_turns 2: 1 of 1 sessions usable" in folder
     assert "8 sessions of 3 turns in generated.jsonl" in made
     assert "fit for data.num_turns 3: 8 of 8 sessions usable" in generated
+    assert "2 sessions of 2 turns in mine.jsonl (color_alter 50.0 %, background_change 50.0 %)" in chosen
+    assert re.search("ochre|teal|crimson", (tmp_path / "mine.jsonl").read_text())
     (tmp_path / "run.yaml").write_text(settings_of_run)
     config = from_yaml("run.yaml")
     check_data(config, is_speaking=False)

@@ -154,7 +154,7 @@ def test_files_round_trip(tmp_path: Path) -> None:
 def test_an_evaluation_of_other_settings_is_not_taken_for_this_one() -> None:
     wanted = EvaluationConfig(num_sessions=2, num_sessions_short=2, num_strips=1, num_steps=3)
     config = Config(data=DataConfig(num_turns=2), evaluation=wanted)
-    evaluation = make(torch.zeros(2, 2))
+    evaluation = replace(make(torch.zeros(2, 2)), drift=torch.zeros(2, 2, 6))
     assert is_comparable(evaluation, config)
     others: list[dict[str, Any]] = [{"num_sessions": 3}, {"num_steps": 4}, {"num_strips": 2}, {"num_turns": 3}]
     assert not any(is_comparable(evaluation, replace(config, evaluation=replace(wanted, **other))) for other in others)

@@ -1,11 +1,14 @@
-"""Pictures doubled by copies are those of diffusers' own module, to the bit and in its layout."""
+"""Pictures doubled by copies are those of diffusers' own module, to the bit and in its layout; what is cut is known."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from diffusers.models.upsampling import Upsample2D
 
+from mteditflow.config import Config
+from mteditflow.policy import build_policy
 from mteditflow.policy.encoding import hasten_upsampling
 
 
@@ -31,3 +34,15 @@ def test_what_is_no_plain_upsampling_stays() -> None:
     )
     hasten_upsampling(others)
     assert all("forward" not in vars(module) for module in others)
+
+
+def test_what_is_cut_is_known(tiny_config: Config) -> None:
+    """T tokens, of which one ends the text: one word more has the embedding of what fits."""
+    for limit in (4, 8):
+        model = replace(tiny_config.model, max_text_tokens=limit)
+        policy = build_policy(model, tiny_config.lora, seed=0, has_old=False)
+        words, images = ["make"] * (limit - 1), torch.zeros(3, 3, 64, 64)
+        texts = [" ".join(words[1:]), " ".join(words), " ".join([*words, "red"])]
+        assert [policy.editor.is_cut(text) for text in texts] == [False, False, True]
+        short, whole, cut = policy.encode_text(texts, images, has_cfg=False)["text"]
+        assert torch.equal(cut, whole) and not torch.equal(short, whole)

@@ -29,6 +29,7 @@ from mteditflow.evaluate.lora_files import common_lora, padded_state, read_subje
 from mteditflow.export.weights import write_lora
 from mteditflow.policy import Policy, build_policy
 from mteditflow.record import checkpoint
+from mteditflow.record.drift import KINDS
 from mteditflow.record.figures import METRICS, figure
 
 SESSIONS = EvaluationConfig(num_sessions=3, num_turns=2, num_sessions_short=2, num_strips=2, num_steps=2)
@@ -175,7 +176,7 @@ def test_what_is_finished_is_kept(
             raise KeyboardInterrupt  # killed while the second subject is evaluated
         return evaluate(policy, tasks, config, adapter, *rest, **more)
 
-    monkeypatch.setattr(compare_editors, "evaluate", counted)
+    monkeypatch.setattr(compare_editors, "evaluate_editor", counted)
     with pytest.raises(SystemExit) as caught:
         command("base", run, other)
     assert caught.value.code == 130
@@ -194,7 +195,9 @@ def test_a_page_of_its_own(command: Callable[..., Path], run: Path, other: Path)
     out = command("base", run, other)
     page = Page(out / "comparison.html")
     html = page.html
-    assert page.tags.count("svg") == len(METRICS) and html.count('class="band"') == 3 * len(METRICS)
+    assert page.tags.count("svg") == len(METRICS) + len(KINDS) and html.count('class="band"') == 3 * len(
+        METRICS
+    ) + 3 * len(KINDS)
     assert page.tags.count("img") == SESSIONS.num_strips and page.tags.count("table") == 1 + len(METRICS)
     assert all(reference.startswith("data:image/png;base64,") for reference in page.references)
     assert "http" not in html and "url(" not in html and not {"script", "link", "iframe"} & set(page.tags)
@@ -224,7 +227,7 @@ def test_a_metric_that_is_nowhere_defined(klein_run: Path, tmp_path: Path) -> No
     what = {"what": "a run", "commit": "unknown", "judge": "a judge", "settings": settings}
     reports = {name: summary(evaluation) | what for name in ("one", "another")}
     page = Page(write_comparison(tmp_path, reports, {"another": compare(evaluation, evaluation)}, []))
-    assert page.tags.count("svg") == 2 and "\N{EN DASH} %" in page.text
+    assert page.tags.count("svg") == 2 + len(KINDS) and "\N{EN DASH} %" in page.text
 
 
 def test_ten_turns(config: Config) -> None:

@@ -242,6 +242,17 @@ def test_last_step_is_an_ode_step(tiny_config: Config, folders: dict[str, Path])
     )
 
 
+@pytest.mark.parametrize("kind", ["klein", "dev"])
+def test_what_is_cut_is_known(kind: str, folders: dict[str, Path]) -> None:
+    """By the chat template and the instruction together: what comes after it has no part in the embedding."""
+    config = config_of(folders, kind)
+    policy = build_policy(config, LORA, seed=0, has_old=False)
+    long = " ".join(["red"] * config.max_text_tokens)
+    assert policy.editor.is_cut(long) and not policy.editor.is_cut(PROMPTS[0])
+    one, two = policy.encode_text([long, f"{long} circle"], pictures(2), has_cfg=False)["text"]
+    assert torch.equal(one, two)
+
+
 def test_text_is_encoded_once(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     policy = build_policy(config_of(folders, "klein", text_encoder="offload"), LORA, seed=0, has_old=False)
     seen, encode = [], policy.pipeline.encode_prompt

@@ -12,8 +12,9 @@ import pytest
 from photos import PHOTOS, copy_photos, photo
 
 from mteditflow.config.command import data as main
-from mteditflow.data.formats import EDIVAL_COLUMNS, read_sessions
+from mteditflow.data.formats import read_sessions
 from mteditflow.data.images import read_picture
+from mteditflow.data.published import EDIVAL_COLUMNS
 from mteditflow.data.sessions import Sessions
 from mteditflow.types import Region
 
@@ -116,7 +117,8 @@ def test_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def load_dataset(name: str, split: str) -> datasets.Dataset:
         calls.append((name, split))
-        return datasets.Dataset.from_dict({"image": [str(photo("chelsea.png"))], "prompt": ["Add a hat"]})
+        picture = {"bytes": photo("chelsea.png").read_bytes(), "path": None}
+        return datasets.Dataset.from_dict({"image": [picture], "prompt": ["Add a hat"]})
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     for name in ("someone/edits", "someone/edits:test"):

@@ -19,6 +19,7 @@ from mteditflow.data.generate import (
     TEMPLATES,
     Step,
     Thing,
+    Words,
     generate,
     plural,
     untouched_regions,
@@ -134,6 +135,108 @@ def test_a_pool_can_run_empty_and_new_names_can_run_out() -> None:
         assert not types & {"subject_add", "subject_replace"}
 
 
+def test_sessions_read_well() -> None:
+    """What is part of a place is neither counted, moved nor taken away; people are not painted; articles fit."""
+    scenery, mass = ("sky", "grass"), ("broccoli", "long hair")
+    kinds = [*scenery, *mass, "woman", "dog", "scissors", "umbrella", "hour glass"]
+    seen: Counter[str] = Counter()
+    for i in range(2000):
+        random = Random(f"read/{i}")
+        things = [
+            Thing(
+                kind=kind, count=random.choice((1, 2, 5)), is_foreground=kind != "grass", boxes=((0.1, 0.1, 0.5, 0.5),)
+            )
+            for kind in random.sample(kinds, 4)
+        ]
+        for step in generate(things, 3, random):
+            text, touched = step.instruction, step.touched
+            assert not re.search(
+                r"\ba [aeio]|\ban [^aeiouh]|\bto to\b|\bthe the\b|\b(skies|grasses|hairs|broccolis)\b", text
+            ), text
+            assert not re.search(r"\d (sky|grass|broccoli|long hair)|scissorses|\b1 \w+s\b|a scissors", text), text
+            if step.edit_type in ("subject_remove", "subject_replace", "position_change", "material_alter"):
+                assert not set(touched) & {*scenery}, text
+            if step.edit_type in ("count_change", "position_change"):
+                assert not set(touched) & {*scenery, *mass}, text
+            if step.edit_type in ("color_alter", "material_alter"):
+                assert "woman" not in touched, text
+            seen.update(
+                re.findall(r"an autumn park|only one|the 2 pairs of scissors|the sky|the 5 women|to the image", text)
+            )
+    assert len(seen) == 6, seen
+
+
+def test_chosen_edit_types_and_words(coco: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Types that are not named do not come; shares are relative; a user's lists stand for ours."""
+    words = Words(colors=("mauve", "teal"), shares={"color_alter": 3.0, "text_change": 1.0, "subject_add": 0.0})
+    first = Counter(generate(things_of(Random(i)), 1, Random(i), words)[0].edit_type for i in range(2000))
+    assert set(first) == {"color_alter", "text_change"}
+    assert abs(first["color_alter"] / 2000 - 0.75) < 4 * (0.75 * 0.25 / 2000) ** 0.5  # four standard deviations
+    (coco / "words.yaml").write_text("colors: [mauve, teal]\nbackgrounds: [igloo, orchard]\n")
+    chosen = (
+        "--words",
+        str(coco / "words.yaml"),
+        "--edit_types",
+        "color_alter=2,background_change",
+        "--per_image",
+        "9",
+    )
+    records = [json.loads(line) for line in run(coco, "a.jsonl", "--turns", "2", *chosen)]
+    said = " ".join(text for record in records for text in record["instructions"])
+    assert {name for record in records for name in record["edit_types"]} == {"color_alter", "background_change"}
+    assert re.search("mauve|teal", said) and re.search("an igloo|an orchard", said)
+    assert not re.search("|".join((*COLORS, "beach", "forest")), said)
+    assert "(color_alter 50.0 %, background_change 50.0 %)" in capsys.readouterr().out
+    for given, message in (
+        ("--words=nowhere.yaml", "--words is 'nowhere.yaml': cannot be read"),
+        ("--edit_types=colour", "did you mean color_alter?"),
+        ("--edit_types=color_alter=0", "must be a number in (0, 1000]"),
+        ("--edit_types=color_alter=nan", "must be a number"),
+        ("--edit_types=background_change", "the edit types cannot be asked for as often"),
+        (f"--words={coco / 'coco.json'}", "a list is 'images'"),
+        (f"--words={coco / 'one.yaml'}", "at least two different"),
+        (f"--words={coco / 'photos' / 'china.jpg'}", "is no YAML file"),
+    ):
+        (coco / "one.yaml").write_text("colors: [mauve]\n")
+        with pytest.raises(SystemExit):
+            run(coco, "b.jsonl", given)
+        err = capsys.readouterr().err
+        assert message in err and err.count("\n") == 1, err
+
+
+def test_a_damaged_entry_of_a_coco_file_is_left_out(coco: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An image, a category or an annotation; a box that is none leaves its kind out of its image, and nothing else."""
+    expected = run(coco, "a.jsonl")
+    nan = float("nan")
+    wrong: dict[str, list[object]] = {
+        "images": [{}, 3, {"id": [], "file_name": "a.png", "width": 1, "height": 1}, {"id": 9, "file_name": "b.png"},
+                   {"id": 10, "file_name": "\ud800.png", "width": 3, "height": 3},
+                   {"id": 11, "file_name": "c.png", "width": nan, "height": 3}],
+        "categories": [{"id": 99}, {"name": "a"}, None, {"id": 98, "name": 3}],
+        "annotations": [{}, None, {"image_id": 77, "category_id": 1, "bbox": [0, 0, 9, 9]},
+                        {"image_id": 1, "category_id": 77, "bbox": [0, 0, 9, 9]}],
+    }  # fmt: skip
+    (coco / "coco.json").write_text(json.dumps({name: [*wrong[name], *COCO[name]] for name in wrong}))
+    assert run(coco, "b.jsonl") == expected
+    said = capsys.readouterr().out
+    for count, name in ((6, "images"), (4, "categories"), (4, "annotations")):
+        assert f"{count} {name} left out: an entry without a field that it must have" in said
+    boxes = [[nan, 0, 9, 9], [0, 0, float("inf"), 9], [0, 0, 9], "box", None, [0, 0, -9, 9]]
+    for i, box in enumerate(boxes):
+        more = {"image_id": 2, "category_id": 47, "bbox": box}  # of cup, of which a right one is there too
+        (coco / "coco.json").write_text(json.dumps({**COCO, "annotations": [*COCO["annotations"], more]}))
+        (record,) = [it for it in map(json.loads, run(coco, f"box{i}.jsonl")) if "coffee" in it["image"]]
+        assert {it["name"] for it in record["objects"]} == {"spoon"}, box
+    (coco / "secret.png").write_bytes((coco / "photos" / "chelsea.png").read_bytes())
+    moved = [{**it, "file_name": "../secret.png"} if it["id"] == 1 else it for it in COCO["images"]]
+    (coco / "coco.json").write_text(json.dumps({**COCO, "images": moved}))
+    assert len(run(coco, "c.jsonl")) == 1 and "is outside of" in capsys.readouterr().out
+    (coco / "coco.json").write_text("[" * 100_000)
+    with pytest.raises(SystemExit):
+        run(coco, "d.jsonl")
+    assert "is not JSON" in capsys.readouterr().err
+
+
 def test_english() -> None:
     many = {"dog": "dogs", "bus": "buses", "person": "people", "wine glass": "wine glasses", "puppy": "puppies",
             "vase of flowers": "vases of flowers", "sheep": "sheep", "traffic light": "traffic lights", "toy": "toys",
@@ -194,7 +297,7 @@ def test_coco_to_sessions_that_can_be_read(coco: Path, capsys: pytest.CaptureFix
     said = capsys.readouterr().out
     assert "6 sessions of 4 turns" in said and "2 images left out: no object that can be edited" in said
     assert "1 images left out: no such file" in said and "of another size than its entry says" in said
-    sessions = read_sessions(str(coco / "out" / "a.jsonl"))
+    sessions = read_sessions(str(coco / "out" / "a.jsonl"), str(coco))
     assert sessions.faults == [] and sessions.unused == () and len(sessions.found) == 6
     assert {len(it.instructions) for it in sessions.found} == {4} == {len(it.untouched) for it in sessions.found}
     assert {it.file.resolve() for it in sessions.found if it.file} == {
@@ -207,7 +310,7 @@ def test_coco_to_sessions_that_can_be_read(coco: Path, capsys: pytest.CaptureFix
         {"name": "spoon", "box": [0.66667, 0.2, 0.96667, 0.8]},
         {"name": "spoon", "box": [0.01667, 0.2, 0.1, 0.8]},
     ]
-    assert main(["check", str(coco / "out" / "a.jsonl")]) == 0
+    assert main(["check", str(coco / "out" / "a.jsonl"), "--allowed_folder", str(coco)]) == 0
 
 
 def test_the_same_seed_gives_the_same_sessions_whatever_else_is_there(coco: Path) -> None:

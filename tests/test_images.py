@@ -1,5 +1,8 @@
 """Users' pictures, on real photographs: turned, flattened, brought to RGB, cropped, resized; damage is one line."""
 
+import struct
+import zlib
+from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 
@@ -7,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from photos import photo
-from PIL import Image
+from PIL import Image, ImageCms
 
 from mteditflow.data.images import Fit, crop_region, fit_picture, frame_of, read_picture, read_size, to_rgb
 from mteditflow.types import Region
@@ -80,6 +83,87 @@ def test_grey_palette_16_bits_and_other_modes() -> None:
         assert to_rgb(flower.convert("L" if mode == "LA" else "RGB").convert(mode)).mode == "RGB"
     with pytest.raises(ValueError, match="floating-point"):
         to_rgb(flower.convert("F"))
+
+
+def saved(picture: Image.Image, form: str, **options: object) -> bytes:
+    buffer = BytesIO()
+    picture.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16, 24])
+@pytest.mark.parametrize("form", ["PNG", "TIFF"])
+def test_grey_of_any_depth_is_as_bright(bits: int, form: str) -> None:
+    """Scanners' and cameras' bits, in files of 16 and 32: within half of one of 255 steps of what was meant."""
+    coins = pixels(Image.open(photo("coins.png")))
+    coins = (coins - coins.min()) / (coins.max() - coins.min())
+    values = (coins * (2**bits - 1)).round()
+    if form == "TIFF" or bits <= 16:
+        deep = values.astype(np.int32 if form == "TIFF" else np.uint16)
+        shown = pixels(read_picture(saved(Image.fromarray(deep), form)))
+        assert np.abs(shown - coins[..., None] * 255).max() <= 0.5 + 255 / 2**bits
+    with pytest.raises(ValueError, match="pixels are negative numbers"):
+        read_picture(saved(Image.fromarray((values - 5).astype(np.int32)), "TIFF"))
+
+
+def png_of_16_bits(colours: np.ndarray) -> bytes:
+    """A PNG (H, W, 3) of uint16, which pillow reads and does not write."""
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in colours)
+    height, width, _ = colours.shape
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    parts = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def test_colours_of_16_bits() -> None:
+    """Pillow keeps the upper 8 bits: where they are empty, the picture would be black, and the remedy is said."""
+    flower = pixels(Image.open(photo("flower.jpg")).convert("RGB"))[:40, :60]
+    flower[0, 0] = 255
+    assert np.abs(pixels(read_picture(png_of_16_bits(flower * 257))) - flower).max() == 0
+    for bits in (8, 12, 14):
+        with pytest.raises(ValueError, match="has 16 bits for a colour and uses at most 14 of them"):
+            read_picture(png_of_16_bits(flower * (2**bits - 1) // 255))
+
+
+def test_icc_profiles_are_followed() -> None:
+    """A profile whose red and blue are those of sRGB exchanged: red pixels are blue."""
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    swapped = srgb.replace(b"rXYZ", b"?XYZ").replace(b"bXYZ", b"rXYZ").replace(b"?XYZ", b"bXYZ")
+    assert swapped != srgb
+    named = swapped.replace("sRGB".encode("utf-16-be"), "else".encode("utf-16-be"))
+    flower = Image.open(photo("flower.jpg")).convert("RGB").resize((60, 40))
+    shown = pixels(read_picture(saved(flower, "PNG", icc_profile=named)))
+    assert np.abs(shown - pixels(flower)[..., ::-1]).max() <= 1  # rounding
+    clear = flower.copy()
+    clear.putalpha(128)
+    blended = pixels(read_picture(saved(clear, "PNG", icc_profile=named)))
+    assert np.abs(blended - (pixels(flower)[..., ::-1] * (128 / 255) + 127)).max() <= 2
+    for profile in (srgb, b"no profile", named[:200]):  # nothing to do, or nothing that can be followed
+        assert np.array_equal(pixels(read_picture(saved(flower, "PNG", icc_profile=profile))), pixels(flower))
+    grey = flower.convert("L")
+    assert np.array_equal(pixels(read_picture(saved(grey, "PNG", icc_profile=named)))[..., 0], pixels(grey))
+
+
+def test_pictures_of_phones(tmp_path: Path) -> None:
+    """AVIF and jfif are read; HEIC is, where pillow-heif is installed, and else the remedy is said."""
+    flower = Image.open(photo("flower.jpg")).convert("RGB").resize((60, 40))
+    assert read_picture(saved(flower, "AVIF", quality=90)).size == (60, 40)
+    heic = b"\0\0\0\x18ftypheic" + b"\0" * 100
+    with pytest.raises(ValueError, match="is HEIC: install pillow-heif" if find_spec("pillow_heif") is None else ""):
+        read_picture(heic)
+    with pytest.raises(ValueError, match="no picture in a format that pillow knows"):
+        read_picture(b"\0\0\0\x18ftypmp42" + b"\0" * 100)
+
+
+def test_heic(tmp_path: Path) -> None:
+    heif = pytest.importorskip("pillow_heif", reason="of the extra `data`, not of `test`")
+    flower = Image.open(photo("flower.jpg")).convert("RGB").resize((96, 64))
+    heif.from_pillow(flower).save(tmp_path / "a.heic", quality=95)
+    assert np.abs(pixels(read_picture(tmp_path / "a.heic")) - pixels(flower)).mean() < 4  # of lossy compression
 
 
 def test_damage_is_one_line(tmp_path: Path) -> None:

@@ -14,8 +14,7 @@ import torch.multiprocessing as multiprocessing
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mteditflow.distributed import Ranks
-from mteditflow.record.metrics import Reporter, read_lines, summary, used_memory
-from mteditflow.record.tally import Tally
+from mteditflow.record.metrics import Reporter, Tally, read_lines, summary, used_memory
 
 VALUES = {
     "reward/mean": 0.1 + 0.2,

@@ -12,6 +12,7 @@ from finished_runs import Page
 from mteditflow.config.cli import from_yaml
 from mteditflow.config.command import report as command
 from mteditflow.export.card import read_usage
+from mteditflow.record.drift import KINDS
 from mteditflow.record.figures import METRICS, figure
 from mteditflow.record.files import read_json
 from mteditflow.report.charts import ticks
@@ -78,7 +79,7 @@ def test_the_code_is_that_of_the_card(lora_run: Path, weights_run: Path, klein_r
 def test_charts_are_of_what_the_objective_gives(lora_run: Path, klein_run: Path) -> None:
     """GRPO has a ratio; nothing else has, and no page misses it."""
     ours, other = (Page(folder / "report.html") for folder in (lora_run, klein_run))
-    assert ours.tags.count("svg") == 13 and other.tags.count("svg") == 11
+    assert ours.tags.count("svg") == 13 + len(KINDS) and other.tags.count("svg") == 11 + len(KINDS)
     assert "Clip fraction" in ours.text and "Clip fraction" not in other.text
 
 
@@ -207,14 +208,12 @@ def test_what_is_no_run_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_alarms_have_a_table(lora_run: Path, tmp_path: Path) -> None:
-    """Drift passes its threshold, 0.3, at iteration 27: 0.1 + 26 / 128 is the first above it."""
+    """Drift passes its threshold, 0.12, at iteration 4: 0.1 + 3 / 128 is the first above it."""
     folder = copy_run(lora_run, tmp_path / "run", "config.yaml")
-    lines = [
-        {"iteration": i, "alarm/edge_density_drift": 0.1 + i / 128, "alarm/no_edit_share": 0.05} for i in range(40)
-    ]
+    lines = [{"iteration": i, "alarm/sharpness_drift": 0.1 + i / 128, "alarm/no_edit_share": 0.05} for i in range(40)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     html = write_report(folder).read_text()
-    assert html.count("since iteration 27") == 1 and html.count("quiet") == 1
+    assert html.count("since iteration 4<") == 1 and html.count("quiet") == 1
 
 
 TIMES = {"time/denoise_s": 6.0, "time/score_s": 1.0, "time/forward_backward_s": 3.0, "time/evaluate_s": 0.0}
@@ -235,12 +234,10 @@ def test_the_account_of_a_run(tmp_path: Path) -> None:
     text = Page(write_report(tmp_path)).text
     assert "what another thread did meanwhile stands beside them" in text and "score 1 7.5 6.7 %" in text
     assert "energy of the first GPU, kWh 0.5 power, W 650 clocks held down by the power limit, % of the time 50" in text
-    assert "Power" in text and "drift" not in text
+    assert "Power" in text and "bfloat16" not in text
     write(
-        "".join(
-            json.dumps({"iteration": i, **TIMES, **d}) + "\n" for i, d in enumerate(({"drift/velocity": 0.033}, {}))
-        )
+        "".join(json.dumps({"iteration": i, **TIMES, **d}) + "\n" for i, d in enumerate(({"base/velocity": 0.033}, {})))
     )
-    assert "drift of the base from bfloat16: velocity, % 3.3" in Page(write_report(tmp_path)).text
+    assert "error of the base against bfloat16: velocity, % 3.3" in Page(write_report(tmp_path)).text
     write(json.dumps({"iteration": 0, "reward/mean": 0.5}) + "\n")
     assert "Not there yet: seconds by phase." in Page(write_report(tmp_path)).text

@@ -149,7 +149,7 @@ def test_study_is_run_once(write: Write, forked: list[str], tmp_path: Path, monk
             assert row["after"][name] == pytest.approx(
                 (after[0][name] + after[1][name]) / 2, abs=0.0101
             )  # two decimals
-    assert two["gain"]["value"] == pytest.approx(two["after"]["O"] - found["before"]["O"], abs=0.02)
+    assert two["gain"]["value"] == pytest.approx(two["after"]["O"] - found["editors"][0]["before"]["O"], abs=0.02)
     assert one["difference"]["value"] == pytest.approx(one["after"]["O"] - two["after"]["O"], abs=0.02)
     page = (folder / "study.md").read_text()
     assert turns["verdict"] in page and "| two | 0, 1 |" in page and "4 of 4 runs are finished" in page
@@ -290,6 +290,8 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
                  "cell 'turns: a' and cell 'turns: c' disagree on held-out data: evaluation.num_sessions is 4 and 5"),
     "hand-off": ({"cells": {"a": {}, "b": {"rollout.hand_off": "latents"}}},
                  "disagree on held-out data: rollout.hand_off is 'pixels' and 'latents'"),
+    "editor": ({"cells": CELLS | {"c": {"model.path": "drifting"}}},
+               "cell 'turns: a' and cell 'turns: c' disagree on the editor: model.path is "),
     "same": ({"cells": {"a": {}, "b": {"data.num_turns": 2}}}, "comparison turns has cells that are the same config"),
     "single": ({"cells": {"a": {}}}, "comparison turns has cells that are the same config, or a single one"),
     "no map": ({"cells": {"a": {}, "b": 3}}, "cell 'turns: b' is 3: must be a map of overrides"),

@@ -1,11 +1,18 @@
 """The intervals of a study against closed forms, and its verdicts."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from mteditflow.evaluate.edival import Evaluation
+from mteditflow.evaluate.held_out import save_evaluation
+from mteditflow.study.cells import read_study, runs_of
 from mteditflow.study.statistics import Estimate, Outcome, Outcomes, estimate, spreads, verdict
+from mteditflow.study.study_page import write_study
 
 T_975 = {2: 4.3027, 4: 2.7764, 1e9: 1.9600}  # Student's t, from tables
 NUM_CELLS, NUM_SEEDS = 4, 3
@@ -108,3 +115,44 @@ FOR, AGAINST, OPEN = (Estimate(value=v, low=v - 1, high=v + 1) for v in (2, -2, 
 )
 def test_verdict(claims: list[Estimate | None], expected: str) -> None:
     assert verdict(claims) == expected
+
+
+def made(success: float) -> Evaluation:
+    """Twenty sessions of one turn, of which a share succeeds."""
+    verdict = (torch.arange(20) < 20 * success)[:, None]
+    return Evaluation(
+        verdict=verdict, consistency=torch.ones(20, 1), valid=torch.ones(20, dtype=torch.bool),
+        edit_types=[("a",)] * 20, images=torch.zeros(1, 1, 3, 2, 2), num_steps=1,
+    )  # fmt: skip
+
+
+def test_each_comparison_is_held_against_its_own_editor(tmp_path: Path) -> None:
+    """The same question on two worlds: gains over the base of each, and spreads of the seeds of each."""
+    cells = {"K=2": {"data.num_turns": 2}, "K=1": {"data.num_turns": 1}}
+    other = {name: fields | {"model.path": "elsewhere"} for name, fields in cells.items()}
+    base = {"evaluation.num_turns": 1, "evaluation.num_sessions": 20, "evaluation.num_sessions_short": 6}
+    comparisons = {"here": {"question": "Here?", "cells": cells}, "there": {"question": "There?", "cells": other}}
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump({"base": base, "seeds": [0, 1], "comparisons": comparisons}, sort_keys=False))
+    found = read_study(path)
+    runs = [run for run in runs_of(found, tmp_path) if run.seed == 0 or run.config.model.path != "elsewhere"]
+    for run in runs:
+        before, after = (0.25, 0.5 + 0.05 * run.seed) if run.config.model.path == "elsewhere" else (0.6, 0.8)
+        run.folder.mkdir(parents=True)
+        save_evaluation(run.folder, "before", made(before))
+        save_evaluation(run.folder, "after", made(after if run.config.data.num_turns == 2 else before))
+        (run.folder / "metrics.jsonl").write_text('{"iteration": 0, "reward/instruction": 0.5}\n')
+    how = {"command": "study", "commits": ["unknown"], "num_finished": 6, "num_runs": 8}
+    page = write_study(tmp_path, found, runs, how).read_text()
+    contents = json.loads((tmp_path / "study.json").read_text())
+    here, there = contents["comparisons"]
+    assert [one["editor"] for one in contents["editors"]] == [here["editor"], there["editor"]]
+    assert there["editor"] == "elsewhere" and [one["paired_seed_std"]["dof"] for one in contents["editors"]] == [1, 0]
+    assert here["before"]["MT"] == 60 and there["before"]["MT"] == 25
+    gain = np.sqrt(np.array([0.8, 0.6, 0.5, 0.25])) * 100
+    assert here["rows"][0]["gain"]["value"] == pytest.approx(gain[0] - gain[1], abs=0.01)
+    assert there["rows"][0]["gain"]["value"] == pytest.approx(gain[2] - gain[3], abs=0.01)
+    assert "There? On elsewhere. **No order expected" in page and f"Here? On {here['editor']}." in page
+    assert "elsewhere **nothing for the seeds**" in page and "None" not in page and "Undefined" not in page
+    only = write_study(tmp_path, found, [run for run in runs if run.config.model.path != "elsewhere"], how)
+    assert "| K=1 | not there yet |" in only.read_text()  # of an editor with no finished run

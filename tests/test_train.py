@@ -24,6 +24,7 @@ from mteditflow.profile.account import metric
 from mteditflow.record import checkpoint, ending
 from mteditflow.record.alarms import ALARMS
 from mteditflow.record.clock import OTHER, PHASES
+from mteditflow.record.drift import KINDS
 
 PATIENCE = 120  # seconds for another process
 RUN = "import sys, torch; torch.set_num_threads(1); from mteditflow.config.command import train; train(sys.argv[1:])"
@@ -76,6 +77,7 @@ def test_metrics_have_a_line_per_iteration(whole: Path) -> None:
     promised |= {f"reward/{name}" for name in SCORE_KEYS}
     promised |= {f"update/{name}" for name in (*Grpo.figures, *Grpo.worst_figures)}
     promised |= ALARMS.keys() - {"alarm/held_out_gap"}
+    promised |= {f"drift/{kind}{size}_{turn}" for kind in KINDS for size in ("", "_size") for turn in (1, 2)}
     timed = {metric("time", phase) for phase in (*PHASES, OTHER)} | {"memory/rss_gib"}
     timed |= {f"speed/{name}_images_per_second" for name in ("turn", "rollout")} | {"speed/ceiling_tflop_per_second"}
     timed |= {f"speed/{name}_{what}" for name in ("denoise", "training") for what in RATES} | {"beside/score_s"}

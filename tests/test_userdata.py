@@ -20,7 +20,7 @@ from mteditflow.config import Config, DataConfig, EvaluationConfig, ModelConfig,
 from mteditflow.config.command import check, train
 from mteditflow.data import check_data, held_out_tasks, training_tasks
 from mteditflow.data.images import fit_picture, read_picture
-from mteditflow.data.userdata import is_held_out_image
+from mteditflow.data.userdata import held_out_images, is_held_out_image
 from mteditflow.distributed import Ranks
 from mteditflow.record.metrics import read_lines
 from mteditflow.reward.exact import ExactInstruction
@@ -59,7 +59,7 @@ def first(tasks: list[EditTask]) -> list[str]:
 
 
 RECORDS = [record(name, i) for i in range(3) for name in PHOTOS]
-HELD_OUT = {name for name in PHOTOS if is_held_out_image(f"photos/{name}", SHARE)}
+HELD_OUT = {Path(name).name for name in held_out_images((f"photos/{name}" for name in PHOTOS), SHARE)}
 
 
 def test_a_task_is_the_picture_and_its_instructions(make: Callable[..., Config]) -> None:
@@ -110,7 +110,7 @@ def test_the_order_is_pinned(make: Callable[..., Config]) -> None:
     assert [task.instructions[0].split()[1::2] for task in training_tasks(make(RECORDS), 1, ranks())] == PINNED
 
 
-PINNED = [["2", "chelsea.png"], ["1", "chelsea.png"], ["0", "chelsea.png"], ["0", "astronaut.png"]]
+PINNED = [["2", "china.jpg"], ["0", "china.jpg"], ["1", "china.jpg"], ["0", "rocket.jpg"]]
 
 
 def test_held_out_are_whole_images_and_stay_so(make: Callable[..., Config]) -> None:
@@ -282,12 +282,16 @@ def redness(rollout: Rollout) -> Scores:
 
 
 def test_a_run_on_users_data(
-    make: Callable[..., Config], tmp_path: Path, tiny_pipeline_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    make(RECORDS)
+    make: Callable[..., Config], tmp_path: Path, tiny_pipeline_folder: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    long = {"image": "photos/china.jpg", "instructions": ["make the red square blue " * 4, "b"]}
+    make([*RECORDS, long])
     monkeypatch.setattr("mteditflow.run.build_reward", lambda config: GivenRewards(redness))
     monkeypatch.setattr("mteditflow.run.check_judge", lambda config: None)
     train(arguments_of(tmp_path / "run", tiny_pipeline_folder, tmp_path / "a.jsonl"))
+    said = " ".join(capsys.readouterr().out.split())
+    assert "1 of 23 instructions are longer than model.max_text_tokens, 8: their ends are cut off" in said
     (line,) = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert 0 < line["reward/instruction"] < 1 and line["update/grad_norm"] > 0
     assert (tmp_path / "run" / "lora" / "pytorch_lora_weights.safetensors").exists()

@@ -175,31 +175,44 @@ def data(argv: Sequence[str]) -> int:
 def check(argv: Sequence[str]) -> int:
     """Count what is in the data and name what is wrong; exit code 1 if too much."""
     parser = _parser("data", check, "check")
-    what = "as data.path: .jsonl, EdiVal's .csv, .parquet, a folder, or owner/name of the hub"
+    what = "as data.path: .jsonl, .csv, .parquet, a folder, or owner/name of the hub"
     parser.add_argument("path", metavar="PATH", help=what)
     parser.add_argument("--num_turns", type=int, default=DataConfig().num_turns, help="data.num_turns")
+    parser.add_argument("--allowed_folder", type=str, default="", help="data.allowed_folder: that pictures may lie in")
     parser.add_argument("--max_bad_share", type=float, help="damaged sessions that are too many; left out: a run's")
     v = cli.parse(parser, argv)
     from mteditflow.data.check import check as check_sessions
 
-    return check_sessions(v.path, num_turns=v.num_turns, max_bad_share=v.max_bad_share)
+    return check_sessions(v.path, num_turns=v.num_turns, allowed_folder=v.allowed_folder, max_bad_share=v.max_bad_share)
 
 
 @_fails_in_one_line
 def generate(argv: Sequence[str]) -> int:
-    """Write K-turn sessions from a COCO file of images and objects."""
+    """Write K-turn sessions of photographs with lists of their objects: a COCO file, or Open Images' boxes."""
     parser = _parser("data", generate, "generate")
     add = parser.add_argument
-    add("coco", metavar="COCO", help="JSON with images, annotations (bbox) and categories")
+    add("coco", metavar="COCO", nargs="?", default="", help="JSON with images, annotations (bbox) and categories")
+    add("--open_images", type=str, default="", metavar="CSV", help="instead of COCO: oidv6-train-annotations-bbox.csv")
+    add("--classes", type=str, default="", metavar="CSV", help="its class names; left out: beside the boxes")
+    add("--categories", type=str, default="", help="names of its classes, by commas; left out: twelve (docs/data.md)")
+    add("--num_images", type=int, help="of Open Images, about as many of each category; left out: 2319, the paper's")
     add("--images", type=str, required=True, metavar="FOLDER", help="folder of the images")
     add("--out", type=str, required=True, metavar="FILE", help="JSONL file to write; must not be there yet")
     add("--turns", type=int, default=DataConfig().num_turns, help="instructions per session")
     add("--per_image", type=int, default=1, help="sessions per image")
     add("--seed", type=int, default=0, help="of everything that is drawn")
-    v = cli.parse(parser, argv)
-    from mteditflow.data.coco import write_sessions
+    add(
+        "--words",
+        type=str,
+        default="",
+        metavar="YAML",
+        help="lists: new_objects, colors, materials, backgrounds, texts",
+    )
+    add("--edit_types", type=str, default="", help="what is drawn, as color_alter=2,subject_add; left out: all alike")
+    values = cli.parse(parser, argv)
+    from mteditflow.data.coco import Order, write_sessions
 
-    print(write_sessions(v.coco, images=v.images, out=v.out, num_turns=v.turns, seed=v.seed, per_image=v.per_image))
+    print(write_sessions(Order(**vars(values))))
     return 0
 
 
@@ -267,9 +280,9 @@ def pretrain(argv: Sequence[str]) -> int:
     add("--output", type=Path, required=True, metavar="FOLDER", help="where the editor and its states go")
     add("--seed", type=int, default=0, help="of everything that is drawn")
     add("--vae_batches", type=int, default=10_000, help="of 4 pictures")
-    add("--decoder_batches", type=int, default=6000, help="of 4 pictures, in which the decoder alone is trained on")
+    add("--decoder_batches", type=int, default=2500, help="of 4 pictures, in which the decoder alone is trained on")
     add("--num_pairs", type=int, default=48_000, help="clean single edits to learn from")
-    add("--edit_batches", type=int, default=3400, help="of the editor's training on them")
+    add("--edit_batches", type=int, default=6500, help="of the editor's training on them")
     add("--num_drifting", type=int, default=20_000, help="single edits of drifting chains to learn from")
     add("--drift_batches", type=int, default=600, help="of the editor's training on them")
     add("--batch_size", type=int, default=48, help="edits in one of them")

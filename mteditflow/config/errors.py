@@ -18,7 +18,8 @@ def fail(message: object) -> NoReturn:
 
     torchrun ends the other ranks once the first has ended. One that is still there then is alone with its fault.
     """
-    line, rank, world_size = " ".join(str(message).split()), *map(os.environ.get, ("RANK", "WORLD_SIZE"))
+    line = printable(" ".join(str(message).split()))
+    rank, world_size = map(os.environ.get, ("RANK", "WORLD_SIZE"))
     if rank and world_size and rank.isdecimal() and world_size.isdecimal() and 0 < int(rank) < int(world_size):
         line = f"rank {rank}: {line}"
         write_error_file(line)
@@ -27,6 +28,11 @@ def fail(message: object) -> NoReturn:
     write_error_file(line)
     print(f"mteditflow: {line}", file=sys.stderr, flush=True)
     raise SystemExit(2)
+
+
+def printable(text: str) -> str:
+    """Write what a terminal would act on, or not show, as Python writes it: names and texts come from anywhere."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def write_error_file(line: str) -> None:

@@ -15,12 +15,16 @@ class DataConfig:
     """The tasks."""
 
     path: str = EMBEDDED
-    """A .jsonl file of sessions, EdiVal's .csv, a .parquet file, a folder, or a hub data set (docs/data.md);
-    'embedded' is the world that ships with the package."""
+    """A .jsonl file of sessions, a .csv, a .parquet file, a folder, or a hub data set (docs/data.md); 'embedded' is the
+    world that ships with the package."""
+    allowed_folder: str = ""
+    """Folder that pictures named by the data must lie in, links followed; empty: the data file's own. What is read goes
+    to the judge, which may be far away."""
     held_out: str = ""
     """Sessions to evaluate on, as data.path; empty: those of a fixed share of its images."""
     held_out_share: Annotated[float, Range(0, 0.999, is_above=True)] = 0.1
-    """Share of the images of data.path that is held out, by a hash of their names, where data.held_out is empty."""
+    """Share of the images of data.path that is held out, by a hash of their names, where data.held_out is empty; at
+    least one image."""
     fit: Literal["crop", "stretch"] = "crop"
     """How a picture becomes model.width x model.height, or one of the buckets: its largest centred part, or all of it,
     distorted (EdiVal)."""
@@ -203,6 +207,9 @@ class EvaluationConfig:
     """Sessions of the short evaluation."""
     num_strips: Count = 6
     """Fixed held-out sessions drawn as strips, base above current."""
+    has_true_inputs: bool = False
+    """Carry out every instruction after the first on its true input too, before and after training, to tell what
+    compounds on the editor's own output from instructions that are hard: K - 1 more turns a session. Ours."""
 
     def __post_init__(self) -> None:
         check_ranges(self)

@@ -61,6 +61,30 @@ def size_shares(config: Config) -> dict[tuple[int, int], float]:
     return measure_shares(config.data, config.sizes)
 
 
+def count_references(config: Config) -> tuple[float, int]:
+    """Count the reference images of a training session, on average, and of any session at the most; none where
+    data.path is not on this machine.
+    """
+    if config.data.path == EMBEDDED or not Path(config.data.path).exists():
+        return 0.0, 0
+    from mteditflow.data.userdata import reference_counts
+
+    return reference_counts(config.data, config.num_held_out_turns)
+
+
+def all_instructions(config: Config) -> set[str]:
+    """Collect the instructions that a run on a user's data is about, of training and evaluation; the embedded world's
+    are none of a user's.
+    """
+    if config.data.path == EMBEDDED:
+        return set()
+    from mteditflow.data.userdata import held_out_source, training_source
+
+    sources = training_source(config.data), held_out_source(config.data, config.num_held_out_turns)
+    sessions = ((session, source.num_turns) for source in sources for session in source.sessions)
+    return {text for session, num_turns in sessions for text in session.instructions[:num_turns]}
+
+
 def held_out_tasks(config: Config) -> "list[EditTask]":
     """Make the first evaluation.num_sessions held-out sessions: the same for every run on the same data."""
     if config.data.path != EMBEDDED:

@@ -7,18 +7,26 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from rich.console import Console
+from rich.progress import track
 from rich.table import Column, Table
+from rich.text import Text
 
+from mteditflow.config import DataConfig, ModelConfig
+from mteditflow.config.errors import printable
 from mteditflow.config.ranges import require
 from mteditflow.data.formats import read_sessions
 from mteditflow.data.sessions import MAX_BAD_SHARE, Fault, Sessions
+from mteditflow.data.userdata import see
 
-MAX_PLACES = 20  # faults of a kind that are listed
-FAULTS = {"line": "lines that cannot be read", "fields": "wrong fields", "image": "missing or damaged images"}
+MAX_PLACES = 20  # faults of a kind, or files that are no data, that are listed
+FAULTS = {
+    "line": "lines that cannot be read", "fields": "wrong fields", "image": "missing or damaged images",
+    "path": "pictures outside of the data's folder",
+}  # fmt: skip
 ASPECTS = {"1:1": 1, "5:4": 5 / 4, "4:3": 4 / 3, "3:2": 3 / 2, "16:9": 16 / 9, "2:1": 2.0}  # and on end
 
 
-def check(path: str, *, num_turns: int, max_bad_share: float | None = None) -> int:
+def check(path: str, *, num_turns: int, allowed_folder: str = "", max_bad_share: float | None = None) -> int:
     """Print the tables; returns 1 where more than `max_bad_share` (None: what a run allows) is damaged, or no session
     has `num_turns`, else 0.
 
@@ -28,7 +36,7 @@ def check(path: str, *, num_turns: int, max_bad_share: float | None = None) -> i
     max_bad_share = MAX_BAD_SHARE if max_bad_share is None else max_bad_share
     require(0 <= max_bad_share <= 1, "--max_bad_share", max_bad_share, "must lie in [0, 1]")
     try:
-        sessions = read_sessions(path)
+        sessions = read_sessions(path, allowed_folder)
     except ValueError as error:
         raise ValueError(f"{path!r}: {error}") from None
     sizes, damaged = read_images(sessions)
@@ -38,10 +46,8 @@ def check(path: str, *, num_turns: int, max_bad_share: float | None = None) -> i
     console = Console(width=None if Console().is_terminal else 120)
     for table in tables(good, sizes, num_turns):
         console.print(table)
-    for line in fault_lines(faults):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-    if sessions.unused:
-        console.print(f"fields that are not used: {', '.join(sessions.unused)}", markup=False, highlight=False)
+    for line in [*fault_lines(faults), *passed_lines(sessions)]:
+        console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
     is_fit = num_usable > 0 and not good.is_too_damaged(len(faults), max_bad_share)
     console.print(
         f"{'fit for' if is_fit else 'not fit for'} data.num_turns {num_turns}: {num_usable} of {good.total} sessions "
@@ -51,19 +57,30 @@ def check(path: str, *, num_turns: int, max_bad_share: float | None = None) -> i
     return 0 if is_fit else 1
 
 
+def passed_lines(sessions: Sessions) -> list[str]:
+    """Name what is there and not used: fields, and files."""
+    fields = [f"fields that are not used: {', '.join(sessions.unused)}"] if sessions.unused else []
+    files, more = sessions.passed_over[:MAX_PLACES], len(sessions.passed_over) - MAX_PLACES
+    ending = f", and {more} more" if more > 0 else ""
+    return [*fields, f"files that are no data: {', '.join(files)}{ending}"] if files else fields
+
+
 def read_images(sessions: Sessions) -> tuple[list[tuple[int, int]], list[Fault]]:
-    """Read every image once: width and height of each, and a fault for every session whose image is damaged."""
+    """Read every image once, as a run does: width and height of each, and a fault for every session whose image is
+    damaged.
+    """
     known: dict[str, tuple[int, int] | str] = {}
-    faults = []
-    for session in sessions.found:
-        if session.image not in known:
-            try:
-                known[session.image] = session.read().size
-            except ValueError as error:
-                known[session.image] = str(error)
-        found = known[session.image]
-        if isinstance(found, str):
-            faults.append(Fault(place=session.place, kind="image", text=f"{session.image}: {found}"))
+    faults, model, console = [], ModelConfig(), Console(stderr=True)  # damage shows at any size
+    shown = track(sessions.found, "reading images", console=console, transient=True, disable=not console.is_terminal)
+    for session in shown:
+        for name, read in session.readers:
+            if name not in known:
+                try:
+                    known[name] = see(read, DataConfig().fit, [(model.height, model.width)]).size
+                except ValueError as error:
+                    known[name] = str(error)
+        damaged = [(name, known[name]) for name, _ in session.readers if isinstance(known[name], str)]
+        faults += [Fault(place=session.place, kind="image", text=f"{name}: {text}") for name, text in damaged[:1]]
     return [size for size in known.values() if not isinstance(size, str)], faults
 
 
@@ -73,7 +90,8 @@ def tables(sessions: Sessions, sizes: list[tuple[int, int]], num_turns: int) -> 
     types, with_untouched = Counter[str](), Counter[str]()
     for session in sessions.found:
         types.update(session.edit_types)
-        with_untouched.update(session.edit_types if session.untouched else ())
+        compared = zip(session.edit_types, session.untouched, strict=False)  # as many, or none are known
+        with_untouched.update(name for name, regions in compared if any(region.box for region in regions))
     by_aspect: dict[str, list[tuple[int, int]]] = {}
     for size in sizes:
         by_aspect.setdefault(nearest_aspect(*size), []).append(size)
@@ -91,7 +109,7 @@ def tables(sessions: Sessions, sizes: list[tuple[int, int]], num_turns: int) -> 
     shapes = [(name, len(found), *span(found)) for name, found in most_first]
     return [
         _table("sessions", ("turns", "sessions", "use"), turns, text="use"),
-        _table("instructions", ("edit type", "count", "with untouched objects"), edits, text="edit type"),
+        _table("instructions", ("edit type", "count", "with boxes of untouched objects"), edits, text="edit type"),
         _table("images", ("nearest aspect", "images", "smallest", "largest"), shapes, text="nearest aspect"),
     ]
 
@@ -100,7 +118,7 @@ def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]],
     """Make a table of numbers, but for the column `text`."""
     table = Table(*(Column(name, justify="left" if name == text else "right") for name in columns), title=title)
     for row in rows:
-        table.add_row(*map(str, row))
+        table.add_row(*(Text(printable(str(cell))) for cell in row))
     return table
 
 

@@ -1,14 +1,13 @@
-"""Readers of users' data: JSONL, EdiVal's CSV, a folder, parquet, a data set of the hub. All give `Sessions`.
+"""Readers of users' data by the form of what they name: JSONL, CSV, a folder, parquet, a data set of the hub. All give
+`Sessions`.
 
-Texts are read and checked at once; pictures stay where they are until they are drawn. Parquet and the hub go through
-the `datasets` library, which maps the table into memory.
+Texts are read and checked at once; pictures stay where they are until they are drawn.
 """
 
-import ast
-import csv
-import difflib
 import json
+import os
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -16,253 +15,214 @@ from pathlib import Path
 from typing import Any
 
 from mteditflow.data.images import SUFFIXES
-from mteditflow.data.sessions import FIELDS, Fault, Picture, Sessions, image_name, make_session
-
-METADATA = "metadata.jsonl"
-EDIVAL_COLUMNS = (
-    *("image_index", "turns", "task_type", "instructions", "format_instructions", "bg_consistency"),
-    *("unchanged_objects", "available_objects", "all_objects"),
+from mteditflow.data.published import (
+    EDIVAL_NEEDED,
+    PICO_PROMPTS,
+    TURN_FIELDS,
+    Row,
+    group_turns,
+    literal,
+    pico_entries,
+    read_edival,
+    turn_record,
 )
-EDIVAL_NEEDED = EDIVAL_COLUMNS[:2] + EDIVAL_COLUMNS[3:4]
-EDIVAL_FOLDERS = (".", "input_images_resize_512", "images")  # beside the CSV; the second is that of its download
-KNOWN = "a .jsonl file, EdiVal's .csv, a .parquet file, a folder of images, or a data set of the hub (owner/name)"
+from mteditflow.data.rows import GZIP, Read, csv_rows, find_unused, json_rows
+from mteditflow.data.sessions import (
+    Entry,
+    Folder,
+    RowError,
+    Sessions,
+    find_all,
+    image_name,
+    image_names,
+    make_sessions,
+    read_each,
+)
+from mteditflow.data.tables import IMAGE_FIELDS, choose_split, read_hub, read_parquet, read_saved, read_shards
+
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # imagefolder's; the first is ours, too
+SAVED = ("state.json", "dataset_dict.json")  # by which a folder of `save_to_disk` is known
+LISTS = ("instructions", "edit_types", "objects", "untouched_objects")  # what a cell of a CSV holds as JSON
+KNOWN = "a .jsonl file, a .csv, a .parquet file, a folder of images, or a data set of the hub (owner/name)"
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")  # owner/name:split
-
-Entry = tuple[Mapping[str, Any], str, Picture]
-"""A record, the image's name, and the image."""
+JUNK = ("__MACOSX", "Thumbs.db", "desktop.ini", "@eaDir")  # what systems leave in folders, beside names with a dot
 
 
-class UnreadableError(ValueError):
-    """A line or a text that cannot be read, so that nothing is known of its fields."""
-
-
-def read_sessions(path: str) -> Sessions:
+def read_sessions(path: str, allowed_folder: str = "") -> Sessions:
     """Read all sessions of `path`. What is wrong with a single line is a Fault.
 
-    ValueError, one line without the path: not there, of another format, a wrong column, or empty.
+    allowed_folder: data.allowed_folder. ValueError, one line without the path: not there, of another format, a wrong
+    column, or empty.
     """
-    readers = {".jsonl": _read_jsonl, ".csv": _read_edival, ".parquet": _read_parquet}
-    file = Path(path)
+    if allowed_folder and not os.path.isdir(allowed_folder):
+        raise ValueError(f"data.allowed_folder is {allowed_folder!r}, which is no folder: name one that is there")
     try:
-        if file.is_dir():
-            sessions = _read_folder(file)
-        elif file.suffix in readers:
-            sessions = readers[file.suffix](file)
-        elif file.exists():
-            raise ValueError(f"format {file.suffix or 'without a suffix'} is not known: give {KNOWN}")
-        elif HUB_NAME.fullmatch(path):
-            sessions = _read_hub(path)
-        else:
-            raise ValueError(f"no such file or folder: give {KNOWN}")
+        sessions = _read(path, allowed_folder)
     except UnicodeDecodeError:
         raise ValueError("is not text in UTF-8: save it so") from None
     except OSError as error:
         raise ValueError(f"cannot be read ({error.strerror or error}): give a file that can") from None
     if not sessions.total:
         raise ValueError("holds no session: give data with at least one")
-    is_there: dict[Path, bool] = {}
-    found, faults = [], [*sessions.faults]
-    for session in sessions.found:
-        file = session.file
-        if file is None or is_there.setdefault(file, file.is_file()):
-            found.append(session)
-        else:
-            faults.append(Fault(place=session.place, kind="image", text=f"no such file: {file}"))
-    return replace(sessions, found=found, faults=faults)
+    return _name_files_once(sessions)
 
 
-def _find_unused(names: Iterable[str], what: str) -> tuple[str, ...]:
-    """List the fields that mean nothing here. ValueError where one looks like a misspelt field that is not there."""
-    given = set(names)
-    absent, unknown = [field for field in FIELDS if field not in given], sorted(given - set(FIELDS))
-    for name in unknown:
-        if near := difflib.get_close_matches(name, absent, n=1, cutoff=0.85):
-            raise ValueError(f"{name} is no {what}: did you mean {near[0]}?")
-    return tuple(unknown)
+def _read(path: str, allowed_folder: str) -> Sessions:
+    """Choose the reader."""
+    file, split = Path(path), ""
+    if not file.exists() and os.path.isdir(path.rpartition(":")[0]):
+        folder_name, _, split = path.rpartition(":")
+        file = Path(folder_name)
+    root = Path(os.path.realpath(file if file.is_dir() else file.parent))
+    folder = Folder(root=root, allowed=Path(os.path.realpath(allowed_folder)) if allowed_folder else root)
+    readers = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
+    suffixes = [suffix.lower() for suffix in file.suffixes]
+    suffix = suffixes[-2] if suffixes[1:] and suffixes[-1] == GZIP else "".join(suffixes[-1:])
+    if file.is_dir():
+        return _read_folder(file, split, folder)
+    if suffix in readers and not (suffix == ".parquet" and suffixes[-1] == GZIP):
+        return readers[suffix](file, folder)
+    if file.exists():
+        raise ValueError(f"format {''.join(suffixes[-1:]) or 'without a suffix'} is not known: give {KNOWN}")
+    if HUB_NAME.fullmatch(path):
+        return read_hub(path, KNOWN)
+    raise ValueError(f"no such file or folder: give {KNOWN}")
 
 
-def _sessions(entries: Iterable[tuple[str, Callable[[], Entry]]]) -> Sessions:
-    """Make a session of every entry, named by its place; what is wrong with one is a Fault."""
-    found, faults = [], []
-    for place, parse in entries:
-        try:
-            found.append(make_session(place, *parse()))
-        except ValueError as error:
-            kind = "line" if isinstance(error, UnreadableError) else "fields"
-            faults.append(Fault(place=place, kind=kind, text=str(error)))
-    return Sessions(found=found, faults=faults)
+def _name_files_once(sessions: Sessions) -> Sessions:
+    """Give one name to pictures that are one file: hard links, and names that the file system takes as one."""
+    files = {session.image: session.file for session in sessions.found if session.file}
+    names: dict[tuple[int, int], list[str]] = defaultdict(list)
+    for name, file in files.items():
+        status = file.stat()
+        names[status.st_dev, status.st_ino].append(name)
+    first = {name: min(same) for same in names.values() if len(same) > 1 for name in same}
+    found = [replace(session, image=first.get(session.image, session.image)) for session in sessions.found]
+    return replace(sessions, found=found) if first else sessions
 
 
-def _read_jsonl(path: Path, image_fields: tuple[str, ...] = ("image",)) -> Sessions:
-    """Read one record a line, passing over empty lines. Image paths are relative to the file."""
-    unused: dict[str, tuple[str, ...]] = {}
-
-    def parse(place: str, line: str) -> Entry:
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UnreadableError(f"is not JSON: {error.msg}") from None
-        if not isinstance(record, dict):
-            raise ValueError("must be an object with fields such as image and instructions")
-        unused[place] = _find_unused([name for name in record if name not in image_fields[1:]], "field")
-        image = image_name(record, image_fields)
-        return record, image, path.parent / image
-
-    with path.open(encoding="utf-8-sig") as lines:
-        places = ((f"{path.name}:{number}", line) for number, line in enumerate(lines, 1) if line.strip())
-        sessions = _sessions((place, partial(parse, place, line)) for place, line in places)
-    names = {name for session in sessions.found for name in unused[session.place]}
-    return replace(sessions, unused=tuple(sorted(names)))
+def _read_jsonl(path: Path, folder: Folder, image_fields: tuple[str, ...] = ("image",)) -> Sessions:
+    """Read one record a line. Image paths are relative to the file."""
+    return _read_records(((f"{path.name}:{line}", read) for line, read in json_rows(path)), folder, image_fields)
 
 
-def _read_folder(folder: Path) -> Sessions:
-    """Read `metadata.jsonl` (the image's field may be `file_name`), or images with a .txt of the same name beside them,
-    one instruction a line.
-    """
-    metadata = folder / METADATA
-    if metadata.exists():
-        return _read_jsonl(metadata, ("image", "file_name"))
-    images = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-    if not images:
-        raise ValueError(f"folder without {METADATA} and without images: give {KNOWN}")
-
-    def parse(image: Path, name: str) -> Entry:
-        text = image.with_suffix(".txt")
-        if not text.exists():
-            raise ValueError(f"there is no {text.name} beside it")
-        try:
-            lines = text.read_text(encoding="utf-8-sig").splitlines()
-        except UnicodeDecodeError:
-            raise UnreadableError(f"{text.name} is not text in UTF-8") from None
-        return {"instructions": [line for line in lines if line.strip()]}, name, image
-
-    return _sessions((name := str(image.relative_to(folder)), partial(parse, image, name)) for image in images)
+def _read_csv(path: Path, folder: Folder, image_fields: tuple[str, ...] = IMAGE_FIELDS) -> Sessions:
+    """Read EdiVal's CSV, or one with a record a row, whose lists are written as JSON."""
+    columns, rows = csv_rows(path)
+    has_records = {"instructions", "prompt"} & set(columns) and set(image_fields) & set(columns)
+    if set(EDIVAL_NEEDED) & {*columns} - {"instructions"} or not (has_records or set(TURN_FIELDS) <= set(columns)):
+        return read_edival(path, folder)
+    found = ((f"{path.name}:{line}", partial(_csv_record, read)) for line, read in rows)
+    return _read_records(found, folder, image_fields)
 
 
-def _read_edival(path: Path) -> Sessions:
-    """Read EdiVal's CSV: a row per image and turn, whose cells are Python lists that grow with the turn. The last entry
-    of turn t's list is of turn t; so is a cell that is no list.
-    """
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = csv.DictReader(file)
-        columns = rows.fieldnames or []
-        for name in EDIVAL_NEEDED:
-            if name not in columns:
-                raise ValueError(f"has no column {name}: EdiVal's are {', '.join(EDIVAL_COLUMNS)}")
-        places, by_image = dict[str, str](), dict[str, list[dict[str, Any]]]()
-        for row in rows:
-            places.setdefault(row["image_index"], f"{path.name}:{rows.line_num}")
-            by_image.setdefault(row["image_index"], []).append(row)
-
-    def parse(index: str) -> Entry:
-        record, image = _edival_record(by_image[index]), _edival_image(path.parent, index)
-        return record, image.name, image
-
-    sessions = _sessions((places[index], partial(parse, index)) for index in by_image)
-    return replace(sessions, unused=tuple(sorted(set(columns) - set(EDIVAL_COLUMNS))))
-
-
-def _edival_record(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Make the fields of a session of the rows of its image."""
-    turns = {row["turns"]: row for row in rows}
-    if set(turns) != {str(turn) for turn in range(1, len(rows) + 1)}:
-        raise ValueError(f"turns are {', '.join(sorted(map(str, turns)))}: must be 1 to {len(rows)}, each once")
-    rows = [turns[str(turn)] for turn in range(1, len(rows) + 1)]
-    record = {"instructions": [_unwrap(str(_last(_literal(row, "instructions"))).strip()) for row in rows]}
-    if all(row.get("task_type") for row in rows):
-        record["edit_types"] = [str(_last(_literal(row, "task_type"))) for row in rows]
-    if all(row.get("unchanged_objects") for row in rows):
-        record["untouched_objects"] = [_literal(row, "unchanged_objects") for row in rows]
+def _csv_record(read: Read) -> dict[str, Any]:
+    """Read the lists of a row's cells. ValueError where one is no list."""
+    record = read()
+    for name in LISTS:
+        if name in record:
+            try:
+                record[name] = json.loads(record[name])
+            except (ValueError, RecursionError):
+                record[name] = literal(record, name)
     return record
 
 
-def _unwrap(text: str) -> str:
-    """Take off quotes around all of a text, as the public file has around some."""
-    return text[1:-1].strip() if len(text) > 2 and text[0] == text[-1] == '"' else text
+def _read_parquet(path: Path, folder: Folder) -> Sessions:
+    return read_parquet([path], path.name, folder)
 
 
-def _literal(row: Mapping[str, Any], name: str) -> Any:
-    """Read a cell as the Python list that it shows, or else as text."""
-    text = (row[name] or "").strip()
-    if not text.startswith("["):
-        return text
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        raise ValueError(f"{name} is {text[:40]!r}: must be a list as Python writes it") from None
+def _read_records(rows: Iterable[tuple[str, Read]], folder: Folder, image_fields: tuple[str, ...]) -> Sessions:
+    """Make sessions of records of ours, of MagicBrush's turns, and of Pico-Banana-400K's sessions."""
+    records, faults = read_each(rows)
+    unused: dict[str, tuple[str, ...]] = {}
+
+    def parse(place: str, record: Mapping[str, Any]) -> Entry:
+        unused[place] = find_unused([name for name in record if name not in image_fields[1:]], "field")
+        return record, partial(find_all, folder, image_names(record, image_fields))
+
+    def parse_turns(rows: list[Row]) -> Entry:
+        record, first = turn_record(rows)
+        return record, partial(folder.find, image_name(first, ("source_img",)))
+
+    turns, pico, others = list[Row](), list[Row](), list[Row]()
+    for row in records:
+        is_turn, is_pico = row[1].keys() >= set(TURN_FIELDS), PICO_PROMPTS in row[1]
+        (turns if is_turn else pico if is_pico else others).append(row)
+    entries: list[tuple[str, Callable[[], Entry]]] = [(place, partial(parse, place, it)) for place, it in others]
+    entries += [(same[0][0], partial(parse_turns, same)) for same in group_turns(turns)]
+    entries += pico_entries(pico, folder) if pico else []
+    sessions = make_sessions(entries, faults)
+    names = {name for session in sessions.found for name in unused.get(session.place, ())}
+    return replace(sessions, unused=tuple(sorted(names)))
 
 
-def _last(value: Any) -> Any:
-    return value[-1] if isinstance(value, list) and value else value
+def _is_data(path: Path) -> bool:
+    """Say whether a path in a folder is none of those that systems leave there."""
+    return not any(part.startswith(".") or part in JUNK for part in path.parts)
 
 
-def _edival_image(folder: Path, index: str) -> Path:
-    """Find the picture of an image_index by the names that EdiVal's code looks for; one of them where none is there."""
-    names = [f"{index}{stem}{suffix}" for stem in ("_input_raw", "") for suffix in SUFFIXES]
-    paths = (folder / sub / name for sub in EDIVAL_FOLDERS for name in names)
-    missing = folder / EDIVAL_FOLDERS[1] / f"{index}_input_raw.jpg"
-    return next((path for path in paths if path.is_file()), missing)
-
-
-def _datasets() -> Any:
-    try:
-        import datasets
-    except ModuleNotFoundError:
-        raise ValueError("needs the datasets library: pip install 'mteditflow[data]'") from None
-    datasets.disable_progress_bars()
-    return datasets
-
-
-def _read_parquet(path: Path) -> Sessions:
-    datasets = _datasets()
-    try:
-        table = datasets.Dataset.from_parquet(str(path))
-    except ValueError as error:  # pyarrow's and datasets' own are ValueErrors of many lines
-        raise ValueError(f"is no parquet file that can be read: {str(error).splitlines()[0]}") from None
-    return _read_table(table, path.name, path.parent)
-
-
-def _read_hub(name: str) -> Sessions:
-    """Read `owner/name`, its split train, or `owner/name:split`."""
-    repository, _, split = name.partition(":")
-    try:
-        table = _datasets().load_dataset(repository, split=split or "train")
-    except OSError as error:  # no network, no such data set, no access
-        reason = " ".join(str(error).split())
-        raise ValueError(f"no such file or folder, and the hub has no such data set ({reason}): give {KNOWN}") from None
-    except (RuntimeError, ValueError) as error:  # a set made by a script, a split or a configuration that is not there
-        raise ValueError(f"the hub's data set cannot be read ({' '.join(str(error).split())}): give {KNOWN}") from None
-    return _read_table(table, name, Path())
-
-
-def _read_table(table: Any, name: str, folder: Path) -> Sessions:
-    """Read a `datasets` table with the columns of a JSONL record. Every picture in the table counts as another image; a
-    text is a path, relative to `folder`.
+def _read_folder(path: Path, split: str, folder: Folder) -> Sessions:
+    """Read a folder of `save_to_disk`, of `metadata.jsonl` or imagefolder's other forms, of parquet files, of splits,
+    or images with a .txt of the same name beside them.
     """
-    columns = table.column_names
-    unused = _find_unused(columns, "column")
-    if "image" not in columns or not {"instructions", "prompt"} & set(columns):
-        raise ValueError(f"has columns {', '.join(columns)}: needs image, and instructions or prompt")
-    is_path = getattr(table.features["image"], "dtype", "") in ("string", "large_string")
-    if type(table.features["image"]).__name__ == "Image":
-        table = table.cast_column("image", type(table.features["image"])(decode=False))
-    texts = [column for column in FIELDS if column in columns and (column != "image" or is_path)]
+    if any((path / name).is_file() for name in SAVED):
+        return read_saved(path, split, folder)
+    there = {name.lower(): path / name for name in os.listdir(path)}
+    readers = dict(zip(METADATA, (_read_jsonl, _read_csv, _read_parquet), strict=True))
+    for name in METADATA:
+        if name in there and not split:
+            fields = () if name == METADATA[2] else (IMAGE_FIELDS,)
+            return readers[name](there[name], folder, *fields)
+    if inner := _split_folder(path, split):
+        return _read_folder(inner, "", replace(folder, root=Path(os.path.realpath(inner))))
+    names = sorted(it.relative_to(path) for it in path.rglob("*") if it.is_file())
+    names = [name for name in names if _is_data(name)]
+    if shards := [path / name for name in names if name.suffix.lower() == ".parquet"]:
+        return read_shards(shards, split, folder)
+    if split:
+        raise ValueError(f"has no split {split}: name a folder in it, or leave the split out")
+    return _read_texts(path, names, folder)
 
-    def parse(number: int, record: Mapping[str, Any]) -> Entry:
-        if is_path:
-            return record, image_name(record), folder / image_name(record)
-        return record, f"row {number}", partial(_picture_of, table, number - 1, folder)
 
-    records = enumerate(table.select_columns(texts), 1)
-    sessions = _sessions((f"{name}:{number}", partial(parse, number, record)) for number, record in records)
-    return replace(sessions, unused=unused)
+def _split_folder(path: Path, split: str) -> Path | None:
+    """Choose the folder of a split, as imagefolder has them, with metadata in each; None where there are no splits."""
+    folders = [it for it in path.iterdir() if it.is_dir() and _is_data(Path(it.name))]
+    splits = [it.name for it in folders if split == it.name or any((it / name).is_file() for name in METADATA)]
+    return path / choose_split(splits, split) if splits else None
 
 
-def _picture_of(table: Any, number: int, folder: Path) -> Path | bytes:
-    """Read the bytes of a row's picture, or its path. ValueError where it has neither."""
-    image = table[number]["image"]
-    if isinstance(image, bytes):
-        return image
-    if not isinstance(image, dict) or not (image.get("bytes") or image.get("path")):
-        raise ValueError("the row has no picture")
-    return image["bytes"] or folder / image["path"]
+def _read_texts(path: Path, names: list[Path], folder: Folder) -> Sessions:
+    """Read images with a .txt of the same name beside them, one instruction a line."""
+    beside: dict[Path, list[Path]] = defaultdict(list)
+    for name in names:
+        beside[name.with_suffix("")].append(name)
+    texts = {stem: name for stem, same in beside.items() for name in same if name.suffix.lower() == ".txt"}
+    images = [name for name in names if name.suffix.lower() in SUFFIXES]
+    if not images and not texts:
+        raise ValueError(f"folder without {METADATA[0]} and without images: give {KNOWN}")
+
+    def parse(image: Path) -> Entry:
+        if image.with_suffix("") not in texts:
+            raise ValueError(f"there is no {image.with_suffix('.txt').name} beside it")
+        text = path / texts[image.with_suffix("")]
+        try:
+            lines = text.read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError:
+            raise RowError("line", f"{text.name} is not text in UTF-8") from None
+        except OSError as error:
+            raise RowError("line", f"{text.name} cannot be read: {error.strerror}") from None
+        return {"instructions": [line for line in lines if line.strip()]}, partial(folder.find, str(image))
+
+    def miss(others: list[Path]) -> Entry:
+        remedy = "save it as PNG or JPEG"
+        raise RowError("image", f"{', '.join(other.name for other in others)} is no picture that can be read: {remedy}")
+
+    with_image = {image.with_suffix("") for image in images}
+    others = {text: [it for it in beside[stem] if it != text] for stem, text in texts.items() if stem not in with_image}
+    entries: list[tuple[str, Callable[[], Entry]]] = [(str(image), partial(parse, image)) for image in images]
+    entries += [(str(text), partial(miss, same)) for text, same in others.items() if same]
+    used = {*images, *texts.values(), *(name for same in others.values() for name in same)}
+    alone = {text for text, same in others.items() if not same}
+    passed_over = tuple(str(name) for name in names if name not in used or name in alone)
+    return replace(make_sessions(entries), passed_over=passed_over)

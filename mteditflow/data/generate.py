@@ -8,11 +8,12 @@ target (or as the place that something is moved to) and that are still in the po
 Departures: no language model writes the instructions, they are templates; an edit type that cannot be done is not drawn
 at all (there: it becomes subject_add); background_change comes at most once; what a session has created it neither
 removes nor replaces, since a model whose creation failed would then pass for nothing; only what there is exactly one of
-is a place to put things; and nothing is moved to where its box already is.
+is a place to put things; and nothing is moved to where its box already is. What is part of the place (sky, grass) is
+neither counted, moved nor taken away; people are neither painted nor made of wood.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from random import Random
 
 from mteditflow.types import Box, Region
@@ -31,10 +32,23 @@ BACKGROUNDS = (
 TEXTS = ("HELLO", "OPEN", "SALE", "WELCOME", "SUMMER", "NORTH", "2026", "THANK YOU", "EXIT", "COFFEE")
 POSITIONS = ("to the left of", "to the right of", "above", "below")
 MAX_COUNT = 5
-IRREGULAR = {
-    "person": "people", "man": "men", "woman": "women", "child": "children", "mouse": "mice", "sheep": "sheep",
-    "knife": "knives", "skis": "skis", "scissors": "scissors", "fish": "fish", "leaf": "leaves", "deer": "deer",
-    "broccoli": "broccoli", "wine glass": "wine glasses",
+# last words of what is part of a place: it is not counted, moved, taken away, nor made of something else
+SCENERY = (
+    *("sky", "sea", "ocean", "water", "river", "lake", "grass", "sand", "snow", "road", "street", "pavement", "floor"),
+    *("ground", "ceiling", "wall", "fog", "mud", "dirt", "gravel", "clouds", "mountain", "hill", "field", "stairs"),
+)
+MASS = (  # last words of what is not counted
+    *("broccoli", "hair", "food", "clothing", "clothes", "furniture", "jewelry", "fruit", "vegetable", "bread"),
+    *("cheese", "rice", "pasta", "meat", "seafood", "luggage", "footwear", "leaves"),
+)
+PAIRS = ("scissors", "skis", "glasses", "sunglasses", "goggles", "jeans", "trousers", "shorts", "headphones", "pliers")
+PEOPLE = ("person", "man", "woman", "boy", "girl", "child", "baby", "human", "bride", "groom", "player", "rider")
+ENDINGS = {  # of nouns whose plural is their own; the first that fits
+    "human": "humans", "mongoose": "mongooses", "man": "men", "person": "people", "child": "children",
+    "mouse": "mice", "goose": "geese", "tooth": "teeth", "foot": "feet", "sheep": "sheep", "fish": "fish",
+    "deer": "deer", "aircraft": "aircraft", "knife": "knives", "wolf": "wolves", "shelf": "shelves",
+    "scarf": "scarves", "calf": "calves", "loaf": "loaves", "leaf": "leaves", "tomato": "tomatoes",
+    "potato": "potatoes",
 }  # fmt: skip
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "subject_add": ("Add {new} {place}", "Put {new} {place}", "Place {new} {place}"),
@@ -42,15 +56,30 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
     "subject_replace": ("Replace {old} with {new}", "Swap {old} for {new}", "Turn {old} into {new}"),
     "color_alter": ("Change the color of {old} to {value}", "Make {old} {value}", "Paint {old} {value}"),
     "material_alter": ("Change the material of {old} to {value}", "Make {old} look as if made of {value}"),
-    "position_change": ("Move {old} {place}", "Change the position of {old} to {place}"),
-    "count_change": ("Change the number of {plural} to {value}", "Show {value} {counted} in all"),
+    "position_change": ("Move {old} {place}", "Put {old} {place}"),
+    "count_change": ("Change the number of {plural} to {value}", "Show {value} {plural} in all"),
     "background_change": (
-        "Change the background to a {value}, keep {kept} unchanged",
-        "Set the scene in a {value} and leave {kept} as before",
+        "Change the background to {value}, keep {kept} unchanged",
+        "Replace the background with {value} and leave {kept} as before",
     ),
     "text_change": ("Replace the text '{old}' with '{value}'", "Change the text '{old}' to '{value}'"),
 }
+SHARES = dict.fromkeys(TEMPLATES, 1.0) | {"position_change": 1.5}  # which can be asked for least often
+TO_ONE = ("Change the number of {plural} to 1", "Show only one {name}", "Leave only one {name}")
 FIRST_TEXT = ("Add the text '{value}' to the image", "Write '{value}' on the image")  # where there is none to change
+SOMEWHERE = ("Add {new} to the image", "Put {new} somewhere in the image")  # where there is nothing to put it next to
+
+
+@dataclass(frozen=True, kw_only=True)
+class Words:
+    """What sessions are made of: lists that a user may replace, and the edit types with their relative shares."""
+
+    new_objects: tuple[str, ...] = NEW_OBJECTS
+    colors: tuple[str, ...] = COLORS
+    materials: tuple[str, ...] = MATERIALS
+    backgrounds: tuple[str, ...] = BACKGROUNDS
+    texts: tuple[str, ...] = TEXTS
+    shares: Mapping[str, float] = field(default_factory=lambda: dict(SHARES))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,14 +108,29 @@ class Thing:
 
     @property
     def called(self) -> str:
-        """Name them in a sentence: 'the dog', 'the 3 dogs'."""
-        return f"the {self.name}" if self.count == 1 else f"the {self.count} {self.plural}"
+        """Name them in a sentence: 'the dog', 'the 3 dogs', 'the sky'."""
+        return f"the {self.name}" if self.count == 1 or not self.is_countable else f"the {self.count} {self.plural}"
+
+    @property
+    def is_scenery(self) -> bool:
+        """Whether they are part of the place."""
+        return not self.is_foreground or last_word(self.kind) in SCENERY
+
+    @property
+    def is_countable(self) -> bool:
+        """Whether there can be one or five of them."""
+        return not self.is_scenery and last_word(self.kind) not in MASS
+
+    @property
+    def is_person(self) -> bool:
+        """Whether they are people, who are not painted nor made of wood."""
+        return last_word(self.kind) in PEOPLE
 
 
 Pool = dict[str, Thing]
 """What is in an image, by kind."""
-Edit = tuple[dict[str, str], tuple[str, ...], Pool]
-"""The words of an instruction, the kinds that it touches, and the pool after it."""
+Edit = tuple[Sequence[str], dict[str, str], tuple[str, ...], Pool]
+"""The forms of an instruction and their words, the kinds that it touches, and the pool after it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,12 +144,20 @@ class Step:
     text: str  # that is written on the image; '' for none
 
 
+def last_word(kind: str) -> str:
+    """Take the word of a noun that is counted: 'vase' of 'glass vase of flowers'."""
+    return kind.partition(" of ")[0].rpartition(" ")[2].lower()
+
+
 def plural(kind: str) -> str:
     """Form the English plural of a noun, of its last word where the noun has no 'of'."""
     head, of, tail = kind.partition(" of ")
-    before, space, word = ("", "", head) if head in IRREGULAR else head.rpartition(" ")
-    if word in IRREGULAR:
-        word = IRREGULAR[word]
+    before, space, word = head.rpartition(" ")
+    ending = next((it for it in ENDINGS if word.lower().endswith(it)), "")
+    if word in PAIRS:
+        word = f"pairs of {word}"
+    elif ending:
+        word = word[: len(word) - len(ending)] + ENDINGS[ending]
     elif word.endswith(("s", "x", "z", "ch", "sh")):
         word += "es"
     elif word.endswith("y") and word[-2:-1] not in "aeiou":
@@ -116,35 +168,48 @@ def plural(kind: str) -> str:
 
 
 def with_article(noun: str) -> str:
-    """Put the article before a noun: 'a dog', 'an owl'."""
-    return f"{'an' if noun[0] in 'aeiou' and not noun.startswith('uni') else 'a'} {noun}"
+    """Put the article before a noun: 'a dog', 'an owl', 'a pair of skis'; none where it is not counted."""
+    if last_word(noun) in MASS:
+        return noun
+    if last_word(noun) in PAIRS:
+        return f"a pair of {noun}"
+    word = noun.lower()
+    is_vowel = word[0] in "aeiou" and not word.startswith(("uni", "use", "eu", "one", "ukulele"))
+    return f"{'an' if is_vowel or word.startswith(('hour', 'honest', 'heir')) else 'a'} {noun}"
 
 
-def generate(things: Sequence[Thing], num_turns: int, random: Random) -> list[Step]:
-    """Draw the K steps of a session on an image with these things."""
-    pool, text = {thing.kind: thing for thing in things}, ""
-    steps, unused, seen = list[Step](), list(TEMPLATES), set(pool)
+def generate(things: Sequence[Thing], num_turns: int, random: Random, words: Words | None = None) -> list[Step]:
+    """Draw the K steps of a session on an image with these things; fewer where none of the edit types can be asked for
+    any more.
+    """
+    pool, text, words = {thing.kind: thing for thing in things}, "", words or Words()
+    types = [name for name, share in words.shares.items() if share > 0]
+    steps, unused, seen = list[Step](), list(types), set(pool)
     for _ in range(num_turns):
-        fresh = [kind for kind in NEW_OBJECTS if kind not in seen]  # what never was in the image
-        if not any(is_feasible(edit_type, pool, fresh, steps) for edit_type in unused):
-            unused = list(TEMPLATES)
-        edit_type = random.choice([name for name in unused if is_feasible(name, pool, fresh, steps)])
+        fresh = [kind for kind in words.new_objects if kind not in seen]  # what never was in the image
+        possible = [name for name in types if is_feasible(name, pool, fresh, steps)]
+        if not possible:
+            break
+        if not set(possible) & set(unused):
+            unused = list(types)
+        chosen = [name for name in unused if name in possible]
+        edit_type = random.choices(chosen, [words.shares[name] for name in chosen])[0]
         unused.remove(edit_type)
-        steps.append(make_step(edit_type, pool, text, fresh, random))
+        steps.append(make_step(edit_type, pool, text, replace(words, new_objects=tuple(fresh)), random))
         pool, text = steps[-1].pool, steps[-1].text
         seen |= set(pool)
     return steps
 
 
-def make_step(edit_type: str, pool: Pool, text: str, fresh: Sequence[str], random: Random) -> Step:
-    """Draw a feasible edit of this type, and its instruction."""
-    forms = TEMPLATES[edit_type]
+def make_step(edit_type: str, pool: Pool, text: str, words: Words, random: Random) -> Step:
+    """Draw a feasible edit of this type, and its instruction. words: with objects that were never in the image."""
     if edit_type == "text_change":
-        words, touched = {"old": text, "value": random.choice([other for other in TEXTS if other != text])}, ()
-        forms, text = forms if text else FIRST_TEXT, words["value"]
+        value = random.choice([other for other in words.texts if other != text])
+        forms, named, touched = TEMPLATES[edit_type] if text else FIRST_TEXT, {"old": text, "value": value}, ()
+        text = value
     else:
-        words, touched, pool = EDITS[edit_type](pool, fresh, random)
-    instruction = random.choice(forms).format(**words)
+        forms, named, touched, pool = EDITS[edit_type](pool, words, random)
+    instruction = random.choice(forms).format(**named)
     return Step(edit_type=edit_type, instruction=instruction, touched=touched, pool=pool, text=text)
 
 
@@ -166,54 +231,76 @@ def is_feasible(edit_type: str, pool: Pool, fresh: Sequence[str], steps: Sequenc
         case "subject_add":
             return bool(fresh)
         case "subject_remove":
-            return bool(_from_source(pool))
+            return bool(_removable(pool))
         case "subject_replace":
-            return bool(_from_source(pool) and fresh)
+            return bool(_removable(pool) and fresh)
         case "background_change":
             is_first = all(step.edit_type != edit_type for step in steps)
             return is_first and any(thing.is_foreground for thing in pool.values())
         case "position_change":
             return bool(_moves(pool))
+        case "color_alter":
+            return bool(_colorable(pool))
+        case "material_alter":
+            return bool(_mouldable(pool))
         case _:
-            return bool(pool)
+            return bool(_countable(pool))
 
 
-def _from_source(pool: Pool) -> list[Thing]:
-    return [thing for thing in pool.values() if not thing.is_new]
+def _removable(pool: Pool) -> list[Thing]:
+    return [thing for thing in pool.values() if not thing.is_new and not thing.is_scenery]
+
+
+def _countable(pool: Pool) -> list[Thing]:
+    return [thing for thing in pool.values() if thing.is_countable]
 
 
 def _singles(pool: Pool) -> list[Thing]:
-    return [thing for thing in pool.values() if thing.count == 1]
+    return [thing for thing in _countable(pool) if thing.count == 1]
 
 
-def _add(pool: Pool, fresh: Sequence[str], random: Random) -> Edit:
-    kind, singles = random.choice(fresh), _singles(pool)
-    place = f"{random.choice(POSITIONS)} {random.choice(singles).called}" if singles else "in the image"
-    return {"new": with_article(kind), "place": place}, (), {**pool, kind: Thing(kind=kind, is_new=True)}
+def _colorable(pool: Pool) -> list[Thing]:
+    return [thing for thing in pool.values() if not thing.is_person]
 
 
-def _remove(pool: Pool, _fresh: Sequence[str], random: Random) -> Edit:
-    old = random.choice(_from_source(pool))
-    return {"old": old.called}, (old.kind,), {kind: thing for kind, thing in pool.items() if kind != old.kind}
+def _mouldable(pool: Pool) -> list[Thing]:
+    return [thing for thing in _colorable(pool) if not thing.is_scenery]
 
 
-def _replace(pool: Pool, fresh: Sequence[str], random: Random) -> Edit:
-    words, touched, after = _remove(pool, fresh, random)
-    kind, count = random.choice(fresh), pool[touched[0]].count
-    words["new"] = with_article(kind) if count == 1 else f"{count} {plural(kind)}"
-    return words, touched, {**after, kind: Thing(kind=kind, count=count, is_new=True)}
+def _add(pool: Pool, words: Words, random: Random) -> Edit:
+    kind, singles = random.choice(words.new_objects), _singles(pool)
+    place = f"{random.choice(POSITIONS)} {random.choice(singles).called}" if singles else ""
+    forms = TEMPLATES["subject_add"] if singles else SOMEWHERE
+    return forms, {"new": with_article(kind), "place": place}, (), {**pool, kind: Thing(kind=kind, is_new=True)}
 
 
-def _color(pool: Pool, _fresh: Sequence[str], random: Random) -> Edit:
-    old = random.choice(list(pool.values()))
-    value = random.choice([color for color in COLORS if color not in (old.color, *old.kind.split())])
-    return {"old": old.called, "value": value}, (old.kind,), {**pool, old.kind: replace(old, color=value)}
+def _remove(pool: Pool, _words: Words, random: Random) -> Edit:
+    old = random.choice(_removable(pool))
+    after = {kind: thing for kind, thing in pool.items() if kind != old.kind}
+    return TEMPLATES["subject_remove"], {"old": old.called}, (old.kind,), after
 
 
-def _material(pool: Pool, _fresh: Sequence[str], random: Random) -> Edit:
-    old = random.choice(list(pool.values()))
-    value = random.choice([material for material in MATERIALS if material != old.material])
-    return {"old": old.called, "value": value}, (old.kind,), {**pool, old.kind: replace(old, material=value)}
+def _replace(pool: Pool, words: Words, random: Random) -> Edit:
+    _, named, touched, after = _remove(pool, words, random)
+    old, new = pool[touched[0]], Thing(kind=random.choice(words.new_objects), is_new=True)
+    if old.is_countable and new.is_countable:
+        new = replace(new, count=old.count)
+    named["new"] = with_article(new.kind) if new.count == 1 else f"{new.count} {new.plural}"
+    return TEMPLATES["subject_replace"], named, touched, {**after, new.kind: new}
+
+
+def _color(pool: Pool, words: Words, random: Random) -> Edit:
+    old = random.choice(_colorable(pool))
+    value = random.choice([color for color in words.colors if color not in (old.color, *old.kind.split())])
+    after = {**pool, old.kind: replace(old, color=value)}
+    return TEMPLATES["color_alter"], {"old": old.called, "value": value}, (old.kind,), after
+
+
+def _material(pool: Pool, words: Words, random: Random) -> Edit:
+    old = random.choice(_mouldable(pool))
+    value = random.choice([material for material in words.materials if material != old.material])
+    after = {**pool, old.kind: replace(old, material=value)}
+    return TEMPLATES["material_alter"], {"old": old.called, "value": value}, (old.kind,), after
 
 
 def _moves(pool: Pool) -> list[tuple[Thing, str, Thing]]:
@@ -231,27 +318,30 @@ def _is_there(old: Thing, place: str, at: Thing) -> bool:
     return here < there if place in (POSITIONS[0], POSITIONS[2]) else here > there
 
 
-def _position(pool: Pool, _fresh: Sequence[str], random: Random) -> Edit:
+def _position(pool: Pool, _words: Words, random: Random) -> Edit:
     old, place, at = random.choice(_moves(pool))
     after = {**pool, old.kind: replace(old, boxes=())}  # where it is now is not known
-    return {"old": old.called, "place": f"{place} {at.called}"}, (old.kind, at.kind), after
+    named = {"old": old.called, "place": f"{place} {at.called}"}
+    return TEMPLATES["position_change"], named, (old.kind, at.kind), after
 
 
-def _count(pool: Pool, _fresh: Sequence[str], random: Random) -> Edit:
-    old = random.choice(list(pool.values()))
+def _count(pool: Pool, _words: Words, random: Random) -> Edit:
+    old = random.choice(_countable(pool))
     count = random.choice([number for number in range(1, MAX_COUNT + 1) if number != old.count])
-    words = {"plural": old.plural, "counted": old.name if count == 1 else old.plural, "value": str(count)}
-    return words, (old.kind,), {**pool, old.kind: replace(old, count=count, boxes=())}
+    after = {**pool, old.kind: replace(old, count=count, boxes=())}
+    named = {"name": old.name, "plural": old.plural, "value": str(count)}
+    return TO_ONE if count == 1 else TEMPLATES["count_change"], named, (old.kind,), after
 
 
-def _background(pool: Pool, _fresh: Sequence[str], random: Random) -> Edit:
+def _background(pool: Pool, words: Words, random: Random) -> Edit:
     after = {kind: thing for kind, thing in pool.items() if thing.is_foreground}
     *names, last = (thing.called for thing in after.values())
     kept = f"{', '.join(names)} and {last}" if names else last
-    return {"value": random.choice(BACKGROUNDS), "kept": kept}, (), after
+    named = {"value": with_article(random.choice(words.backgrounds)), "kept": kept}
+    return TEMPLATES["background_change"], named, (), after
 
 
-EDITS: dict[str, Callable[[Pool, Sequence[str], Random], Edit]] = {
+EDITS: dict[str, Callable[[Pool, Words, Random], Edit]] = {
     "subject_add": _add, "subject_remove": _remove, "subject_replace": _replace, "color_alter": _color,
     "material_alter": _material, "position_change": _position, "count_change": _count, "background_change": _background,
 }  # fmt: skip

@@ -28,9 +28,9 @@ from mteditflow.data import check_data, held_out_tasks
 from mteditflow.distributed import Ranks
 from mteditflow.evaluate.comparison_page import terminal_table, write_comparison
 from mteditflow.evaluate.edival import Evaluation, compare, summary
+from mteditflow.evaluate.exposure import evaluate_editor, num_sessions
 from mteditflow.evaluate.held_out import (
     check_held_out,
-    evaluate,
     has_truth,
     list_settings,
     load_verdicts,
@@ -48,7 +48,7 @@ from mteditflow.evaluate.lora_files import (
     read_subject,
 )
 from mteditflow.evaluate.parts import PartFolder
-from mteditflow.policy import AdapterName, build_policy, linear_shapes
+from mteditflow.policy import AdapterName, build_policy, check_references, linear_shapes
 from mteditflow.record.files import read_json, write_json
 from mteditflow.record.progress import show_sessions, start_bars
 from mteditflow.report.strips import draw_sessions
@@ -56,6 +56,8 @@ from mteditflow.reward import build_reward, check_judge
 from mteditflow.reward.overlap import Overlap
 from mteditflow.transformer.sharded import make_mesh
 from mteditflow.types import EditTask
+
+EXPOSURE = ("MT_true", "MT_true_interval", "compounding", "compounding_interval")
 
 
 def resolve(words: list[str], out: Path, read_config: Callable[[Path | None], Config]) -> tuple[list[Subject], Config]:
@@ -77,6 +79,7 @@ def evaluate_all(subjects: list[Subject], out: Path, config: Config, ranks: Rank
     """Evaluate what is not finished yet, on all ranks; the main rank shows the table, and writes the page."""
     check_judge(config)
     check_data(config, is_speaking=ranks.is_main)
+    check_references(config)
     use_backend(config.run.backend)
     tasks, console = held_out_tasks(config), Console(quiet=not ranks.is_main)
     settings = list_settings(config, is_by_truth=has_truth(tasks))
@@ -114,8 +117,8 @@ def _evaluate_pending(
         console.print(line, soft_wrap=True, highlight=False, markup=False)
 
     def make(adapter: AdapterName, folder: PartFolder) -> Evaluation:
-        with show_sessions(len(tasks), bars, say) as show:
-            return evaluate(policy, tasks, config, adapter, ranks, judge, folder=folder, show=show)
+        with show_sessions(num_sessions(tasks, config), bars, say) as show:
+            return evaluate_editor(policy, tasks, config, adapter, ranks, judge, folder=folder, show=show)
 
     with ExitStack() as stack:
         judge = None
@@ -150,7 +153,9 @@ def save_subject(
     draw_sessions(tasks, {subject.word: images}, range(images.shape[1])).save(folder / "strips.png")
     figures = summary(evaluation)
     exposure = [
-        {"turn": turn["turn"], "success": turn["MT"], "interval": turn["MT_interval"]} for turn in figures["turns"]
+        {"turn": turn["turn"], "success": turn["MT"], "interval": turn["MT_interval"]}
+        | {name: turn[name] for name in EXPOSURE if name in turn}
+        for turn in figures["turns"]
     ]
     what = {"subject": subject.word, "what": subject.what, "adapter": subject.fingerprint, "commit": git_commit()}
     write_json(folder / "metrics.json", what | how | figures | {"exposure_bias": exposure})
@@ -167,4 +172,4 @@ def _present(subjects: list[Subject], out: Path, tasks: list[EditTask], console:
     strips = [draw_sessions(tasks, edits, [session]) for session in range(before.images.shape[1])]
     page = write_comparison(out, reports, gains, strips)
     console.print(terminal_table(reports, gains))
-    console.print(f"page: {page}", soft_wrap=True, highlight=False)
+    console.print(f"page: {page}", soft_wrap=True, highlight=False, markup=False)

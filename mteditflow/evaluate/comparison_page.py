@@ -14,10 +14,11 @@ from mteditflow.record.figures import METRICS, figure
 from mteditflow.record.files import read_json
 from mteditflow.record.templates import write_page
 from mteditflow.report.charts import NUM_COLORS, Curve, chart, data_uri, edit_types
+from mteditflow.report.drift_curves import drift_charts, drift_note, exposure_charts
 
 TITLES = {
     "O": ("O by turn", "√(IF · CC)."),
-    "MT": ("Success by turn (MT)", "The turn's instruction is carried out: the exposure-bias curve."),
+    "MT": ("Success by turn (MT)", "The turn's instruction is carried out."),
     "IF": ("All instructions so far (IF)", "No turn up to this one has failed."),
     "CC": ("Consistency (CC)", "What no instruction touched is as in the source image."),
 }
@@ -37,6 +38,9 @@ def write_comparison(folder: Path, reports: Reports, gains: Reports, strips: lis
         "colors": {name: place % NUM_COLORS for place, name in enumerate(names)},
         "notes": {metric: _note(metric, reports[names[0]]) for metric in TITLES},
         "charts": list(filter(None, (_chart(metric, reports) for metric in TITLES))),
+        "drift": drift_charts(reports),
+        "drift_note": drift_note(reports),
+        "exposure": exposure_charts(reports),
         "edit_types": edit_types(reports),
         "strips": [data_uri(png_bytes(picture, is_small=True)) for picture in strips],
     }
@@ -65,7 +69,9 @@ def _note(metric: str, report: dict[str, Any]) -> str:
 
 
 def terminal_table(reports: Reports, gains: Reports) -> Table:
-    """Make a table of the metrics of every editor, and its gains over the first, at turns 1, 2, 3 and the last."""
+    """Make a table of the metrics of every editor, and its gains over the first, at turns 1, 2, 3 and the last; below
+    it what compounds, where that was evaluated.
+    """
     first = next(iter(reports))
     num_turns = len(reports[first]["turns"])
     title = f"{reports[first]['num_sessions']} held-out sessions, percent [95 % interval]"
@@ -83,6 +89,12 @@ def terminal_table(reports: Reports, gains: Reports) -> Table:
                     "", "gain", *(str(figure(gains[name]["turns"][n], f"{metric}_gain")) for metric in METRICS)
                 )
         table.add_section()
+    lasts = {name: report["turns"][-1] for name, report in reports.items() if report.get("true_inputs")}
+    table.caption = "\n".join(
+        f"{name}, turn {num_turns}: {figure(last, 'MT_true').value} % on true inputs, "
+        f"{figure(last, 'compounding')} points more than on its own output"
+        for name, last in lasts.items()
+    )
     return table
 
 

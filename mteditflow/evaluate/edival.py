@@ -5,6 +5,7 @@ defined, O_t = sqrt(IF_t CC_t) on the aggregates. Sessions that could not be sco
 """
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mteditflow.record.drift import KINDS
 from mteditflow.record.figures import METRICS
 
 NUM_BOOTSTRAP = 2000
@@ -21,8 +23,9 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Verdicts (n, K) bool, consistency (n, K) with NaN where undefined, edit types, and the edits of the first
-    sessions. Sessions that are not `valid` could not be scored and have no part in the metrics.
+    """Verdicts (n, K) bool, consistency (n, K) with NaN where undefined, edit types, the edits of the first sessions,
+    drift and, where it was asked for, the success of each turn on its true input. Sessions that are not `valid` could
+    not be scored and have no part in the metrics.
     """
 
     verdict: Tensor
@@ -31,6 +34,10 @@ class Evaluation:
     edit_types: list[tuple[str, ...]]
     images: Tensor  # (K, num_strips, 3, H, W); a picture that is smaller stands at the left and the top
     num_steps: int  # denoising steps per turn
+    drift: Tensor | None = None  # (n, K, 6), record/drift.py; NaN where unknown; None: an older file
+    num_whole: int = 0  # sessions of which nobody knows what is untouched: their drift is that of the whole picture
+    true_success: Tensor | None = None  # (n, K) 1 or 0, NaN where not scored; None: not evaluated
+    true_inputs: str = ""  # of true_success: 'drawn', by the embedded world, or 'source', evaluate/exposure.py
 
 
 def point_metrics(evaluation: Evaluation) -> Floats:
@@ -45,8 +52,7 @@ def resampled_metrics(evaluation: Evaluation) -> Floats:
     After many turns few sessions have anything left that no instruction touched. A sample with none of them takes the
     consistency of all: to leave it out would keep, of O, the samples in which such sessions are.
     """
-    n = len(evaluation.verdict)
-    index = np.random.default_rng(0).integers(n, size=(NUM_BOOTSTRAP, n))
+    index = _sample(len(evaluation.verdict))
     verdict, kept = _mask_invalid(evaluation)
     marginal, joint, consistency, _ = metrics(verdict[index], kept[index])
     consistency = np.where(np.isnan(consistency), point_metrics(evaluation)[2], consistency)
@@ -81,6 +87,7 @@ def summary(evaluation: Evaluation) -> dict[str, Any]:
     """
     num_kept = (~np.isnan(_mask_invalid(evaluation)[1])).sum(0).tolist()
     turns = _turns(point_metrics(evaluation), resampled_metrics(evaluation))
+    means = _mean_turns(_session_values(evaluation), len(turns))
     done: dict[str, list[bool]] = {}
     for n in evaluation.valid.nonzero()[:, 0].tolist():
         for verdict, edit_type in zip(evaluation.verdict[n].tolist(), evaluation.edit_types[n], strict=True):
@@ -89,7 +96,9 @@ def summary(evaluation: Evaluation) -> dict[str, Any]:
     return {
         "num_sessions": num_valid,
         "num_invalid": len(evaluation.valid) - num_valid,
-        "turns": [turn | {"CC_sessions": num} for turn, num in zip(turns, num_kept, strict=True)],
+        "num_whole_pictures": evaluation.num_whole,
+        "true_inputs": evaluation.true_inputs,
+        "turns": [turn | {"CC_sessions": num} | more for turn, num, more in zip(turns, num_kept, means, strict=True)],
         "edit_types": {
             name: {"success": round(sum(verdicts) / len(verdicts), 4), "count": len(verdicts)}
             for name, verdicts in sorted(done.items())
@@ -99,12 +108,64 @@ def summary(evaluation: Evaluation) -> dict[str, Any]:
 
 def compare(before: Evaluation, after: Evaluation) -> dict[str, Any]:
     """Compute paired gains per turn with 95 % intervals: the same sessions are drawn for both; sessions that are not
-    valid in both have no part.
+    valid in both have no part. Of the sizes of drifts, success on true inputs and compounding, the change.
     """
     both = before.valid & after.valid
     before, after = replace(before, valid=both), replace(after, valid=both)
     gain, samples = (of(after) - of(before) for of in (point_metrics, resampled_metrics))
-    return {"num_sessions": int(both.sum()), "turns": _turns(gain, samples, "_gain")}
+    old, new = _session_values(before), _session_values(after)
+    names = [name for name in new if name in old and name not in KINDS]
+    changes = _mean_turns({f"{name}_change": new[name] - old[name] for name in names}, gain.shape[1])
+    turns = [turn | change for turn, change in zip(_turns(gain, samples, "_gain"), changes, strict=True)]
+    return {"num_sessions": int(both.sum()), "turns": turns}
+
+
+def _session_values(evaluation: Evaluation) -> dict[str, Floats]:
+    """List what is a plain mean over sessions, (n, K) by name, NaN where undefined: drifts and their sizes, and in
+    percent success on true inputs and what it is ahead of success on the editor's own output, compounding.
+    """
+    invalid, values = ~evaluation.valid[:, None], dict[str, Floats]()
+    if evaluation.drift is not None:
+        for kind, drift in zip(KINDS, evaluation.drift.double().unbind(2), strict=True):
+            drift = drift.masked_fill(invalid, torch.nan)
+            values |= {kind: drift.numpy(), f"{kind}_size": drift.abs().numpy()}
+    if evaluation.true_success is not None:
+        success = 100 * evaluation.true_success.double().masked_fill(invalid, torch.nan).numpy()
+        values |= {"MT_true": success, "compounding": success - 100 * _mask_invalid(evaluation)[0]}
+    return values
+
+
+def _mean_turns(values: dict[str, Floats], num_turns: int) -> list[dict[str, Any]]:
+    """Make a dict for each turn of the means over sessions of values (n, K), and of their 95 % intervals."""
+    turns: list[dict[str, Any]] = [{} for _ in range(num_turns)]
+    for name, table in values.items():
+        digits = 2 if name.startswith(("MT", "compounding")) else 4
+        point, samples = _mean(table), _resampled_means(table)
+        for turn, row in enumerate(turns):
+            row[name] = _round(point[turn], digits)
+            row[f"{name}_interval"] = _interval(samples[:, turn], digits)
+    return turns
+
+
+def _resampled_means(table: Floats) -> Floats:
+    """Average the bootstrap samples of `resampled_metrics` of values (n, K): (NUM_BOOTSTRAP, K). A sample in which none
+    is defined takes the mean of all.
+    """
+    defined = ~np.isnan(table)
+    times = _sample_counts(len(table))  # (B, n)
+    count, total = times @ defined, times @ np.where(defined, table, 0.0)
+    return np.where(count > 0, total / np.maximum(count, 1), _mean(table))
+
+
+@lru_cache(maxsize=4)
+def _sample_counts(n: int) -> Floats:
+    """Count how often each of n sessions is in each bootstrap sample, (NUM_BOOTSTRAP, n)."""
+    return np.stack([np.bincount(row, minlength=n) for row in _sample(n)]).astype(np.float64)
+
+
+def _sample(n: int) -> NDArray[np.int64]:
+    """Draw the sessions of the bootstrap samples, (NUM_BOOTSTRAP, n); n alone fixes them."""
+    return np.random.default_rng(0).integers(n, size=(NUM_BOOTSTRAP, n))
 
 
 def _turns(point: Floats, samples: Floats, suffix: str = "") -> list[dict[str, Any]]:
@@ -117,10 +178,10 @@ def _turns(point: Floats, samples: Floats, suffix: str = "") -> list[dict[str, A
     ]
 
 
-def _interval(samples: Floats) -> list[float | None] | None:
+def _interval(samples: Floats, digits: int = 2) -> list[float | None] | None:
     """The ends that 95 % of the samples lie between; None where the metric is defined in no session."""
-    return None if np.isnan(samples).any() else [_round(end) for end in np.quantile(samples, [0.025, 0.975])]
+    return None if np.isnan(samples).any() else [_round(end, digits) for end in np.quantile(samples, [0.025, 0.975])]
 
 
-def _round(value: float) -> float | None:
-    return None if np.isnan(value) else round(float(value), 2)
+def _round(value: float, digits: int = 2) -> float | None:
+    return None if np.isnan(value) else round(float(value), digits) + 0.0  # no -0.0

@@ -15,6 +15,7 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
+from torch import Tensor
 
 from mteditflow.advantage import SUCCESS
 from mteditflow.config import Config
@@ -36,6 +37,7 @@ from mteditflow.flow import make_schedule
 from mteditflow.guards import MAX_INVALID_SHARE
 from mteditflow.noise import EVALUATION
 from mteditflow.policy import AdapterName, Policy
+from mteditflow.record.drift import KINDS, knows_untouched, measure_rollout
 from mteditflow.record.files import replace_file, write_json
 from mteditflow.report.seen import Seen, choose, seen_sessions
 from mteditflow.reward import CONSISTENCY, INSTRUCTION
@@ -132,7 +134,7 @@ def _make_part(rollout: Rollout, wait: Callable[[], Scores], num_images: int, nu
     consistency = scores.rewards.get(CONSISTENCY, torch.full(success.shape, torch.nan))
     return Part(
         verdict=(success & scores.valid[:, None]).cpu(), consistency=consistency.cpu(), valid=scores.valid.cpu(),
-        images=torch.stack([turn.image[:num_images] for turn in rollout.turns]).cpu(),
+        images=torch.stack([turn.image[:num_images] for turn in rollout.turns]).cpu(), drift=measure_rollout(rollout),
         seen=tuple(choose(seen_sessions(rollout, scores), num_seen)) if num_seen else (),
     )  # fmt: skip
 
@@ -155,6 +157,8 @@ def _join(parts: list[Part], cuts: list[list[int]], tasks: list[EditTask], confi
         consistency=torch.cat([part.consistency for part in parts])[back],
         images=join_images([part.images for part in parts if part.images.shape[1]])[:, shown.argsort()],
         edit_types=[task.edit_types for task in tasks], num_steps=config.evaluation.num_steps,
+        drift=torch.cat([part.drift for part in parts])[back],
+        num_whole=sum(not knows_untouched(task) for task in tasks),
     )  # fmt: skip
 
 
@@ -196,29 +200,35 @@ def part_folder(path: Path, policy: Policy, tasks: list[EditTask], config: Confi
     settings = list_settings(replace(config, model=policy.config), is_by_truth=has_truth(tasks))
     size = part_size(len(tasks), config.rollout.microbatch_size)
     about = {"what": what, "settings": settings, "part_size": size, "num_judged": config.run.num_judged}
+    about |= {"drift": list(KINDS)}
     return PartFolder(path=path, about=about)
 
 
-def check_held_out(configs: dict[str, Config], remedy: str) -> None:
-    """ValueError unless all, by name, are evaluated on the same sessions by the same editor in the same way.
+def check_held_out(configs: dict[str, Config], remedy: str, *, is_one_editor: bool = True) -> None:
+    """ValueError unless all, by name, are evaluated on the same sessions in the same way and, where `is_one_editor`, by
+    the same editor.
 
-    These fields fix the base's evaluation to the bit, which all therefore share.
+    These fields fix the base's evaluation to the bit, which all of an editor therefore share.
     """
     (first, config), *others = configs.items()
     expected = held_out_fields(config)
     for name, other in others:
         for key, value in held_out_fields(other).items():
-            if value != expected[key]:
+            if value != expected[key] and (is_one_editor or not key.startswith("model.")):
+                what = "the editor" if key.startswith("model.") else "held-out data"
                 raise ValueError(
-                    f"{first} and {name} disagree on held-out data: {key} is {expected[key]!r} and {value!r}; {remedy}"
+                    f"{first} and {name} disagree on {what}: {key} is {expected[key]!r} and {value!r}; {remedy}"
                 )
 
 
 def is_comparable(evaluation: Evaluation, config: Config) -> bool:
-    """Whether an evaluation by this config would have the same number of sessions, turns, steps and pictures."""
-    found = (*evaluation.verdict.shape, evaluation.images.shape[1], evaluation.num_steps)
+    """Whether an evaluation by this config would have the same number of sessions, turns, steps and pictures, and
+    measure the same.
+    """
+    found = (*evaluation.verdict.shape, evaluation.images.shape[1], evaluation.num_steps, bool(evaluation.true_inputs))
     wanted = config.evaluation
-    return found == (wanted.num_sessions, config.num_held_out_turns, wanted.num_strips, wanted.num_steps)
+    sizes = (wanted.num_sessions, config.num_held_out_turns, wanted.num_strips, wanted.num_steps)
+    return evaluation.drift is not None and found == (*sizes, wanted.has_true_inputs)
 
 
 def save_evaluation(folder: Path, name: str, evaluation: Evaluation) -> None:
@@ -240,20 +250,20 @@ def save_comparison(folder: Path, before: Evaluation, after: Evaluation) -> None
 
 def save_verdicts(path: Path, evaluation: Evaluation) -> None:
     """Write an evaluation as one safetensors file, which appears whole or not at all."""
-    names = ("verdict", "consistency", "valid", "images")
-    tensors = {name: getattr(evaluation, name).contiguous() for name in names}
-    metadata = {"edit_types": json.dumps(evaluation.edit_types), "num_steps": str(evaluation.num_steps)}
+    tensors = {name: value.contiguous() for name, value in vars(evaluation).items() if isinstance(value, Tensor)}
+    metadata = {"edit_types": json.dumps(evaluation.edit_types), "true_inputs": evaluation.true_inputs}
+    metadata |= {"num_steps": str(evaluation.num_steps), "num_whole": str(evaluation.num_whole)}
     replace_file(path, safetensors.torch.save(tensors, metadata))
 
 
 def load_verdicts(path: Path) -> Evaluation:
     """Read what `save_verdicts` wrote. In a file from before sessions could be invalid, none is."""
     with safetensors.safe_open(path, "pt") as file:
-        metadata, verdict = file.metadata(), file.get_tensor("verdict")
-        all_valid = torch.ones(len(verdict), dtype=torch.bool)
-        return Evaluation(
-            verdict=verdict, consistency=file.get_tensor("consistency"),
-            valid=file.get_tensor("valid") if "valid" in file.keys() else all_valid,  # noqa: SIM118
-            edit_types=[tuple(row) for row in json.loads(metadata["edit_types"])],
-            images=file.get_tensor("images"), num_steps=int(metadata.get("num_steps", 0)),
-        )  # fmt: skip
+        metadata = file.metadata()
+        tensors: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    all_valid = {"valid": torch.ones(len(tensors["verdict"]), dtype=torch.bool)}
+    return Evaluation(
+        **(all_valid | tensors), edit_types=[tuple(row) for row in json.loads(metadata["edit_types"])],
+        num_steps=int(metadata.get("num_steps", 0)), num_whole=int(metadata.get("num_whole", 0)),
+        true_inputs=metadata.get("true_inputs", ""),
+    )  # fmt: skip

@@ -39,6 +39,7 @@ class Part:
     consistency: Tensor  # (n, K); NaN where undefined
     valid: Tensor  # (n,) bool
     images: Tensor  # (K, m, 3, H, W): of its first m, which are in the strips
+    drift: Tensor  # (n, K, 6), NaN where unknown
     seen: tuple[Seen, ...] = ()
 
 

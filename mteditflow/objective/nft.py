@@ -88,8 +88,9 @@ class Nft:
                     reference = policy.velocity(latents, sigma, condition)
         advantage = advantages[microbatch.rows, microbatch.turn].to(clean.device)
         weight = microbatch.weight.to(sigma)
-        velocities = velocity, old_velocity
-        return contrastive_loss(*velocities, clean, fresh, sigma, advantage, self.settings, reference, weight)
+        return contrastive_loss(
+            velocity, old_velocity, clean, fresh, sigma, advantage, self.settings, reference, weight
+        )
 
     def old_decay(self, num_updates: int) -> float:
         """d in old <- d old + (1 - d) current: 0, or rising with the number of optimizer steps."""

@@ -14,10 +14,11 @@ from mteditflow.distributed import Ranks, alone
 from mteditflow.guards import GuardError
 from mteditflow.noise import NoiseSource, Place, row_keys
 from mteditflow.objective import Objective
-from mteditflow.plan.duration import batch_plan, num_short_evaluations
+from mteditflow.plan.duration import batch_plan, num_evaluated_turns, num_short_evaluations
 from mteditflow.plan.flops import ForwardFlops, forward_flops, mean_flops
 from mteditflow.plan.memory import num_image_tokens, read_sizes
 from mteditflow.policy import Policy
+from mteditflow.policy.encoding import stack_references
 from mteditflow.types import Condition, EditTask
 
 # Of the miniature on one thread of an AMD EPYC (docs/log.md).
@@ -72,8 +73,9 @@ def _seconds_of_blocks(config: Config) -> float:
 
     row = mean_flops(count, config)
     forwards = batches.rollout_rows + batches.train_forward_rows
-    sessions = 2 * evaluation.num_sessions + num_short_evaluations(config) * evaluation.num_sessions_short
-    evaluated = sessions * config.num_held_out_turns * evaluation.num_steps
+    turns = 2 * evaluation.num_sessions * num_evaluated_turns(config)
+    turns += num_short_evaluations(config) * evaluation.num_sessions_short * config.num_held_out_turns
+    evaluated = turns * evaluation.num_steps
     flop = config.run.num_iterations * (forwards * row.blocks + batches.transitions * row.backward)
     return (flop + evaluated * row.blocks) / FLOP_PER_SECOND
 
@@ -97,7 +99,7 @@ def settle(
         return "as it is"
     settled: Settled = "as it is"
     for size in config.sizes:
-        alike, has_ratio = policy.at((size,)), "ratio_error" in objective.worst_figures
+        alike, has_ratio = policy.at((size, *tasks[0].shape[1:])), "ratio_error" in objective.worst_figures
         found = settle_bits(alike, *first_microbatch(alike, tasks, config), has_ratio=has_ratio, ranks=ranks)
         settled = settled if found == "as it is" else found
     return settled
@@ -159,8 +161,9 @@ def first_microbatch(policy: Policy, tasks: list[EditTask], config: Config) -> t
     size, has_cfg = config.rollout.group_size, config.rollout.is_guided and config.model.cfg_scale != 1
     rows = [task for task in tasks for _ in range(size)][: config.optimizer.microbatch_size]
     images = torch.stack([task.source for task in rows])
-    text = policy.encode_text([task.instructions[0] for task in rows], images, has_cfg=has_cfg)
-    image = policy.encode_image(images)
+    references, instructions = stack_references(rows), [task.instructions[0] for task in rows]
+    text = policy.encode_text(instructions, images, has_cfg=has_cfg, references=references)
+    image = torch.cat([policy.encode_image(images), *policy.encode_references(references)], dim=1)
     keys = row_keys([task.id for task in rows], torch.arange(len(rows)) % size,
                     NoiseSource(seed=config.run.seed, step=0), turn=0, place=Place.INITIAL_LATENTS)  # fmt: skip
     latents = counter_normal(keys.to(policy.device), (policy.num_tokens, policy.num_channels))

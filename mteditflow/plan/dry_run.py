@@ -33,7 +33,7 @@ from mteditflow.plan.gpus import GPUS, Gpu, Target
 from mteditflow.plan.memory import GIB, Sizes, folder_of, memory_plan, read_sizes
 from mteditflow.plan.sharding import GPUS_PER_NODE
 from mteditflow.plan.traffic import NETWORKS, traffic
-from mteditflow.policy import Policy, build_policy
+from mteditflow.policy import Policy, build_policy, check_references
 from mteditflow.types import Condition
 
 TIMED_ROWS, NUM_TIMINGS = 16, 5
@@ -68,6 +68,7 @@ def dry_run(config: Config, target: Target | None = None) -> Plan:
     ValueError: a model that is not there and whose sizes are not known; a GPU that lacks the precision.
     """
     sizes = read_sizes(config)
+    check_references(config)
     memory = memory_plan(config, sizes)
     check_world(config, config.run.num_gpus)
     total, free = sum(memory.values()), free_gib()

@@ -88,6 +88,12 @@ def num_short_evaluations(config: Config) -> int:
     return (config.run.num_iterations - 1) // every if every else 0
 
 
+def num_evaluated_turns(config: Config) -> int:
+    """Count the turns of a held-out session before training, those on true inputs among them."""
+    turns = config.num_held_out_turns
+    return 2 * turns - 1 if config.evaluation.has_true_inputs else turns
+
+
 def _sessions_of_rank(config: Config, num_sessions: int) -> int:
     """Count the sessions of an evaluation that the busiest rank evaluates."""
     size = part_size(num_sessions, config.rollout.microbatch_size)
@@ -125,7 +131,8 @@ def duration_plan(config: Config, seconds: RowSeconds, *, is_text_of_image: bool
     training = batches.transitions * seconds.forward_backward + extra_rows * seconds.forward
     num_short = num_short_evaluations(config)
     whole, short = (_sessions_of_rank(config, num) for num in (evaluation.num_sessions, evaluation.num_sessions_short))
-    evaluations = (2 * whole + num_short * short) * _session_seconds(config, seconds)
+    session, turns = _session_seconds(config, seconds), config.num_held_out_turns
+    evaluations = (2 * whole * num_evaluated_turns(config) / turns + num_short * short) * session
     iteration = {"rollout of an iteration": rollout / num_gpus, "updates of an iteration": training / num_gpus}
     if seconds.judge is not None:
         iteration["scores of an iteration"] = batches.trajectories * seconds.judge / num_gpus

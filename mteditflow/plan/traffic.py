@@ -25,7 +25,7 @@ from mteditflow.plan.sharding import GPUS_PER_NODE, cut_units
 
 NVLINK_STEP_S, NETWORK_STEP_S = 3.4e-6, 14e-6  # NCCL's tuning model: a ring's step, protocol Simple
 LINK_SHARE = 0.8  # of a link's peak that large messages reach (ours)
-ALARMS = 7  # numbers of a trajectory that the alarms gather, beside one of each turn (record/alarms.py)
+ALARMS = 7  # numbers of a turn that the alarms gather, beside one of each trajectory (record/alarms.py)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +125,7 @@ def traffic(config: Config, sizes: Sizes) -> list[Collective]:
             )  # fmt: skip
     reward, turns = config.reward, config.data.num_turns
     num_rewards = 1 + (reward.consistency_measure != "none") + len(reward.also_rewards)
-    row_bytes = 4 * (turns * num_rewards + ALARMS + turns) + 1 + 8 * (reward.judge == "vlm")  # and why it has no score
+    row_bytes = 4 * (turns * (num_rewards + ALARMS) + 1) + 1 + 8 * (reward.judge == "vlm")  # and why it has no score
     count = 2 + num_rewards
     scores = Collective(
         name="scores, gathered", kind="gather", count=count, num_bytes=rows * row_bytes / count, num_ranks=num_ranks

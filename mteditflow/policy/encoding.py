@@ -9,6 +9,7 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor
 
 from mteditflow.policy.family import Base
+from mteditflow.types import EditTask
 
 LARGE_PIXELS = 256**2
 MAX_CACHED_PROMPTS = 512  # 4 MiB each for FLUX.1-Kontext at 512 text tokens in bfloat16
@@ -80,6 +81,11 @@ def _doubled(x: Tensor) -> Tensor:
     y[:, :, :, 0, :, 1] = x
     y[:, :, :, 1] = y[:, :, :, 0]
     return y.view(num, channels, 2 * height, 2 * width)
+
+
+def stack_references(tasks: Sequence[EditTask]) -> list[Tensor]:
+    """Stack the references of N tasks of one shape: (N, 3, h, w) each."""
+    return [torch.stack(images) for images in zip(*(task.references for task in tasks), strict=True)]
 
 
 class Prompts:

@@ -36,14 +36,16 @@ class Flux2:
         self._has_embedded_guidance = isinstance(self.pipeline, Flux2Pipeline)
         self.is_distilled = bool(self.pipeline.config.get("is_distilled", False))
         self.has_cfg = not (self._has_embedded_guidance or self.is_distilled)
-        self._check_text_tokens()
+        self._num_template_tokens = self._count_template_tokens()
         self._image_ids = self._position_ids()  # (L + L', 4)
         text_ids = self.pipeline._prepare_text_ids(torch.empty(1, base.config.max_text_tokens, 1))[0]
         self._text_ids = text_ids.to(base.device)  # (T, 4)
         self._prompts = Prompts(base, ("text",))
         self._unconditional: Tensor | None = None  # (T, E)
 
-    def encode_text(self, instructions: Sequence[str], images: Tensor, *, has_cfg: bool) -> dict[str, Tensor]:
+    def encode_text(
+        self, instructions: Sequence[str], images: Tensor, *, has_cfg: bool, references: Sequence[Tensor] = ()
+    ) -> dict[str, Tensor]:
         """Text embeddings (N, T, E), in the base's dtype; the images play no part.
 
         has_cfg: the empty prompt is encoded too, unless it was before.
@@ -51,6 +53,11 @@ class Flux2:
         if has_cfg and self._unconditional is None:
             self._unconditional = self._prompts.encode("")["text"]
         return self._prompts(instructions)
+
+    def is_cut(self, instruction: str) -> bool:
+        """See `family.Editor`: the chat template is around the instruction."""
+        tokens = self.pipeline.tokenizer(instruction, add_special_tokens=False, verbose=False)["input_ids"]
+        return self._num_template_tokens + len(tokens) > self.base.config.max_text_tokens
 
     def encode_image(self, images: Tensor) -> Tensor:
         """The mode of the VAE, in patches of 2 x 2, normalised by the statistics of its batch norm and packed."""
@@ -69,9 +76,13 @@ class Flux2:
         return vae.decode(self.pipeline._unpatchify_latents(unpacked * std + mean), return_dict=False)[0]
 
     def _position_ids(self) -> Tensor:
-        """Ids (L + L', 4) of the noisy tokens, then of the condition's, whose first column is 10."""
-        noisy, condition = (torch.empty(1, 1, *grid) for grid in (self.base.grid, self.base.condition_grid))
-        ids = [self.pipeline._prepare_latent_ids(noisy)[0], self.pipeline._prepare_image_ids([condition])[0]]
+        """Ids (L + L', 4) of the noisy tokens, then of the condition's, whose first column is 10, and of the
+        references', 20 and so on.
+        """
+        base = self.base
+        grids = (base.grid, base.condition_grid, *base.reference_grids)
+        noisy, *images = (torch.empty(1, 1, *grid) for grid in grids)
+        ids = [self.pipeline._prepare_latent_ids(noisy)[0], self.pipeline._prepare_image_ids(images)[0]]
         return torch.cat(ids).to(self.base.device)
 
     def velocity(self, transformer: Any, latents: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
@@ -105,8 +116,10 @@ class Flux2:
         shifted = self.pipeline.scheduler.time_shift(mu, 1.0, np.linspace(1, 1 / num_steps, num_steps))
         return torch.from_numpy(np.append(shifted, 0.0))
 
-    def _check_text_tokens(self) -> None:
-        """ValueError where no token is left: the pipeline cuts a prompt at the end of the chat template around it."""
+    def _count_template_tokens(self) -> int:
+        """Count the tokens of the chat template, at whose end the pipeline cuts a prompt. ValueError where no token is
+        left for one.
+        """
         pipeline, limit = self.pipeline, self.base.config.max_text_tokens
         if self._has_embedded_guidance:
             message, given = format_input([""], pipeline.system_message), {}
@@ -120,6 +133,7 @@ class Flux2:
                 f"model.max_text_tokens is {limit}: the chat template of {self.base.config.path!r} takes {num_tokens} "
                 f"tokens itself; take {pipeline.tokenizer_max_length}, as the stock pipeline does"
             )
+        return num_tokens
 
 
 def _stream(attention: tuple[str, ...], feed_forward: str) -> Stream:
@@ -159,6 +173,7 @@ FAMILY = Family(
         beyond=15.0,
         again=15.3,
     ),
+    several=("Flux2Pipeline", "Flux2KleinPipeline"),
     picture_numbers=769,
     block_weights=13,  # 4 of attention, 9 of a gated feed-forward of 3 d
     # of modulation, once for all blocks: of both streams, of the one, and of the output

@@ -32,9 +32,16 @@ class FluxKontext:
         self._text_ids = torch.zeros(base.config.max_text_tokens, 3, device=base.device, dtype=base.dtype)  # (T, 3)
         self._prompts = Prompts(base, ("text", "pooled"))
 
-    def encode_text(self, instructions: Sequence[str], images: Tensor, *, has_cfg: bool) -> dict[str, Tensor]:
+    def encode_text(
+        self, instructions: Sequence[str], images: Tensor, *, has_cfg: bool, references: Sequence[Tensor] = ()
+    ) -> dict[str, Tensor]:
         """Text embeddings (N, T, E) and pooled ones (N, E'), in the base's dtype; the images play no part."""
         return self._prompts(instructions)
+
+    def is_cut(self, instruction: str) -> bool:
+        """See `family.Editor`: by T5's tokens; what CLIP makes of the beginning is one vector for all of it."""
+        tokens = self.pipeline.tokenizer_2(instruction, verbose=False)["input_ids"]
+        return len(tokens) > self.base.config.max_text_tokens
 
     def encode_image(self, images: Tensor) -> Tensor:
         """The mode of the VAE, shifted, scaled and packed."""

@@ -1,22 +1,28 @@
 """Alarms against reward hacking: what a policy does to its pictures when it pleases the judge instead of editing.
 
-Drifts compare the pictures of the last turn with the sources; a step of training that sharpens, bleaches or paints
-everything shows there first. Each alarm has a threshold and warns; none stops a run. Thresholds are ours: several times
-what the miniature shows while it learns from an exact reward (docs/log.md).
+Each alarm has a threshold and warns; none stops a run. Drift (record/drift.py) is a matter of the editor before it is
+one of training: an editor that drifts from the first iteration on, and less and less, is being mended. So the alarms
+hold the last iterations of a run against its first, kind by kind, in absolute size: drifts in opposite directions
+cancel in a mean.
 """
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mteditflow.distributed import Ranks
+from mteditflow.record.drift import KINDS, measure_rollout
+from mteditflow.record.figures import finite
 from mteditflow.types import Rollout, Rollouts, Scores
 
 NO_EDIT = 0.08  # of a pixel's range: the miniature's autoencoder alone moves no block of a picture by more
 OVER_EDIT = 0.7  # consistency below which a turn has changed what it should have left alone
 NUM_BLOCKS = 8  # per side of a picture
+NUM_ITERATIONS = 3  # at either end of a run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,39 +34,27 @@ class Alarm:
     threshold: float
 
 
-DRIFT = "last turn against source, relative"
+ADDED = f"size at the last turn, last {NUM_ITERATIONS} iterations against first {NUM_ITERATIONS}"
+GROWTH = (
+    f"what the turns after the first add, of the kind that has gained most, in thresholds of its alarm; last "
+    f"{NUM_ITERATIONS} iterations against first {NUM_ITERATIONS}"
+)
 NO_EDIT_SHARE = "share of turns that return their input"
 OVER_EDIT_SHARE = f"share of turns with consistency below {OVER_EDIT}"
 GAP = "success in training, by the judge, less success on held-out sessions, by the truth"
+# docs/log.md, 2026-11-26: five and more standard errors of what other tasks move them by
+LIMITS = {"cast": 0.04, "tint": 0.04, "contrast": 0.06, "saturation": 0.1, "sharpness": 0.12, "grain": 0.02}
 ALARMS = {
-    "alarm/edge_density_drift": Alarm(title="Edge density", meaning=DRIFT, threshold=0.3),
-    "alarm/saturation_drift": Alarm(title="Saturation", meaning=DRIFT, threshold=0.3),
-    "alarm/colourfulness_drift": Alarm(title="Colourfulness", meaning=DRIFT, threshold=0.3),
+    **{
+        f"alarm/{kind}_drift": Alarm(title=f"{kind.capitalize()} drifts more", meaning=ADDED, threshold=limit)
+        for kind, limit in LIMITS.items()
+    },
+    "alarm/drift_growth": Alarm(title="Drift grows faster over turns", meaning=GROWTH, threshold=1.0),
     "alarm/no_edit_share": Alarm(title="No edit", meaning=NO_EDIT_SHARE, threshold=0.5),
     "alarm/over_edit_share": Alarm(title="Over-edit", meaning=OVER_EDIT_SHARE, threshold=0.3),
     # docs/results/study.md: at most 0.14 by a kind judge, at least 0.21 by one that is hacked
     "alarm/held_out_gap": Alarm(title="Judge against truth", meaning=GAP, threshold=0.18),
 }
-
-
-def edge_density(images: Tensor) -> Tensor:
-    """Mean absolute difference of neighbouring pixels, (N,), of images (N, 3, H, W)."""
-    return torch.stack([images.diff(dim=axis).abs().flatten(1).mean(1) for axis in (2, 3)]).mean(0)
-
-
-def saturation(images: Tensor) -> Tensor:
-    """Mean of HSV's S, (N,) in [0, 1], of images (N, 3, H, W) in [-1, 1]."""
-    pixels = images / 2 + 0.5
-    high, low = pixels.amax(1), pixels.amin(1)
-    return ((high - low) / high.clamp(min=1e-6)).flatten(1).mean(1)
-
-
-def colourfulness(images: Tensor) -> Tensor:
-    """Hasler and Süsstrunk's (2003) measure, (N,), of images (N, 3, H, W) in [-1, 1], for pixels in [0, 1]."""
-    red, green, blue = (images / 2 + 0.5).unbind(1)
-    opponents = torch.stack([red - green, (red + green) / 2 - blue]).flatten(2)  # (2, N, H W)
-    std, mean = opponents.std(-1, correction=0), opponents.mean(-1)
-    return std.square().sum(0).sqrt() + 0.3 * mean.square().sum(0).sqrt()
 
 
 def is_unedited(before: Tensor, after: Tensor) -> Tensor:
@@ -69,29 +63,86 @@ def is_unedited(before: Tensor, after: Tensor) -> Tensor:
     return change.flatten(1).amax(1) <= NO_EDIT
 
 
-def rollout_figures(rollout: Rollout | Rollouts, scores: Scores, ranks: Ranks) -> dict[str, float]:
-    """Measure the finite pictures of all ranks' trajectories, and the consistency that is scored. scores: of all."""
-    measures = (edge_density, saturation, colourfulness)
+def _measure(rollout: Rollout) -> Tensor:
+    """Measure the drift of every turn, say which are unedited, and whether all pictures are finite: (N, 7 K + 1)."""
+    pictures = [rollout.sources, *(turn.image.to(rollout.sources) for turn in rollout.turns)]
+    is_finite = torch.stack([picture.flatten(1).isfinite().all(1) for picture in pictures]).all(0)
+    unedited = torch.stack([is_unedited(before, after) for before, after in pairwise(pictures)], dim=1)  # (N, K)
+    return torch.cat([measure_rollout(rollout).flatten(1), unedited, is_finite[:, None]], dim=1)
 
-    def measure_part(part: Rollout) -> Tensor:
-        """Measure first and last pictures, say which turns are unedited, and whether all is finite: (N, 7 + K)."""
-        pictures = [part.sources, *(turn.image.to(part.sources) for turn in part.turns)]
-        is_finite = torch.stack([picture.flatten(1).isfinite().all(1) for picture in pictures]).all(0)
-        unedited = torch.stack([is_unedited(before, after) for before, after in pairwise(pictures)], dim=1)  # (N, K)
-        columns = [measure(picture) for measure in measures for picture in (pictures[0], pictures[-1])]
-        return torch.cat([torch.stack(columns, dim=1), unedited, is_finite[:, None]], dim=1)
 
-    rows = ranks.gather(torch.cat([measure_part(part) for part in rollout.parts]))
-    num_columns = 2 * len(measures)
-    measured, unedited = rows[rows[:, -1] > 0][:, :-1].split([num_columns, rows.shape[1] - 1 - num_columns], dim=1)
-    first, last = measured.mean(0).view(-1, 2).unbind(1)
-    drifts = (last / first - 1).abs()
-    values = {f"alarm/{measure.__name__}_drift": drift for measure, drift in zip(measures, drifts, strict=True)}
-    values["alarm/no_edit_share"] = unedited.mean()
+def rollout_figures(
+    rollout: Rollout | Rollouts,
+    scores: Scores,
+    ranks: Ranks,
+    group: Tensor | None = None,
+    advantages: Tensor | None = None,
+) -> dict[str, float]:
+    """Measure the finite pictures of all ranks' trajectories, the consistency that is scored and, given the groups (N,)
+    and the advantages (N, K), what these say of drift. All but the rollout: of all ranks.
+    """
+    rows = ranks.gather(torch.cat([_measure(part) for part in rollout.parts]))
+    num_turns = rows.shape[1] // (len(KINDS) + 1)
+    is_finite = rows[:, -1] > 0
+    drift, unedited, _ = rows[is_finite].split([len(KINDS) * num_turns, num_turns, 1], dim=1)
+    drift = drift.unflatten(1, (-1, len(KINDS)))
+    values = dict(_drift_figures(drift))
+    if group is not None and advantages is not None:
+        is_known = is_finite.cpu() & scores.valid
+        known = drift.cpu()[is_known[is_finite.cpu()]]
+        values |= credit_figures(known, group[is_known], advantages[is_known])
+    values["alarm/no_edit_share"] = unedited.mean().item()
     if "consistency" in scores.rewards:
         kept = scores.rewards["consistency"]
-        values["alarm/over_edit_share"] = (kept[~kept.isnan()] < OVER_EDIT).float().mean()
-    return {name: value.item() for name, value in values.items()}
+        values["alarm/over_edit_share"] = (kept[~kept.isnan()] < OVER_EDIT).float().mean().item()
+    return values
+
+
+def _drift_figures(drift: Tensor) -> Iterator[tuple[str, float]]:
+    """Name the means of drift (N, K, 6) over the trajectories where it is known, per turn, signed and in size."""
+    for suffix, means in (("", drift.nanmean(0)), ("_size", drift.abs().nanmean(0))):
+        for turn, row in enumerate(means.tolist(), start=1):
+            yield from ((f"drift/{kind}{suffix}_{turn}", value) for kind, value in zip(KINDS, row, strict=True))
+
+
+def credit_figures(drift: Tensor, group: Tensor, advantages: Tensor) -> dict[str, float]:
+    """Correlate the advantages (N, K) of every turn with the drift (N, K, 6) that the turn added, within groups (N,):
+    below 0 where training is told to add less. NaN where one of the two has no spread.
+
+    A drift's size is the root of its squares in thresholds; what a turn adds is its size less that of the turn before.
+    """
+    size = (drift / torch.tensor(list(LIMITS.values()))).square().sum(-1).sqrt()  # (N, K)
+    added, figures = size.diff(dim=1, prepend=torch.zeros(len(size), 1)), dict[str, float]()
+    for turn, columns in enumerate(zip(added.T, advantages.to(size).T, strict=True), start=1):
+        is_known = ~columns[0].isnan()
+        rows = torch.stack(columns)[:, is_known].double()  # (2, M)
+        same = (group[is_known, None] == group[is_known]).double()
+        left = rows - rows @ same / same.sum(0)
+        products = left @ left.T
+        spread = (products[0, 0] * products[1, 1]).sqrt()
+        figures[f"drift/credit_{turn}"] = (products[0, 1] / spread).item() if spread > 1e-9 else float("nan")
+    return figures
+
+
+def added_figures(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Compute the drift that training has added, from the metrics of every iteration so far: 0 where nothing is known
+    at one of the ends.
+    """
+    num_turns = max((int(name.rpartition("_")[2]) for name in lines[-1] if name.startswith("drift/cast_")), default=1)
+    added, growth = {}, 0.0
+    for kind, limit in LIMITS.items():
+        ends = [_mean_size(part, kind, num_turns) for part in (lines[:NUM_ITERATIONS], lines[-NUM_ITERATIONS:])]
+        starts = [_mean_size(part, kind, 1) for part in (lines[:NUM_ITERATIONS], lines[-NUM_ITERATIONS:])]
+        added[f"alarm/{kind}_drift"] = ends[1] - ends[0]
+        growth = max(growth, (ends[1] - starts[1] - ends[0] + starts[0]) / limit)
+    known = {name: value if finite(value) is not None else 0.0 for name, value in added.items()}
+    return known | {"alarm/drift_growth": growth}
+
+
+def _mean_size(lines: Sequence[Mapping[str, Any]], kind: str, turn: int) -> float:
+    """Average the size of a drift over iterations, NaN where it is known in none."""
+    found = [value for line in lines if (value := finite(line.get(f"drift/{kind}_size_{turn}"))) is not None]
+    return sum(found) / len(found) if found else float("nan")
 
 
 def held_out_figures(values: dict[str, float]) -> dict[str, float]:

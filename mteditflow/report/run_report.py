@@ -21,6 +21,7 @@ from mteditflow.record.metrics import FILE, read_lines
 from mteditflow.record.templates import write_page
 from mteditflow.report.account import account
 from mteditflow.report.charts import NUM_COLORS, Curve, chart, data_uri, edit_types
+from mteditflow.report.drift_curves import drift_charts, drift_note, drift_rows, exposure_charts
 from mteditflow.report.seen import read_seen
 
 Lines = list[dict[str, Any]]
@@ -58,8 +59,8 @@ CHARTS = (
         is_optional=True,
     ),
     ChartSpec(
-        title="Drift from the source",
-        note="Of the last turn's pictures, relative: edges, saturation, colourfulness.",
+        title="Drift that training adds",
+        note="Mean size at the last turn, of the last iterations less that of the first; below 0 it is mended.",
         keys=r"alarm/(\w+)_drift",
     ),
     ChartSpec(
@@ -114,6 +115,7 @@ def _contents(folder: Path) -> dict[str, Any]:
     charts = {spec: _chart(spec, lines) for spec in CHARTS}
     before, after, gain = reports = [read_json(folder / f"{name}.json") for name in RESULTS]
     newest, judged, base = after or before, read_seen(folder), config.model.path if config else ""
+    both = {"before": before, "after": after}
     return {
         "title": f"MT-EditFlow: {config.run.folder if config else folder.resolve().name}",
         "config": config,
@@ -127,13 +129,21 @@ def _contents(folder: Path) -> dict[str, Any]:
         "missing": [words for words, report in zip(RESULTS.values(), reports, strict=True) if not report],
         "charts": [chart for chart in charts.values() if chart],
         "no_charts": [spec.title for spec in CHARTS if not charts[spec] and _is_due(spec, config)],
+        "drift": {
+            "charts": drift_charts(both),
+            "rows": drift_rows(both, gain),
+            "names": [n for n, r in both.items() if r],
+            "note": drift_note(both),
+            "exposure": exposure_charts(both),
+            "turn": len(newest.get("turns", [])),
+        },
         "account": account(lines),
         "alarms": _alarms(lines, config) if config else [],
         "strips": _strips(folder),
         "judged": judged,
         "is_judged": config is None or config.run.num_judged > 0,
         "has_truth": any(session["truth"] for part in judged for session in part["sessions"]),
-        "edit_types": edit_types({"before": before, "after": after}),
+        "edit_types": edit_types(both),
         "code": next(filter(None, (read_usage(out, base) for out in _exports(folder))), ""),
     }
 

@@ -28,12 +28,12 @@ from transformers.image_processing_base import ImageProcessingMixin
 from transformers.utils.logging import disable_progress_bar
 
 from mteditflow.config.errors import first_line
+from mteditflow.record.drift import BACKGROUND_CHANGE
 from mteditflow.types import Box, EditTask, Rollout, Score
 
 FAMILIES = ("dinov2", "dinov2_with_registers", "dinov3_vit")
 INTERPOLATION = {2: "bilinear", 3: "bicubic"}  # PIL's numbers, in which a preprocessor's file speaks
 MICROBATCH_SIZE = 8  # pictures per forward pass: a wave of two trajectories and three turns has one that is full
-BACKGROUND_CHANGE = "background_change"
 Look = tuple[Tensor, Box | None, Tensor]
 """A picture (3, H, W), the box of it that is looked at or None for all of it, and its background's weights (T,)."""
 

@@ -12,6 +12,9 @@
         note: What is held equal.              optional
         seeds: [0]                             instead of the study's; optional
 
+All cells are evaluated on the same sessions in the same way, and those of a comparison train one editor (all fields of
+`model`); another comparison may train another, such as the same question on another world.
+
 Cells that resolve to the same config are one cell, run once per seed, whatever the comparisons call it.
 """
 
@@ -26,6 +29,7 @@ from typing import Any
 from mteditflow.config import Config
 from mteditflow.config.cli import as_arguments, changed_fields, from_overrides, read_yaml
 from mteditflow.config.errors import suggest
+from mteditflow.config.model import ModelConfig
 from mteditflow.evaluate.held_out import check_held_out
 
 OWNED = ("run.folder", "run.seed", "data.seed")
@@ -53,6 +57,11 @@ class Comparison:
     seeds: tuple[int, ...]
     paper: tuple[tuple[str, ...], ...]
     note: str
+
+    @property
+    def model(self) -> ModelConfig:
+        """The editor that all of its cells train."""
+        return next(iter(self.cells.values())).config.model
 
     @property
     def claims(self) -> list[tuple[str, str]]:
@@ -96,7 +105,11 @@ def read_study(path: Path) -> list[Comparison]:
     found = [_comparison(name, value, tree["base"], seeds, cells) for name, value in tree["comparisons"].items()]
     if not found:
         raise ValueError(f"study {path} has no comparisons: write at least one")
-    check_held_out({f"cell {cell.name!r}": cell.config for cell in cells.values()}, "set it in base, for all")
+    configs = {f"cell {cell.name!r}": cell.config for cell in cells.values()}
+    check_held_out(configs, "set it in base, for all", is_one_editor=False)
+    for comparison in found:
+        configs = {f"cell '{comparison.name}: {name}'": cell.config for name, cell in comparison.cells.items()}
+        check_held_out(configs, "cells are compared on one editor and its world: give each a comparison of its own")
     return found
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from mteditflow.config.model import ModelConfig
 from mteditflow.evaluate.edival import Floats
 from mteditflow.evaluate.held_out import load_evaluation
 from mteditflow.record.figures import METRICS
@@ -23,19 +24,14 @@ def write_study(folder: Path, comparisons: list[Comparison], runs: list[CellRun]
 
     `how` is what the page says of how they were made: command, commits, num_finished, num_runs.
     """
-    base = load_evaluation(runs[0].folder, "before")
-    assert base is not None
-    by_cell: dict[str, dict[int, Outcome]] = {}
-    for run in runs:
-        by_cell.setdefault(run.cell.key, {})[run.seed] = read_outcome(run.folder)
-    outcomes = Outcomes(base, by_cell)
+    editors = {model: [run for run in runs if run.cell.config.model == model] for model in models_of(comparisons)}
+    outcomes = {model: read_outcomes(of_model) for model, of_model in editors.items() if of_model}
+    held_out = runs[0].config
     contents = how | {
-        "num_sessions": len(base.verdict),
-        "turn": base.verdict.shape[1],
-        "before": _name_metrics(outcomes.base_point),
-        "seed_std": {"value": round(outcomes.alone.mean_square**0.5, 2), "dof": round(outcomes.alone.dof, 1)},
-        "paired_seed_std": {"value": round(outcomes.paired.mean_square**0.5, 2), "dof": outcomes.paired.dof},
-        "comparisons": [_describe_comparison(comparison, outcomes) for comparison in comparisons],
+        "num_sessions": held_out.evaluation.num_sessions,
+        "turn": held_out.num_held_out_turns,
+        "editors": [_describe_editor(model, found) for model, found in outcomes.items()],
+        "comparisons": [_describe_comparison(it, outcomes.get(it.model)) for it in comparisons],
     }
     for comparison in contents["comparisons"]:
         write_page("study/study.svg.jinja", _lay_out(comparison), folder / f"{comparison['name']}.svg")
@@ -43,19 +39,50 @@ def write_study(folder: Path, comparisons: list[Comparison], runs: list[CellRun]
     return write_page("study/study.md.jinja", contents, folder / "study.md")
 
 
+def models_of(comparisons: list[Comparison]) -> list[ModelConfig]:
+    """List the editors of a study, in the order of their first comparisons."""
+    return list(dict.fromkeys(comparison.model for comparison in comparisons))
+
+
+def read_outcomes(runs: list[CellRun]) -> Outcomes:
+    """Read the outcomes of finished runs of one editor, at least one."""
+    base = load_evaluation(runs[0].folder, "before")
+    assert base is not None
+    by_cell: dict[str, dict[int, Outcome]] = {}
+    for run in runs:
+        by_cell.setdefault(run.cell.key, {})[run.seed] = read_outcome(run.folder)
+    return Outcomes(base, by_cell)
+
+
+def _describe_editor(model: ModelConfig, outcomes: Outcomes) -> dict[str, Any]:
+    """Describe an editor before training, and the spread between seeds of its cells."""
+    return {
+        "editor": model.path,
+        "before": _name_metrics(outcomes.base_point),
+        "seed_std": {"value": round(outcomes.alone.mean_square**0.5, 2), "dof": round(outcomes.alone.dof, 1)},
+        "paired_seed_std": {"value": round(outcomes.paired.mean_square**0.5, 2), "dof": outcomes.paired.dof},
+    }
+
+
 def _name_metrics(point: Floats) -> dict[str, float]:
     """Round MT, IF, CC, O (4,), by name."""
     return {metric: round(float(value), 2) for metric, value in zip(METRICS, point, strict=True)}
 
 
-def _describe_comparison(comparison: Comparison, outcomes: Outcomes) -> dict[str, Any]:
-    """Describe a comparison as page and study.json have it: its rows, the paper's claims, the verdict."""
+def _describe_comparison(comparison: Comparison, outcomes: Outcomes | None) -> dict[str, Any]:
+    """Describe a comparison as page and study.json have it: its editor, its rows, the paper's claims, the verdict.
+    outcomes: of its editor; None where no run of it is finished.
+    """
     keys = {name: cell.key for name, cell in comparison.cells.items()}
-    claims = [(a, b, outcomes.difference(keys[a], keys[b], comparison.seeds)) for a, b in comparison.claims]
+    claims = [
+        (a, b, outcomes and outcomes.difference(keys[a], keys[b], comparison.seeds)) for a, b in comparison.claims
+    ]
     return {
         "name": comparison.name,
         "question": comparison.question,
         "note": comparison.note,
+        "editor": comparison.model.path,
+        "before": outcomes and _name_metrics(outcomes.base_point),
         "seeds": list(comparison.seeds),
         "rows": [_describe_cell(name, comparison, outcomes) for name in comparison.cells],
         "claims": [{"ahead": a, "behind": b, "difference": _as_dict(value)} for a, b, value in claims],
@@ -63,15 +90,15 @@ def _describe_comparison(comparison: Comparison, outcomes: Outcomes) -> dict[str
     }
 
 
-def _describe_cell(name: str, comparison: Comparison, outcomes: Outcomes) -> dict[str, Any]:
+def _describe_cell(name: str, comparison: Comparison, outcomes: Outcomes | None) -> dict[str, Any]:
     """Describe a cell of a comparison; one of which no run is finished has no figures."""
     cell, reference = comparison.cells[name], next(iter(comparison.cells.values()))
-    by_seed = outcomes.at(cell.key, comparison.seeds)
+    by_seed = outcomes.at(cell.key, comparison.seeds) if outcomes else {}
     runs, config = by_seed.values(), cell.config
     images = config.rollout.num_tasks * config.rollout.group_size * config.data.num_turns
     turn_images = images * config.run.num_iterations
     row = {"cell": name, "key": cell.key, "seeds": list(by_seed), "turn_images": turn_images}
-    if not runs:
+    if not runs or outcomes is None:
         return row
     difference = None if cell is reference else outcomes.difference(cell.key, reference.key, comparison.seeds)
     gains = [run.point[OVERALL] - outcomes.base_point[OVERALL] for run in runs]

@@ -181,6 +181,12 @@ def consistency(session: Session, turn: int, source: Tensor, picture: Tensor) ->
     return (shares * (1 - rms / 0.5).clamp_min(0)).sum().item()
 
 
+def untouched_pixels(session: Session, turn: int) -> Tensor:
+    """Mark the pixels of the source that no edit up to `turn` (from 0) has touched, (64, 64) bool."""
+    weights, _ = _regions(session, turn)
+    return rearrange((weights > 0).any(0), "(y x h w) -> (y h) (x w)", y=2, x=2, h=CELL)
+
+
 @lru_cache(maxsize=4096)
 def _regions(session: Session, turn: int) -> tuple[Tensor, Tensor]:
     """Find the R regions that no edit up to `turn` has touched: pixel weights (R, 4096) with rows that add up to 1, and

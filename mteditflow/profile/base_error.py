@@ -4,13 +4,13 @@ Two trajectories take a turn's denoising steps with the adapter off. At a few of
 again by the original weights, which come from the host one linear at a time: the original never stands on the device,
 and the probe needs no more memory than one of its weights.
 
-    drift/velocity   ||v_quantised - v|| / ||v||, mean over the steps
-    drift/log_prob   |log p(x') under the quantised base - under the original|, in clip ranges, the largest: how far the
+    base/velocity    ||v_quantised - v|| / ||v||, mean over the steps
+    base/log_prob    |log p(x') under the quantised base - under the original|, in clip ranges, the largest: how far the
                      ratio would be off if rollout and training ran on different bases. Both run on this one, so it is
                      what the base costs in truth to the published model, not an error of the ratio. Of noisy steps only
-    drift/outlier    largest magnitude of an input's channel over the median channel's, of the worst linear: above some
+    base/outlier     largest magnitude of an input's channel over the median channel's, of the worst linear: above some
                      thousands, e4m3 with one scale per row leaves the other channels few bits (28,672 is its range)
-    drift/linear     ||y_quantised - y|| / ||y|| of the worst linear, given the original's input
+    base/linear      ||y_quantised - y|| / ||y|| of the worst linear, given the original's input
 """
 
 from collections.abc import Iterator
@@ -32,7 +32,7 @@ NUM_ROWS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class Drift:
+class BaseError:
     """Figures by name, and the linears that are worst, by name of the figure."""
 
     figures: dict[str, float]
@@ -47,12 +47,12 @@ class Drift:
         parts = []
         for name, value in self.figures.items():
             where = self.worst.get(name)
-            parts.append(named[name.removeprefix("drift/")].format(value) + (f" ({where})" if where else ""))
-        return f"drift of the base from bfloat16: {', '.join(parts)}"
+            parts.append(named[name.removeprefix("base/")].format(value) + (f" ({where})" if where else ""))
+        return f"error of the base against bfloat16: {', '.join(parts)}"
 
 
 @torch.no_grad()
-def measure_drift(policy: Policy, objective: Objective, task: EditTask, config: Config) -> Drift:
+def measure_base_error(policy: Policy, objective: Objective, task: EditTask, config: Config) -> BaseError:
     """Measure it on a task; needs `policy.originals`, and lets them go."""
     policy = policy.at(task.shape)
     sigmas = policy.sigmas(config.rollout.num_steps)
@@ -66,14 +66,14 @@ def measure_drift(policy: Policy, objective: Objective, task: EditTask, config: 
         linears = Linears()
         pairs = [_both(policy, rollout, step, linears) for step in steps]
     policy.originals.clear()
-    figures = {"drift/velocity": sum(_relative(quantised, original) for quantised, original in pairs) / len(pairs)}
+    figures = {"base/velocity": sum(_relative(quantised, original) for quantised, original in pairs) / len(pairs)}
     log_probs = [_log_prob(rollout, step, *pair) for step, pair in zip(steps, pairs, strict=True)]
     if noisy := [difference for difference in log_probs if difference is not None]:
-        figures["drift/log_prob"] = max(noisy) / config.objective.clip_range
+        figures["base/log_prob"] = max(noisy) / config.objective.clip_range
     worst = {}
-    for name, values in (("drift/outlier", linears.outlier), ("drift/linear", linears.error)):
+    for name, values in (("base/outlier", linears.outlier), ("base/linear", linears.error)):
         worst[name], figures[name] = max(values.items(), key=lambda item: item[1])
-    return Drift(figures=figures, worst=worst)
+    return BaseError(figures=figures, worst=worst)
 
 
 @dataclass(frozen=True, kw_only=True)
