@@ -91,7 +91,7 @@ def _cps_row(sigma: float, sigma_next: float, noise_level: float) -> list[float]
     row[C_V] = -(1 - sigma_next) * sigma + noise_scale * (1 - sigma)
     row[STD] = std
     row[LOG_PROB_SCALE] = 1.0  # Flow-CPS drops 1 / (2 std^2) and the constant
-    row[KL_PUBLISHED] = row[KL_EXACT] = 1 / (2 * std**2)  # ours: the public code has no KL for CPS
+    row[KL_PUBLISHED] = row[KL_EXACT] = 1 / (2 * std**2)  # Flow-CPS's scripts of Kontext and Qwen-Image: alike
     return row
 
 
@@ -150,33 +150,35 @@ def second_order(sigmas: Tensor) -> list[float]:
 
 
 def window_steps(
-    num_steps: int, window_size: int, placement: str, iteration: int, num_iterations: int, seed: int
-) -> tuple[int, ...]:
-    """The denoising steps that are trained in an iteration; never the last one, whose noise is smallest.
+    num_steps: int, window_size: int, placement: str, iteration: int, num_iterations: int, seed: int,
+    window_range: Sequence[int] = (), iters_per_window: int = 0,
+) -> tuple[int, ...]:  # fmt: skip
+    """The denoising steps that are trained in an iteration, never the last one; `noisy_steps` says which are noisy.
 
-    window_size 0: all but the last. Else `window_size` consecutive steps, whose start is drawn per iteration ('random')
-    or moves linearly from 0 to S - 1 - window_size over the run ('progressive', MixGRPO). Which steps are noisy:
-    `noisy_steps`.
+    window_size 0: all but the last. Else `window_size` consecutive steps of `window_range`, from its first up to its
+    second; (): all but the last. Their start is drawn ('random'), or moves on by 1 every `iters_per_window` iterations,
+    again and again (MixGRPO), or with 0 from first to last over the run ('progressive').
     """
-    if not 0 <= window_size < num_steps:
-        raise ValueError(f"window_size is {window_size}: must lie in 0 to num_steps - 1 = {num_steps - 1}")
+    first, end = window_range or (0, num_steps - 1)
+    if not 0 <= window_size < num_steps or not 0 <= first <= end - window_size < num_steps - window_size:
+        raise ValueError(f"window_size is {window_size}: must fit in steps {first} to {end - 1} of {num_steps}")
     if window_size == 0:
         return tuple(range(num_steps - 1))
-    last_start = num_steps - 1 - window_size
+    last_start = end - window_size
     match placement:
         case "random":
-            start = random.Random(f"{seed}-{iteration}").randint(0, last_start)
+            start = random.Random(f"{seed}-{iteration}").randint(first, last_start)
+        case "progressive" if iters_per_window:
+            start = first + iteration // iters_per_window % (last_start - first + 1)
         case "progressive":
-            start = round(min(iteration / max(num_iterations - 1, 1), 1.0) * last_start)
+            start = first + round(min(iteration / max(num_iterations - 1, 1), 1.0) * (last_start - first))
         case _:
             raise ValueError(f"placement is {placement!r}: must be 'random' or 'progressive'")
     return tuple(range(start, start + window_size))
 
 
-def noisy_steps(
-    num_steps: int, window_size: int, trained_steps: tuple[int, ...], last_step: str = "noisy"
-) -> tuple[int, ...]:
-    """The denoising steps that are noisy: all S without a window, or all but the last where `last_step` is 'ode'; the
-    trained ones with a window, which never reaches the last.
+def noisy_steps(num_steps: int, size: int, trained: tuple[int, ...], last_step: str = "noisy") -> tuple[int, ...]:
+    """The denoising steps that are noisy: with a window of `size` steps the trained ones, which never reach the last;
+    without one, size 0, all S, or all but the last where `last_step` is 'ode'.
     """
-    return tuple(range(num_steps - (last_step == "ode"))) if window_size == 0 else trained_steps
+    return tuple(range(num_steps - (last_step == "ode"))) if size == 0 else trained

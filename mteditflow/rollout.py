@@ -80,7 +80,7 @@ class Sampler:
         num_turns: int, group_size: int, cfg_scale: float = 1.0,
     ) -> None:  # fmt: skip
         """Encode the sources, of one shape, and each text that does not depend on what the model makes. Of the config:
-        hand_off, microbatch_size, cuda_graph.
+        hand_off, microbatch_size, is_start_shared, cuda_graph.
         """
         policy = policy.at(tasks[0].shape)
         self.policy, self.tasks, self.noise, self.config = policy, tasks, noise, config
@@ -114,11 +114,12 @@ class Sampler:
             image_latents = torch.cat([image_latents, *given], dim=1)
             condition = Condition(text=text, image=image_latents, cfg_scale=self.cfg_scale)
 
-            def keys(place: Place, number: int = 0, turn: int = turn) -> Tensor:
+            def keys(place: Place, number: int = 0, turn: int = turn, member: Tensor = member) -> Tensor:
                 return row_keys(ids, member, self.noise, turn=turn, place=place, number=number).to(policy.device)
 
             shape = (policy.num_tokens, policy.num_channels)
-            start = counter_normal(keys(Place.INITIAL_LATENTS), shape).to(image_latents)
+            whose = member * (not config.is_start_shared)  # 0: the group's
+            start = counter_normal(keys(Place.INITIAL_LATENTS, member=whose), shape).to(image_latents)
             step_keys = [keys(Place.DENOISING_STEP, s) if noisy else None for s, noisy in enumerate(schedule.is_noisy)]
             is_by_graph = is_captured(policy, min(config.microbatch_size, len(start)), condition, config.cuda_graph)
             run = by_graph(denoise) if is_by_graph else denoise
@@ -164,9 +165,8 @@ def sample_waves(
     for part in cut_shapes(tasks):
         sigmas = policy.at(tasks[part.start].shape).sigmas(num_steps)  # fewer tokens, less noise
         sampler = Sampler(
-            policy, tasks[part], objective.schedule(sigmas, iteration),
-            NoiseSource(seed=config.run.seed, step=iteration), config.rollout,
-            num_turns=config.data.num_turns, group_size=size,
+            policy, tasks[part], objective.schedule(sigmas, iteration), NoiseSource(seed=config.run.seed, step=iteration),
+            config.rollout, num_turns=config.data.num_turns, group_size=size,
             cfg_scale=config.model.cfg_scale if config.rollout.is_guided else 1.0,
         )  # fmt: skip
         start = part.start * size
@@ -180,6 +180,5 @@ def sample_rollout(
     policy: Policy, objective: Objective, tasks: list[EditTask], config: Config, iteration: int
 ) -> Rollout:
     """All trajectories of some tasks of one shape in one wave, as an iteration makes them."""
-    size = len(tasks) * config.rollout.group_size
-    whole = replace(config.rollout, num_tasks=len(tasks), wave_size=size)
+    whole = replace(config.rollout, num_tasks=len(tasks), wave_size=len(tasks) * config.rollout.group_size)
     return next(sample_waves(policy, objective, tasks, replace(config, rollout=whole), iteration, alone()))

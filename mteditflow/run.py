@@ -7,6 +7,7 @@ fine-tuning)  report.html
 
 import os
 import sys
+from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +21,10 @@ from mteditflow.config.cli import to_yaml
 from mteditflow.config.rubric import read_rubric
 from mteditflow.data import all_instructions, check_data, held_out_tasks, training_tasks
 from mteditflow.distributed import Ranks
-from mteditflow.evaluate.comparison_page import final_table
-from mteditflow.evaluate.edival import Evaluation, point_metrics
+from mteditflow.evaluate.best import Best
+from mteditflow.evaluate.compare_editors import compare_sessions
+from mteditflow.evaluate.comparison_page import final_table, held_out_rows
+from mteditflow.evaluate.edival import Evaluation, point_metrics, success_by_type
 from mteditflow.evaluate.exposure import evaluate_editor, num_sessions
 from mteditflow.evaluate.held_out import (
     has_truth,
@@ -33,10 +36,10 @@ from mteditflow.evaluate.held_out import (
 )
 from mteditflow.evaluate.kept import kept_evaluation
 from mteditflow.evaluate.parts import PartFolder
-from mteditflow.export.weights import save_result
+from mteditflow.export.weights import BEST, STANDING, save_result
 from mteditflow.objective import Objective
 from mteditflow.plan.compiling import SAID, choose_compile, settle
-from mteditflow.policy import AdapterName, build_policy, check_references
+from mteditflow.policy import AdapterName, build_policy, check_references, start_state
 from mteditflow.policy.optimizer import build_optimizer, load_optimizer, moments_like, optimizer_state
 from mteditflow.policy.pipelines import is_slow_in_bfloat16
 from mteditflow.profile.account import Account, step_seconds
@@ -46,13 +49,20 @@ from mteditflow.record.clock import phase
 from mteditflow.record.figures import METRICS
 from mteditflow.record.metrics import FILE, Reporter, read_lines
 from mteditflow.report.run_report import write_report
-from mteditflow.report.seen import Seen, choose_of_all, save_seen
+from mteditflow.report.seen import (
+    Seen,
+    choose_of_all,
+    save_seen,
+    table_rows,
+)
 from mteditflow.report.strips import save_strips
 from mteditflow.reward import Judged, build_reward, check_judge, is_trained_by_group
 from mteditflow.reward.overlap import Overlap, efficiency
 from mteditflow.transformer.compiled import count_graphs
 from mteditflow.transformer.sharded import make_mesh
 from mteditflow.types import Rollout, Rollouts
+from mteditflow.watch.boards import check_boards
+from mteditflow.watch.progress import working
 
 
 class Run:
@@ -69,6 +79,7 @@ class Run:
         self._warned: set[str] = set()
         self._lines: list[dict[str, Any]] = []  # metrics of every iteration, on the main rank
         self.base_error: dict[str, float] = {}  # of a quantised base, in the metrics of the first iteration
+        self.best = Best(config, ranks)
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
@@ -81,6 +92,8 @@ class Run:
     def _start(self, stack: ExitStack) -> None:
         config = self.config
         check_judge(config)
+        if self.ranks.is_main:
+            check_boards(config.run.log_to)
         check_data(config, is_speaking=self.ranks.is_main)
         check_references(config)
         # first: a judge that is not there is found at once
@@ -95,17 +108,20 @@ class Run:
             checkpoint.keep_rubric(self.folder, rubric, is_resumed=saved is not None)
         is_probed = saved is None and config.model.quantised is not None
         is_probed &= self.ranks.is_main or config.distributed.shard != "none"  # a forward pass is then one of all ranks
-        self.policy = build_policy(
-            with_choice.model, config.lora, config.run.seed, has_old=self.objective.has_old, keeps_originals=is_probed,
-            mesh=make_mesh(config.distributed, self.ranks),
-        )  # fmt: skip
+        with working(f"loading {config.model.path}") if self.ranks.is_main else nullcontext():
+            self.policy = build_policy(
+                with_choice.model, config.lora, config.run.seed, has_old=self.objective.has_old,
+                keeps_originals=is_probed, mesh=make_mesh(config.distributed, self.ranks),
+            )  # fmt: skip
         self.optimizer, self.first_iteration = build_optimizer(self.policy, config), 0
         if saved:
             self._restore(saved)
-        self._num_saved = self.first_iteration
+        self._num_saved = self.num_done = self.first_iteration
         self._graphs = count_graphs()
         settled = settle(self.policy, self.objective, training_tasks(config, 0, self.ranks), config, self.ranks)
         lines = [f"attention {self.policy.attention}, {compile_line}", *SAID[settled], *self._waits()]
+        if torch.backends.mps.is_available() and self.ranks.device.type == "cpu":
+            lines.append("training runs on the CPU: Apple's GPU (MPS) is not used (docs/start.md)")
         self.ranks.barrier()
         if self.ranks.is_main:
             self._open(stack, lines, is_resumed=saved is not None)
@@ -129,7 +145,8 @@ class Run:
 
     def _open(self, stack: ExitStack, lines: list[str], *, is_resumed: bool) -> None:
         config = self.config
-        self.reporter = Reporter(self.folder, iteration=self.first_iteration, num_iterations=config.run.num_iterations)
+        num = config.run.num_iterations
+        self.reporter = Reporter(self.folder, iteration=self.first_iteration, num_iterations=num, config=config)
         stack.callback(self.reporter.close)
         self._lines = read_lines(self.folder / FILE)
         (self.folder / "config.yaml").write_text(to_yaml(config))
@@ -161,7 +178,7 @@ class Run:
             self.reporter.say(line)
 
     def _evaluate_before(self, *, is_resumed: bool) -> None:
-        """Evaluate the base, where that was not done before."""
+        """Evaluate what training starts from, where that was not done before."""
         config = self.config
         self.tasks = held_out_tasks(config)
         if self.policy.originals:
@@ -170,9 +187,7 @@ class Run:
             self._say(str(error))
         before = self.ranks.from_main(load_evaluation(self.folder, "before") if self.ranks.is_main else None)
         if before is None or not is_comparable(before, config):
-            before = kept_evaluation(
-                self.policy, self.tasks, config, self.ranks, lambda: self._evaluate("before", "off", 0), self._say
-            )
+            before = self._evaluate_start()
             if self.ranks.is_main:
                 save_evaluation(self.folder, "before", before)
         self.before: Evaluation = before
@@ -180,7 +195,24 @@ class Run:
             self._parts("before", 0).remove()
             if not is_resumed:
                 self._parts("after", 0).remove()  # of weights that are no longer there
-                save_strips(self.folder, 0, self.tasks, before.images, before.images)
+                save_strips(self.folder, 0, self.tasks, before, before)
+
+    def _evaluate_start(self) -> Evaluation:
+        """Evaluate the base, or the LoRA of lora.init_from."""
+        policy, lora = self.policy, self.config.lora
+        if not lora.init_from:
+            return kept_evaluation(
+                policy, self.tasks, self.config, self.ranks, lambda: self._evaluate("before", "off", 0), self._say
+            )
+        self._say(
+            f"evaluating {lora.init_from}, of rank {lora.rank} and alpha {lora.alpha}, from which training starts"
+        )
+        now = policy.adapters.state("ema")  # of a run that goes on, not the start's
+        policy.adapters.load("ema", start_state(policy, lora))
+        try:
+            return self._evaluate("before", "ema", 0)
+        finally:
+            policy.adapters.load("ema", now)
 
     def _say_graphs(self, when: str) -> None:
         """Say how many graphs were compiled since the last time, if any were."""
@@ -197,19 +229,27 @@ class Run:
         finally:
             self._stack.close()
 
+    def iterations(self) -> Iterator[int]:
+        """Count the iterations that are to come, until all are done, or held-out O does not rise any more."""
+        while self.num_done < self.config.run.num_iterations and not self.best.is_over:
+            yield self.num_done
+
     def record(self, iteration: int, values: dict[str, float], rollout: Rollout | Rollouts, scored: Judged) -> None:
         """The end of an iteration: metrics, what the judge saw, evaluation, checkpoint, which comes last."""
         config, done, judged, scores = self.config, iteration + 1, self.judge.read(), scored.scores
+        is_last = done == config.run.num_iterations
         values = values | alarms.rollout_figures(rollout, scores, self.ranks, scored.group, scored.advantages)
         values |= {"update/learning_rate": self.optimizer.param_groups[0]["lr"]}
         chosen = choose_of_all(rollout, scores, config.run.num_judged, self.ranks)
         if values["reward/zero_spread_share"] == 1:
             self._say(f"iteration {done}: all groups without spread, nothing to learn from them")
-        if config.evaluation.every and done % config.evaluation.every == 0 and done < config.run.num_iterations:
+        is_due = config.evaluation.every > 0 and done % config.evaluation.every == 0 and not is_last
+        if is_due or (is_last and config.run.patience):  # the last average may be the best
             values |= self._short_evaluation(done)
         if self.ranks.is_main:
             self._report(iteration, values | alarms.held_out_figures(values), judged, chosen)
-        if done % config.run.save_every == 0 or done == config.run.num_iterations:
+        self.num_done = done
+        if done % config.run.save_every == 0 or is_last or self.best.is_over:
             self._save(done, self._state())
         elif self.ranks.is_main and not config.lora.is_full:
             self._unsaved = done, _to_host(self._state())
@@ -242,14 +282,19 @@ class Run:
     def _short_evaluation(self, done: int) -> dict[str, float]:
         now = self._evaluate("", "ema", done)
         if self.ranks.is_main:
-            picture = save_strips(self.folder, done, self.tasks, self.before.images, now.images)
+            picture = save_strips(self.folder, done, self.tasks, self.before, now)
             self.reporter.image("strips", done, picture)
         point = point_metrics(now)
-        return {
+        values = {
             f"heldout/{m}_{turn + 1}": float(point[i, turn])
             for i, m in enumerate(METRICS)
             for turn in range(point.shape[1])
         }
+        values |= {f"heldout/success_{kind}": 100 * of["success"] for kind, of in success_by_type(now).items()}
+        values |= self.best.see(now, self.before, done, lambda: self.policy.adapters.state("ema"))
+        if self.best.is_over:
+            self._say(f"iteration {done}: held-out O does not clearly rise any more: training stops (run.patience)")
+        return values
 
     def _evaluate(self, name: str, adapter: AdapterName, done: int) -> Evaluation:
         """Evaluate after `done` iterations, on all ranks, and keep what the judge saw. A whole evaluation has a name,
@@ -264,6 +309,7 @@ class Run:
         def see(sessions: list[Seen]) -> None:
             if is_main:
                 save_seen(self.folder, "evaluation", done, judge, sessions)
+                self.reporter.table("judged", done, table_rows(sessions))
 
         folder = self._parts(name, done) if name else None
         with (
@@ -279,15 +325,25 @@ class Run:
         return part_folder(path, self.policy, self.tasks, self.config, f"after {done} iterations")
 
     def finish(self) -> None:
-        """Evaluation of the averaged adapter, export, report, and the table that the user came for."""
-        done = self.config.run.num_iterations
+        """Evaluation of the averaged adapter, the best where there are several to choose from, export, report, and the
+        table that the user came for.
+        """
+        done = self.num_done
+        if self.best.iteration:
+            done = self.best.iteration
+            self.policy.adapters.load("ema", self.best.weights)
+            self._say(f"the average after iteration {done} of {self.num_done} is evaluated and exported: the best O")
         after = self._evaluate("after", "ema", done)
         if self.ranks.is_main:
             save_evaluation(self.folder, "after", after)
             self._parts("after", done).remove()
             save_comparison(self.folder, self.before, after)
-            save_strips(self.folder, done, self.tasks, self.before.images, after.images)
-        use = save_result(self.policy, self.config, self.folder, self.ranks)
+            picture = save_strips(self.folder, done, self.tasks, self.before, after)
+            self.reporter.image("strips", self.num_done, picture)
+            self.reporter.table("held out", self.num_done, held_out_rows(self.folder))
+        compare_sessions(self.folder, self.policy, self.tasks, self.before, after, self.config, self.ranks, self.judge)
+        with working("exporting") if self.ranks.is_main else nullcontext():
+            use = save_result(self.policy, self.config, self.folder, self.ranks, done)
         if self.ranks.is_main:
             report = write_report(self.folder)
             self.reporter.close()
@@ -307,7 +363,7 @@ class Run:
         names = ("current", "ema", "old") if self.objective.has_old else ("current", "ema")
         state = {name: self.policy.adapters.state(name) for name in names}
         state["optimizer"] = optimizer_state(self.optimizer)
-        return state
+        return state | self.best.state()
 
     def _save_unsaved(self) -> str:
         """Save the last finished iteration, unless it is; says what the same command does then."""
@@ -317,8 +373,9 @@ class Run:
 
     def _restore(self, saved: checkpoint.Checkpoint) -> None:
         self.first_iteration = saved.iteration
+        self.best.restore(saved, self.policy.adapters.state("ema"))
         for name in (*saved.held, *saved.cut):
-            if name != "optimizer":
+            if name not in ("optimizer", STANDING, BEST):
                 self.policy.adapters.load(name, saved.read(name, self.policy.adapters.state(name)))  # pyright: ignore[reportArgumentType]
         load_optimizer(self.optimizer, saved.read("optimizer", moments_like(self.optimizer)))
 

@@ -41,7 +41,7 @@ def train(config: Config, ranks: Ranks) -> None:
     objective, is_adapter_checked = build_objective(config), False
     with Run(config, objective, ranks) as run:
         policy, optimizer, judge = run.policy, run.optimizer, run.judge
-        for iteration in traced("iteration", range(run.first_iteration, config.run.num_iterations)):
+        for iteration in traced("iteration", run.iterations()):
             # 1. Roll out K turns on the model's own output, wave by wave; a wave is scored while the next is made.
             tasks = training_tasks(config, iteration, ranks)
             rollout = judge.gather(sample_waves(policy, objective, tasks, config, iteration, ranks))

@@ -28,7 +28,15 @@ from diffusers.models.transformers.transformer_flux import FluxTransformer2DMode
 from flux2_parts import MAX_TEXT_TOKENS, save_tiny
 from mixed_sizes import SQUARE, TALL, WIDE, evaluated, of_sizes
 from sharded_parts import assert_equal_bits, inputs, perturb, velocities_and_gradients
-from sharded_state import check_damaged, check_faults, check_other_model, check_resumed, check_saved, check_trained
+from sharded_state import (
+    check_best,
+    check_damaged,
+    check_faults,
+    check_other_model,
+    check_resumed,
+    check_saved,
+    check_trained,
+)
 from torch.distributed.tensor import DTensor
 
 from mteditflow import policy as policies
@@ -296,6 +304,7 @@ PHASES: list[tuple[int, dict[str, Check]]] = [
         {
             **{f"trained_{kind}": lambda place, kind=kind: check_trained(place.ranks, kind) for kind in CUTS},
             **{f"saved_{kind}": of_state(check_saved, kind=kind) for kind in ("full", "hybrid", "none")},
+            **{f"best_{kind}": of_state(check_best, kind=kind) for kind in ("full", "none")},
             "damaged": of_state(check_damaged),
             "faults": of_state(check_faults),
         },

@@ -2,6 +2,7 @@
 
 import errno
 import os
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,8 @@ from torch.distributed.tensor import DTensor
 from mteditflow.config import Config, LoraConfig, RunConfig
 from mteditflow.config.distributed import DistributedConfig
 from mteditflow.distributed import Ranks
+from mteditflow.evaluate.best import Best
+from mteditflow.evaluate.edival import Evaluation
 from mteditflow.record import checkpoint
 from mteditflow.run import Run
 from mteditflow.transformer.adapters import Adapters
@@ -112,7 +115,7 @@ def as_run(folder: Path, adapters: Adapters, ranks: Ranks) -> Any:
     optimizer = torch.optim.AdamW(weights, lr=0.1)
     return SimpleNamespace(
         folder=folder, config=CONFIG, ranks=ranks, policy=SimpleNamespace(adapters=adapters), optimizer=optimizer,
-        objective=SimpleNamespace(has_old=False),
+        objective=SimpleNamespace(has_old=False), best=Best(CONFIG, ranks),
     )  # fmt: skip
 
 
@@ -168,6 +171,36 @@ def check_resumed(ranks: Ranks, folder: Path, kind: str) -> None:
     assert (kind == "none") == all(not isinstance(w, DTensor) for _, w in run.policy.adapters.trainable)
     step(run, LAST)
     assert_same(state_of(run.policy.adapters), expected_after(LAST + 1))
+
+
+def check_best(ranks: Ranks, folder: Path, kind: str) -> None:
+    """The best average, of an earlier iteration, is saved beside the newest, and is there to the bit after a resume: on
+    the host, whole or cut, from where it can be the average again.
+    """
+    config = Config(run=RunConfig(num_iterations=9, patience=2))
+    base = Evaluation(
+        verdict=torch.zeros(10, 2).bool(), consistency=torch.ones(10, 2), valid=torch.ones(10).bool(), edit_types=[],
+        images=torch.zeros(0), num_steps=0,
+    )  # fmt: skip
+    run, again = (as_run(folder, adapters_of(mesh_of(kind, ranks)), ranks) for _ in range(2))
+    run.config, again.config = config, config
+    run.best, again.best = (Best(config, ranks) for _ in range(2))
+    for number, verdict in enumerate((torch.ones(10, 2), torch.zeros(10, 2))):
+        step(run, number)
+        now = replace(base, verdict=verdict.bool())
+        figures = run.best.see(now, base, number + 1, lambda: run.policy.adapters.state("ema"))
+        assert figures == {"heldout/best_iteration": 1.0, "heldout/num_stalled": float(number)}
+        Run._save(run, number + 1, Run._state(run))
+    saved = checkpoint.load_latest(folder, config, refuse, ranks=ranks)
+    assert saved is not None and saved.iteration == 2
+    Run._restore(again, saved)
+    standing = again.best.standing
+    assert standing is not None
+    assert (standing.best, standing.num_stalled, standing.best_score) == (1, 1, 100.0)
+    assert all(weight.device.type == "cpu" for weight in again.best.weights.values())
+    again.policy.adapters.load("ema", again.best.weights)
+    half = len(expected_after(1)) // 2
+    assert_same(state_of(again.policy.adapters), [*expected_after(2)[:half], *expected_after(1)[half:]])
 
 
 def check_damaged(ranks: Ranks, folder: Path) -> None:

@@ -26,8 +26,11 @@ JUDGE = "how a judge that serves others is asked"
 WITHOUT_USER = {
     "data.held_out_share": "docs/data.md sets it, for a data set of four images",
     "data.allowed_folder": "where a user's pictures lie: docs/data.md",
+    "rollout.iters_per_window": "MixGRPO's, of 25 iterations a step: longer runs than those of the configs",
+    "rollout.is_start_shared": "MixGRPO's choice, where Flow-GRPO, which the configs follow, has the other",
     "rollout.hand_off": "ours: what a multi-turn editor hands on is a decision, not a constant",
     "rollout.cuda_graph": "the switch of a speed-up, which bench/ turns",
+    "lora.init_from": "a user's LoRA: docs/export.md",
     "lora.is_full": "full fine-tuning, on the command line: docs/export.md",
     "model.attention": "what a GPU has and is installed on it decides",
     "model.compile": "the switch of a speed-up, which bench/ turns",
@@ -45,6 +48,8 @@ WITHOUT_USER = {
     "evaluation.num_strips": "must be at most num_sessions: lower in a run with few",
     "distributed.timeout_s": "how long the slowest rank may work alone: docs/scaling.md",
     "run.backend": "names the implementation where auto is not wanted",
+    "run.patience": "how long a run may go on without a clear gain is its user's to say: README",
+    "run.log_to": "boards of the user's own, on the command line: README",
     "run.num_judged": "what is kept of a run to be looked at: more where pictures are small",
     "run.max_ratio_error": "above 0 where microbatches of rollout and update differ",
 }

@@ -6,6 +6,7 @@ import csv
 import gzip
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -123,7 +124,7 @@ def checked(path: Path, capsys: pytest.CaptureFixture[str]) -> set[str]:
     check([str(path), "--num_turns", "1", "--max_bad_share", "1"])
     out = capsys.readouterr().out
     assert "\x1b" not in out and max(map(len, out.splitlines())) < 600
-    return {found.strip().split(": ")[0] for found in out.splitlines() if found.startswith("  ")}
+    return {*re.findall(rf"^  ({re.escape(path.name)}:\d+): ", out, re.M)}
 
 
 @pytest.mark.parametrize("kind", LINES)
@@ -146,7 +147,7 @@ def test_all_kinds_at_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert seen == {record["prompt"] for record in RIGHT}
     cut = folder / "cut.jsonl.gz"
     cut.write_bytes(path.read_bytes()[:-400])
-    assert [fault.text for fault in read_sessions(str(cut)).faults][-1].startswith("the file breaks off")
+    assert any(fault.text.startswith("the file breaks off") for fault in read_sessions(str(cut)).faults)
 
 
 ROWS = {
@@ -292,8 +293,7 @@ def test_nothing_is_printed_that_a_terminal_acts_on(
         function.cache_clear()
     config = Config(data=DataConfig(path=str(path), num_turns=1), evaluation=EvaluationConfig(
         num_sessions=2, num_sessions_short=1, num_strips=1))  # fmt: skip
-    with pytest.raises(ValueError, match="held-out sessions"):
-        check_data(config, is_speaking=True)
+    check_data(config, is_speaking=True)
     with pytest.raises(SystemExit):
         check([f"{tmp_path}/\x1b[31m.jsonl"])
     assert "\x1b" not in capsys.readouterr().err

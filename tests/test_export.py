@@ -13,8 +13,20 @@ import torch
 from diffusers.models.transformers.transformer_flux2 import Flux2Transformer2DModel
 from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformer2DModel
 from diffusers.pipelines.flux.pipeline_flux_kontext import FluxKontextPipeline
-from export_parts import FULL, ORDER_TOLERANCE, config_of, loaded, ours, refused, stock, write_run
+from export_parts import (
+    FULL,
+    ORDER_TOLERANCE,
+    config_of,
+    flux_map,
+    loaded,
+    ours,
+    qwen_map,
+    refused,
+    stock,
+    write_run,
+)
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from lora_parts import draw_originals, kohya, save
 from torch import Tensor, nn
 
 from mteditflow.config import command
@@ -76,52 +88,6 @@ def test_the_final_lora_is_a_source_too(
 
 
 # ComfyUI
-
-
-def flux_map(num_double: int, num_single: int, d: int) -> dict[str, tuple[str, int, int]]:
-    """Module -> ComfyUI's weight, first row, number of rows (0: all).
-
-    Facts from ComfyUI's comfy/utils.py `flux_to_diffusers` and, for the `transformer.` before each key, comfy/lora.py
-    `model_lora_keys_unet` (github.com/Comfy-Org/ComfyUI); its class Flux2 is a Flux, so the map is FLUX.2's too.
-    """
-    found: dict[str, tuple[str, int, int]] = {}
-    whole = {
-        "attn.to_out.0": "img_attn.proj", "attn.to_add_out": "txt_attn.proj", "norm1.linear": "img_mod.lin",
-        "norm1_context.linear": "txt_mod.lin", "ff.net.0.proj": "img_mlp.0", "ff.net.2": "img_mlp.2",
-        "ff_context.net.0.proj": "txt_mlp.0", "ff_context.net.2": "txt_mlp.2", "ff.linear_in": "img_mlp.0",
-        "ff.linear_out": "img_mlp.2", "ff_context.linear_in": "txt_mlp.0", "ff_context.linear_out": "txt_mlp.2",
-    }  # fmt: skip
-    for n in range(num_double):
-        for place, letter in enumerate("qkv"):
-            found[f"transformer_blocks.{n}.attn.to_{letter}"] = (f"double_blocks.{n}.img_attn.qkv", place * d, d)
-            added = f"transformer_blocks.{n}.attn.add_{letter}_proj"
-            found[added] = (f"double_blocks.{n}.txt_attn.qkv", place * d, d)
-        found |= {f"transformer_blocks.{n}.{a}": (f"double_blocks.{n}.{b}", 0, 0) for a, b in whole.items()}
-    for n in range(num_single):
-        name, to = f"single_transformer_blocks.{n}", f"single_blocks.{n}"
-        found |= {f"{name}.attn.to_{letter}": (f"{to}.linear1", place * d, d) for place, letter in enumerate("qkv")}
-        found |= {f"{name}.proj_mlp": (f"{to}.linear1", 3 * d, 4 * d), f"{name}.proj_out": (f"{to}.linear2", 0, 0)}
-        found |= {f"{name}.norm.linear": (f"{to}.modulation.lin", 0, 0)}
-        found |= {
-            f"{name}.attn.to_qkv_mlp_proj": (f"{to}.linear1", 0, 0),
-            f"{name}.attn.to_out": (f"{to}.linear2", 0, 0),
-        }
-    found |= {"proj_out": ("final_layer.linear", 0, 0), "norm_out.linear": ("final_layer.adaLN_modulation.1", 0, 0)}
-    found |= {"x_embedder": ("img_in", 0, 0), "context_embedder": ("txt_in", 0, 0)}
-    for a, b in (("timestep", "time_in"), ("text", "vector_in"), ("guidance", "guidance_in")):
-        for place, layer in ((1, "in_layer"), (2, "out_layer")):
-            found[f"time_text_embed.{a}_embedder.linear_{place}"] = (f"{b}.{layer}", 0, 0)
-    return found
-
-
-def qwen_map(num_blocks: int) -> set[str]:
-    """Modules of ComfyUI's own Qwen-Image model (comfy/ldm/qwen_image/model.py), whose names are the keys."""
-    attention = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-    tails = [f"attn.{name}" for name in attention]
-    tails += [f"{stream}_{tail}" for stream in ("img", "txt") for tail in ("mod.1", "mlp.net.0.proj", "mlp.net.2")]
-    found = {f"transformer_blocks.{n}.{tail}" for n in range(num_blocks) for tail in tails}
-    found |= {f"time_text_embed.timestep_embedder.linear_{n}" for n in (1, 2)}
-    return found | {"img_in", "txt_in", "norm_out.linear", "proj_out"}
 
 
 def linears(transformer: nn.Module) -> dict[str, tuple[int, int]]:
@@ -361,9 +327,11 @@ def test_docs(tiny_pipeline_folder: Path, tmp_path: Path, hub: type[FakeHub], mo
     """Every command of docs/export.md runs as it stands there."""
     text = (ROOT / "docs" / "export.md").read_text()
     lines = re.findall(r"^python -m mteditflow\.export (.+)$", text, flags=re.MULTILINE)
-    assert len(lines) >= 5
+    assert len(lines) >= 6
     monkeypatch.chdir(tmp_path)
+    save(kohya(draw_originals("kontext")), tmp_path / "somebody.safetensors")
     write_run(Path("runs/mini"), config_of(tiny_pipeline_folder))
     for line in lines:
-        command.export(line.split())
+        command.export(line.replace("black-forest-labs/FLUX.1-Kontext-dev", str(tiny_pipeline_folder)).split())
+    assert (tmp_path / "theirs" / "somebody.safetensors").is_file()
     assert hub.calls and os.listdir("runs/mini/export")

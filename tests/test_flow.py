@@ -1,13 +1,16 @@
 """Schedules and coefficient tables against the published numbers and the equations."""
 
 import math
+import re
 
 import pytest
 import torch
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from mteditflow_kernels import C_V, C_X, KL_EXACT, KL_PUBLISHED, LOG_PROB_CONST, LOG_PROB_SCALE, NUM_COLUMNS, STD
 
+from mteditflow.config.cli import from_overrides
 from mteditflow.flow import noisy_steps, second_order, sigma_schedule, step_table, window_steps
+from mteditflow.objective import build_objective
 
 SIGMAS_12 = [1, 0.953819, 0.903736, 0.849235, 0.789705, 0.724416, 0.652489]
 SIGMAS_12 += [0.572860, 0.484218, 0.384945, 0.273003, 0.145804, 0]
@@ -139,6 +142,72 @@ def test_progressive_window() -> None:
     assert starts[0] == 0 and starts[-1] == 5 and starts == sorted(starts)
     assert window_steps(8, 2, "progressive", 0, 1, 0) == (0, 1)
     assert window_steps(8, 7, "progressive", 9, 10, 0) == tuple(range(7))
+
+
+def test_the_range_of_a_window() -> None:
+    """Flow-GRPO's random.randint(first, end - size); [0, 6] is the first half of 12."""
+    starts = [window_steps(12, 2, "random", i, 1000, 5, (0, 6))[0] for i in range(1000)]
+    for start in range(5):
+        # binomial(1000, 1/5): standard deviation 12.6; five of them
+        assert abs(starts.count(start) - 1000 / 5) < 63
+    assert set(starts) == set(range(5))
+    assert [window_steps(12, 2, "progressive", i, 4, 0, (3, 8)) for i in range(4)] == [(3, 4), (4, 5), (5, 6), (6, 7)]
+    assert {window_steps(12, 2, "random", i, 9, 0, (4, 6)) for i in range(20)} == {(4, 5)}
+    for wrong in ((0, 12), (-1, 4), (3, 4), (6, 3)):
+        with pytest.raises(ValueError, match="window_size is 2: must fit in steps"):
+            window_steps(12, 2, "random", 0, 1, 0, wrong)
+
+
+def test_iterations_of_a_window() -> None:
+    """MixGRPO's: by one every iters_per_window iterations, and from the last place back to the first (--roll_back)."""
+    starts = [window_steps(6, 2, "progressive", i, 1000, 0, (), 3)[0] for i in range(15)]
+    assert starts == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3 + [0] * 3
+    starts = [window_steps(6, 2, "progressive", i, 1000, 0, (1, 4), 2)[0] for i in range(8)]
+    assert starts == [1, 1, 2, 2, 1, 1, 2, 2]
+
+
+def test_the_kl_of_cps_is_the_public_code_s() -> None:
+    """Flow-CPS, scripts/train_flux_kontext.py: mean((mean - mean_ref)^2) / (2 std_dev_t^2)."""
+    sigmas, a = sigma_schedule(8, 16), 0.7
+    table = step_table(sigmas, noise_level=a, rule="cps").double()
+    x, v, v_ref = torch.randn(3, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for i in range(7):
+        sigma, sigma_next = sigmas[i], sigmas[i + 1]
+        std = sigma_next * math.sin(a * math.pi / 2)
+        mean, mean_ref = (
+            (x - sigma * u) * (1 - sigma_next) + (x + (1 - sigma) * u) * (sigma_next**2 - std**2).sqrt()
+            for u in (v, v_ref)
+        )
+        kl = (mean - mean_ref).square().mean() / (2 * std**2)
+        ours = table[i, C_V] ** 2 * (v - v_ref).square().mean()
+        for column in (KL_PUBLISHED, KL_EXACT):
+            torch.testing.assert_close(table[i, column] * ours, kl, rtol=10 * FLOAT32, atol=0)
+
+
+def test_a_window_that_cannot_be_is_refused() -> None:
+    """Field, value and remedy; without GRPO there is no window."""
+    grpo = {"objective.name": "grpo", "rollout.num_steps": 12, "rollout.window_size": 2}
+    for wrong in ([0, 12], [5, 6], [-1, 4], [3], [1, 2, 3], [6, 3]):
+        with pytest.raises(
+            ValueError, match=rf"rollout\.window_range is {re.escape(str(wrong))}: must be \[first, end\]"
+        ):
+            from_overrides(grpo | {"rollout.window_range": wrong})
+    with pytest.raises(ValueError, match=r"rollout\.window_range is \[0, 6\]: .* room for window_size, 0, above 0"):
+        from_overrides(grpo | {"rollout.window_range": [0, 6], "rollout.window_size": 0})
+    with pytest.raises(ValueError, match=r"rollout\.window_range is 'first': must be a list of whole numbers"):
+        from_overrides(grpo | {"rollout.window_range": "first"})
+    with pytest.raises(ValueError, match=r"rollout\.iters_per_window is 25: is of a window that moves"):
+        from_overrides(grpo | {"rollout.iters_per_window": 25})
+    with pytest.raises(ValueError, match=r"rollout\.is_start_shared is True: NFT rolls out the ODE"):
+        from_overrides({"rollout.is_start_shared": True})
+    assert from_overrides({"rollout.window_range": [0, 99], "rollout.iters_per_window": 3}).objective.name == "nft"
+    moving = {"rollout.window_placement": "progressive", "rollout.iters_per_window": 25, "rollout.window_range": [0, 6]}
+    objective, sigmas = build_objective(from_overrides(grpo | moving)), sigma_schedule(12, 16)
+    assert objective.schedule(sigmas, 24).trained_steps == (0, 1) and objective.schedule(sigmas, 25).trained_steps == (
+        1,
+        2,
+    )
+    assert objective.schedule(sigmas, 5 * 25).trained_steps == (0, 1)
 
 
 def test_wrong_values_are_named() -> None:

@@ -189,7 +189,7 @@ def test_chosen_edit_types_and_words(coco: Path, capsys: pytest.CaptureFixture[s
     assert "(color_alter 50.0 %, background_change 50.0 %)" in capsys.readouterr().out
     for given, message in (
         ("--words=nowhere.yaml", "--words is 'nowhere.yaml': cannot be read"),
-        ("--edit_types=colour", "did you mean color_alter?"),
+        ("--edit_types=color_alte", "did you mean color_alter?"),
         ("--edit_types=color_alter=0", "must be a number in (0, 1000]"),
         ("--edit_types=color_alter=nan", "must be a number"),
         ("--edit_types=background_change", "the edit types cannot be asked for as often"),

@@ -16,8 +16,8 @@ from mteditflow_kernels import reference
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "mteditflow"
 LIST = """
-    pictures config flow noise types distributed world data advantage record transformer policy objective rollout guards
-    reward update export report evaluate plan profile run train judge study
+    pictures config watch flow noise types distributed world data advantage record transformer policy objective rollout
+    guards reward update export report evaluate plan profile run train judge study
 """
 ORDER: list[str] = [*LIST.split()]
 STARTER = ("mteditflow", "config", "command")  # its functions start the rooms, once a command line is known to be right

@@ -25,11 +25,11 @@ from mteditflow.evaluate.edival import Evaluation
 from mteditflow.evaluate.held_out import evaluate, load_verdicts, part_folder
 from mteditflow.evaluate.parts import PartFolder, make_rounds, part_size
 from mteditflow.policy import Policy
-from mteditflow.record import progress
 from mteditflow.report.seen import Seen
 from mteditflow.reward.overlap import Overlap
 from mteditflow.rollout import Sampler
 from mteditflow.types import Condition, Rollout, Scores
+from mteditflow.watch import progress
 
 NUM_SESSIONS, MICROBATCH = 10, 4  # parts of 4, 4 and 2
 PATIENCE = 300  # seconds for other processes on a busy machine

@@ -1,15 +1,14 @@
 """README's snippets run as they stand."""
 
 import re
-import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
+from command_lines import assert_parses
 from PIL import Image
 
-from mteditflow.config import Config, cli
-from mteditflow.config.command import COMMANDS
+from mteditflow.config import Config
 from mteditflow.export.weights import write_lora
 from mteditflow.policy import build_policy
 
@@ -35,24 +34,7 @@ def test_the_lora_is_used_as_the_readme_says(tmp_path: Path, monkeypatch: pytest
         assert f"{name}={value}," in SNIPPET
 
 
-class Parsed(Exception):
-    """Raised where a command line was found right, before the command begins."""
-
-
 @pytest.mark.parametrize("line", LINES)
 def test_a_command_of_the_readme_is_one(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    parse = cli.parse
-
-    def stop(*args: Any) -> Any:
-        parse(*args)
-        raise Parsed
-
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(cli, "parse", stop)
-    name, *words = shlex.split(line)
-    try:
-        COMMANDS[name](words)
-    except Parsed:
-        return
-    except SystemExit as stopped:
-        assert stopped.code == 0 and words[-1] == "--help"
+    assert_parses(line, monkeypatch)

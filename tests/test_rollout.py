@@ -54,6 +54,19 @@ def test_same_seed_same_bits_and_another_iteration_others(policy: Policy, config
         assert not torch.equal(a.latents[0], c.latents[0])
 
 
+def test_a_group_may_start_from_the_same_noise(policy: Policy, config: Config) -> None:
+    """As a group of one, in each turn a noise of its own; the window's noise tells the trajectories apart."""
+    tasks = training_tasks(config, 0, ONE_RANK)
+    apart, shared = roll(policy, config, tasks), roll(policy, with_rollout(config, is_start_shared=True), tasks)
+    for turn, (one, other) in enumerate(zip(apart.turns, shared.turns, strict=True)):
+        groups = other.latents[0].unflatten(0, (2, 2))
+        assert torch.equal(groups[:, 0], groups[:, 1]) and not torch.equal(groups[0], groups[1])
+        assert torch.equal(groups[:, 0], one.latents[0].unflatten(0, (2, 2))[:, 0])
+        assert not torch.equal(one.latents[0, 0], one.latents[0, 1])
+        assert not torch.equal(other.latents[-1, 0], other.latents[-1, 1])
+        assert turn == 0 or not torch.equal(other.latents[0], shared.turns[0].latents[0])
+
+
 def test_a_trajectory_does_not_depend_on_the_others(policy: Policy, config: Config) -> None:
     config = with_rollout(config, window_size=0)
     one, two = training_tasks(config, 0, ONE_RANK)

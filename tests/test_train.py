@@ -19,12 +19,14 @@ from train_runs import NUM_ITERATIONS, Arguments, lora, metrics, refused
 
 from mteditflow.config import cli
 from mteditflow.config.command import train as main
+from mteditflow.data import held_out_tasks
 from mteditflow.objective.grpo import Grpo
 from mteditflow.profile.account import metric
 from mteditflow.record import checkpoint, ending
 from mteditflow.record.alarms import ALARMS
 from mteditflow.record.clock import OTHER, PHASES
 from mteditflow.record.drift import KINDS
+from mteditflow.watch.pace import CORE_WAIT, core_wait_seconds
 
 PATIENCE = 120  # seconds for another process
 RUN = "import sys, torch; torch.set_num_threads(1); from mteditflow.config.command import train; train(sys.argv[1:])"
@@ -78,12 +80,16 @@ def test_metrics_have_a_line_per_iteration(whole: Path) -> None:
     promised |= {f"update/{name}" for name in (*Grpo.figures, *Grpo.worst_figures)}
     promised |= ALARMS.keys() - {"alarm/held_out_gap"}
     promised |= {f"drift/{kind}{size}_{turn}" for kind in KINDS for size in ("", "_size") for turn in (1, 2)}
+    promised |= {f"drift/credit_{turn}" for turn in (1, 2)}
     timed = {metric("time", phase) for phase in (*PHASES, OTHER)} | {"memory/rss_gib"}
     timed |= {f"speed/{name}_images_per_second" for name in ("turn", "rollout")} | {"speed/ceiling_tflop_per_second"}
     timed |= {f"speed/{name}_{what}" for name in ("denoise", "training") for what in RATES} | {"beside/score_s"}
     timed |= {f"reward/{name}" for name in ("exposed_s", "judge_s", "overlap_efficiency")}
+    timed |= {CORE_WAIT} if core_wait_seconds() is not None else set()
+    tasks = held_out_tasks(cli.from_yaml(whole / "config.yaml"))[:2]  # of the short evaluation
+    held_out = HELD_OUT_KEYS | {f"heldout/success_{kind}" for task in tasks for kind in task.edit_types}
     for n, line in enumerate(lines):
-        assert {key for key in line if not is_timed(key)} == promised | (HELD_OUT_KEYS if n == 2 else set())
+        assert {key for key in line if not is_timed(key)} == promised | (held_out if n == 2 else set())
         assert {key for key in line if is_timed(key)} == timed  # no GPU: nothing of one
         assert all(isinstance(value, int | float) for value in line.values())
         assert line["update/first_ratio_error"] == 0 and line["update/grad_norm"] > 0

@@ -224,6 +224,8 @@ def _explain(message: str, parser: ArgumentParser) -> str:
         name = match["key"] if "." in match["key"] else f"--{match['key']}"
         choices = (match["choices"] or "").replace("'", "")
         remedy = f"one of {choices}" if choices else REMEDIES.get(match["kind"], "a text")
+        if name in settings() and settings()[name].type == tuple[int, ...]:
+            remedy = "a list of whole numbers"
         return f"{name} is {message.rsplit('value: ', 1)[1]!r}: must be {remedy}"
     if message.startswith("the following arguments are required: "):
         missing = options[message.split(": ")[1].split(", ")[0]]

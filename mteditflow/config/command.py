@@ -85,7 +85,7 @@ def evaluate(argv: Sequence[str]) -> int:
         "default. The same command again keeps what is finished.",
         usage="%(prog)s SUBJECT [SUBJECT ...] [--out FOLDER] [--config FILE.yaml] [--section.field VALUE ...]",
     )
-    subject = f"a run's folder (its newest checkpoint), a folder with {cli.LORA_FILE}, or '{cli.BASE}' for no adapter"
+    subject = f"a run's folder (its newest checkpoint), a LoRA (file, folder, hub name), or '{cli.BASE}' for no adapter"
     parser.add_argument("subjects", nargs="+", metavar="SUBJECT", help=subject)
     out = "where comparison.html and the figures and pictures of each subject go"
     parser.add_argument("--out", type=Path, default=Path("runs/comparison"), metavar="FOLDER", help=out)
@@ -101,11 +101,14 @@ def evaluate(argv: Sequence[str]) -> int:
 
 @_fails_in_one_line
 def export(argv: Sequence[str]) -> int:
-    """Write what a run trained in a form that others load."""
+    """Write what a run trained, or a LoRA of any form, in a form that others load."""
     parser = _parser("export", export)
     add = parser.add_argument
     forms, dtypes = Literal["diffusers", "comfyui", "merged"], Literal["float32", "bfloat16"]
-    add("run", type=Path, metavar="RUN", help="the run's folder; its newest checkpoint is exported")
+    add(
+        "run", type=str, metavar="RUN", help="a run's folder (its newest checkpoint), or a LoRA: file, folder, hub name"
+    )
+    add("--base", type=str, metavar="PATH", help="of a LoRA: the pipeline that it is for, as model.path")
     add("--out", type=Path, metavar="FOLDER", help="folder to write; left out: RUN/export/FORMAT-DTYPE-ADAPTER")
     add("--format", type=forms, default="diffusers", help="a LoRA for diffusers or for ComfyUI, or a pipeline")
     add("--dtype", type=dtypes, help="left out: float32 of a LoRA, the forward pass's of whole weights")
@@ -114,7 +117,7 @@ def export(argv: Sequence[str]) -> int:
     v = cli.parse(parser, argv)
     from mteditflow.export.weights import export_run
 
-    export_run(v.run, v.out, form=v.format, dtype=v.dtype, adapter=v.adapter, hub_name=v.push_to)
+    export_run(v.run, v.out, form=v.format, dtype=v.dtype, adapter=v.adapter, base=v.base, hub_name=v.push_to)
     return 0
 
 
@@ -265,10 +268,18 @@ def report(argv: Sequence[str]) -> int:
     """Write the HTML page of a run, also of one that is still at work."""
     parser = _parser("report", report)
     parser.add_argument("folder", type=Path, metavar="RUN", help="the run's folder")
-    folder = cli.parse(parser, argv).folder
+    live = "show it on a page of this machine that follows the run while it goes on"
+    parser.add_argument("--live", action="store_true", help=live)
+    parser.add_argument("--port", type=int, default=8321, help="with --live: of the page; 0: any that is free")
+    v = cli.parse(parser, argv)
+    if v.live:
+        from mteditflow.report.live import serve
+
+        serve(v.folder, v.port)
+        return 0
     from mteditflow.report.run_report import write_report
 
-    print(write_report(folder))
+    print(write_report(v.folder))
     return 0
 
 
@@ -328,6 +339,8 @@ COMMANDS: Mapping[str, Command] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that the first word names, and return its exit code; without words, list the commands."""
+    if sys.platform == "win32":
+        fail("Windows itself has no locks and signals as a run needs them: use WSL 2 (docs/start.md)")
     words = sys.argv[1:] if argv is None else argv
     if words and words[0] == "--version":
         print(describe_version())
@@ -363,10 +376,16 @@ def _parser(name: str, command: Command, sub_command: str = "") -> ArgumentParse
 
 
 def _read_run(argv: Sequence[str], parser: ArgumentParser) -> tuple[Any, Any]:
-    """Return the Config of a command line, and all of its values; --print_config ends the program."""
+    """Return the Config of a command line, and all of its values; --print_config ends the program. What a LoRA to start
+    from says of itself is in the Config.
+    """
     values = cli.parse(parser, argv)
     config = cli.to_config(values)
     cli.print_if_asked(values, config)
+    if config.lora.init_from:
+        from mteditflow.policy import with_start
+
+        config = with_start(config)
     return config, values
 
 

@@ -99,6 +99,11 @@ class LoraConfig:
     targets: tuple[str, ...] = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.add_k_proj", "attn.add_v_proj")
     """Names of modules to train; empty: attention and feed-forward linears of the model's family, or with is_full the
     whole transformer."""
+    init_from: str = ""
+    """A LoRA to start from: a file, a folder or a hub name, in any form of docs/export.md; its rank, alpha and modules
+    take the place of those here. Empty: a new one, which changes nothing yet."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        remedy = "lora.is_full trains the weights: must be empty; merge the LoRA into the base (docs/export.md)"
+        require(not (self.is_full and self.init_from), "lora.init_from", self.init_from, remedy)

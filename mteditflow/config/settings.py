@@ -9,6 +9,10 @@ from mteditflow.config.model import EMBEDDED, LoraConfig, ModelConfig
 from mteditflow.config.ranges import PIXELS, Count, CountOrNone, Range, Share, Weight, check_ranges, require
 from mteditflow.config.reward import RewardConfig
 
+BOARDS = ("wandb", "trackio")
+MIN_SESSIONS = 10
+"""Held-out sessions below which no interval is given: a bootstrap of so few says next to nothing."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -79,7 +83,16 @@ class RolloutConfig:
     """Consecutive noisy, trained steps per iteration, the others are ODE steps; 0: all steps noisy, all but the last
     trained."""
     window_placement: Literal["random", "progressive"] = "random"
-    """Where the window lies: drawn per iteration, or moving from the first step to the last over the run (MixGRPO)."""
+    """Where the window lies: drawn per iteration (Flow-GRPO-Fast), or moving on from first to last (MixGRPO)."""
+    window_range: tuple[int, ...] = ()
+    """The steps that the window may lie in, from the first up to the second, as [0, 6] for the first half of 12
+    (Flow-GRPO-Fast's sde_window_range); empty: all but the last, which is never trained."""
+    iters_per_window: CountOrNone = 0
+    """Iterations after which a progressive window moves on by one step, and from the last place back to the first
+    (MixGRPO: 25, with --roll_back; there the last windows are cut, here all are whole); 0: once over the run, ours."""
+    is_start_shared: bool = False
+    """Whether the trajectories of a group start from the same noise in each turn, and only noisy steps tell them apart:
+    GRPO alone (Flow-GRPO's same_latent, off there; MixGRPO's init_same_noise, on)."""
     last_step: Literal["noisy", "ode"] = "noisy"
     """How the last denoising step is made where all steps are noisy (window_size 0), never trained: 'ode' for FLUX.2,
     whose last step of 12 falls from sigma 0.395 to 0, so that its noise would be seen in the picture."""
@@ -147,7 +160,7 @@ class ObjectiveConfig:
     """GRPO: the ratio is clipped to 1 +- this; grows as the number of latent elements falls (1e-4 at 512 px)."""
     ratio: Literal["plain", "guard"] = "plain"
     """GRPO: ratio of the log-probs, or GRPO-Guard's, centred on 1 and of one scale at all steps, with the policy term
-    divided by -dt (its clip_range: 2e-6)."""
+    divided by -dt, as its code does (its clip_range: 2e-6); with rule 'cps' that is ours."""
     kl_beta: Weight = 0.0
     """Weight of the penalty for leaving the reference, the adapter off (GRPO's kl_beta, NFT's lambda_kl)."""
     kl_form: Literal["published", "exact"] = "published"
@@ -242,12 +255,31 @@ class RunConfig:
     num_judged: Annotated[int, Range(0, 64)] = 4
     """Sessions of an iteration, and of an evaluation, that are kept to be looked at, with pictures, scores and the
     judge's words: the worst, the best, and those that are in dispute; 0: none. Ours."""
+    log_to: tuple[str, ...] = ()
+    """Boards beside TensorBoard that show curves, strips and tables, of wandb and trackio, by their own clients (extras
+    of the same names)."""
+    patience: Annotated[int, Range(0, 1000)] = 0
+    """Short evaluations in a row without a clear gain in held-out O after which training stops; the average with the
+    highest O is then evaluated and exported. 0: all iterations, and the last average. Ours."""
     max_ratio_error: Weight = 0.0
     """The run stops when |ratio - 1| before the first update exceeds this; 0 holds at the same geometry on one
     device."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        is_known = set(self.log_to) <= {*BOARDS} and len({*self.log_to}) == len(self.log_to)
+        require(is_known, "run.log_to", list(self.log_to), f"must be a list of some of {', '.join(BOARDS)}, each once")
+
+
+def _check_window(rollout: RolloutConfig) -> None:
+    """Raise ValueError where the window cannot lie, or move, as asked."""
+    size, steps, last = rollout.window_size, rollout.window_range, rollout.num_steps - 1
+    is_fitting = not steps or (len(steps) == 2 and size > 0 and 0 <= steps[0] <= steps[1] - size <= last - size)
+    remedy = f"must be [first, end] with room for window_size, {size}, above 0, and an end of at most {last}; or empty"
+    require(is_fitting, "rollout.window_range", list(steps), remedy)
+    is_moving = rollout.iters_per_window == 0 or (rollout.window_placement == "progressive" and size > 0)
+    remedy = "is of a window that moves: set window_placement progressive and a window_size, or 0 here"
+    require(is_moving, "rollout.iters_per_window", rollout.iters_per_window, remedy)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,8 +309,19 @@ class Config:
         is_whole = self.distributed.shard == "none"
         remedy = "distributed.shard gathers weights within a forward pass: must be 'auto' or 'off'"
         require(is_whole or self.rollout.cuda_graph != "on", "rollout.cuda_graph", self.rollout.cuda_graph, remedy)
+        if self.objective.name == "grpo":
+            _check_window(self.rollout)
+        is_apart = self.objective.name == "grpo" or not self.rollout.is_start_shared
+        remedy = "NFT rolls out the ODE, where all of a group would be the same: must be false"
+        require(is_apart, "rollout.is_start_shared", self.rollout.is_start_shared, remedy)
         is_scored = self.data.num_turns <= 9 or self.reward.judge != "vlm"
         require(is_scored, "data.num_turns", self.data.num_turns, "reward.judge 'vlm' scores at most 9 turns")
+        is_evaluated = self.run.patience == 0 or self.evaluation.every > 0
+        remedy = "run.patience counts short evaluations: must be above 0, or run.patience 0"
+        require(is_evaluated, "evaluation.every", self.evaluation.every, remedy)
+        short, remedy = self.evaluation.num_sessions_short, "run.patience goes by the interval of held-out O"
+        is_enough = self.run.patience == 0 or short >= MIN_SESSIONS
+        require(is_enough, "evaluation.num_sessions_short", short, f"{remedy}: must be at least {MIN_SESSIONS}")
         weight = self.advantage.consistency_weight
         is_measured = weight == 0 or self.reward.consistency != "none"
         remedy = "reward.consistency is 'none', so that there is nothing to weigh: must be 0"

@@ -25,6 +25,7 @@ def _datasets() -> Any:
     except ModuleNotFoundError:
         raise ValueError("needs the datasets library: pip install 'mteditflow[data]'") from None
     datasets.disable_progress_bars()
+    datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)  # what is wrong is said once, by us
     return datasets
 
 

@@ -27,10 +27,11 @@ from mteditflow.config.version import git_commit
 from mteditflow.data import check_data, held_out_tasks
 from mteditflow.distributed import Ranks
 from mteditflow.evaluate.comparison_page import terminal_table, write_comparison
-from mteditflow.evaluate.edival import Evaluation, compare, summary
+from mteditflow.evaluate.edival import Evaluation, compare, session_scores, summary
 from mteditflow.evaluate.exposure import evaluate_editor, num_sessions
 from mteditflow.evaluate.held_out import (
     check_held_out,
+    evaluate,
     has_truth,
     list_settings,
     load_verdicts,
@@ -44,18 +45,19 @@ from mteditflow.evaluate.lora_files import (
     check_names,
     common_lora,
     is_run,
-    padded_state,
     read_subject,
 )
 from mteditflow.evaluate.parts import PartFolder
-from mteditflow.policy import AdapterName, build_policy, check_references, linear_shapes
+from mteditflow.policy import AdapterName, Policy, build_policy, check_references, linear_shapes
+from mteditflow.policy.lora_file import padded_state
 from mteditflow.record.files import read_json, write_json
-from mteditflow.record.progress import show_sessions, start_bars
+from mteditflow.report.seen import MAX_JUDGED, Seen, choose_changed, save_compared
 from mteditflow.report.strips import draw_sessions
 from mteditflow.reward import build_reward, check_judge
 from mteditflow.reward.overlap import Overlap
 from mteditflow.transformer.sharded import make_mesh
 from mteditflow.types import EditTask
+from mteditflow.watch.progress import show_sessions, start_bars
 
 EXPOSURE = ("MT_true", "MT_true_interval", "compounding", "compounding_interval")
 
@@ -72,7 +74,7 @@ def resolve(words: list[str], out: Path, read_config: Callable[[Path | None], Co
     config = next(iter(configs.values())) if configs else read_config(None)
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out is '{out}': no folder; choose another")
-    return [read_subject(word) for word in words], config
+    return [read_subject(word, config.model) for word in words], config
 
 
 def evaluate_all(subjects: list[Subject], out: Path, config: Config, ranks: Ranks) -> None:
@@ -133,13 +135,37 @@ def _evaluate_pending(
             parts = part_folder(folder / "evaluating", policy, tasks, config, subject.fingerprint)
             if subject.lora:
                 say(f"evaluating {subject.word}: {subject.what}")
-                policy.adapters.load("ema", padded_state(subject.lora, wide, policy.adapters.state("ema")))
+                zeros = {key: weight.zero_() for key, weight in policy.adapters.state("ema").items()}
+                policy.adapters.load("ema", padded_state(subject.lora, wide, zeros))
                 evaluation = make("ema", parts)
             else:
                 evaluation = kept_evaluation(policy, tasks, config, ranks, partial(make, "off", parts), say)
             if ranks.is_main:
                 save_subject(folder, subject, evaluation, tasks, how)
                 parts.remove()
+
+
+def compare_sessions(
+    folder: Path, policy: Policy, tasks: list[EditTask], before: Evaluation, after: Evaluation, config: Config,
+    ranks: Ranks, judge: Overlap,
+) -> None:  # fmt: skip
+    """Keep, in a run's folder, the sessions that are worst after training, or that it changed most, as they were before
+    and after. They are made once more, on all ranks: the pictures of all sessions are not kept.
+    """
+    num, found = config.run.num_judged, dict[AdapterName, list[Seen]]()
+    chosen = ranks.from_main(choose_changed(session_scores(before), session_scores(after), num))
+    if not chosen:
+        return
+    mine = [tasks[place] for place in chosen]
+    shown = replace(config, run=replace(config.run, num_judged=MAX_JUDGED))  # all of them
+    adapters: tuple[AdapterName, ...] = ("off", "ema")
+    for adapter in adapters:
+        found[adapter] = []
+        evaluate(policy, mine, shown, adapter, ranks, judge, see=found[adapter].extend)
+    if ranks.is_main:
+        by_truth = "exact" if has_truth(mine) else config.reward.judge
+        reasons = {tasks[place].id: reason for place, reason in chosen.items()}
+        save_compared(folder, by_truth, reasons, found["off"], found["ema"])
 
 
 def save_subject(
@@ -149,8 +175,7 @@ def save_subject(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.json").unlink(missing_ok=True)  # of other settings: must not stand beside new verdicts
     save_verdicts(folder / "evaluation.safetensors", evaluation)
-    images = evaluation.images
-    draw_sessions(tasks, {subject.word: images}, range(images.shape[1])).save(folder / "strips.png")
+    draw_sessions(tasks, {subject.word: evaluation}, range(evaluation.images.shape[1])).save(folder / "strips.png")
     figures = summary(evaluation)
     exposure = [
         {"turn": turn["turn"], "success": turn["MT"], "interval": turn["MT_interval"]}
@@ -168,8 +193,7 @@ def _present(subjects: list[Subject], out: Path, tasks: list[EditTask], console:
     (first, before), *others = evaluations.items()
     gains = {word: compare(before, after) for word, after in others}
     write_json(out / "comparison.json", {"over": first, "gains": gains})
-    edits = {word: evaluation.images for word, evaluation in evaluations.items()}
-    strips = [draw_sessions(tasks, edits, [session]) for session in range(before.images.shape[1])]
+    strips = [draw_sessions(tasks, evaluations, [session]) for session in range(before.images.shape[1])]
     page = write_comparison(out, reports, gains, strips)
     console.print(terminal_table(reports, gains))
     console.print(f"page: {page}", soft_wrap=True, highlight=False, markup=False)

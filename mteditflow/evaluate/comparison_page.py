@@ -9,11 +9,12 @@ from typing import Any
 from PIL import Image
 from rich.table import Table
 
+from mteditflow.config.settings import MIN_SESSIONS
 from mteditflow.pictures import png_bytes
-from mteditflow.record.figures import METRICS, figure
+from mteditflow.record.figures import RESULTS, SHOWN, align_turns, figure, interval_of, turns_of
 from mteditflow.record.files import read_json
 from mteditflow.record.templates import write_page
-from mteditflow.report.charts import NUM_COLORS, Curve, chart, data_uri, edit_types
+from mteditflow.report.charts import Curve, chart, data_uri, edit_types
 from mteditflow.report.drift_curves import drift_charts, drift_note, exposure_charts
 
 TITLES = {
@@ -30,12 +31,13 @@ Reports = dict[str, dict[str, Any]]
 def write_comparison(folder: Path, reports: Reports, gains: Reports, strips: list[Image.Image]) -> Path:
     """Write `folder/comparison.html`. `gains` over the first editor, by editor; `strips` a picture per session."""
     names = list(reports)
+    reports, gains = ({name: it | {"turns": turns_of(it)} for name, it in part.items()} for part in (reports, gains))
     values = {
         "title": f"MT-EditFlow: {' against '.join(names)}" if len(names) == 2 else "MT-EditFlow: comparison of editors",
         "reports": reports,
         "gains": gains,
         "first": reports[names[0]],
-        "colors": {name: place % NUM_COLORS for place, name in enumerate(names)},
+        "colors": {name: place for place, name in enumerate(names)},
         "notes": {metric: _note(metric, reports[names[0]]) for metric in TITLES},
         "charts": list(filter(None, (_chart(metric, reports) for metric in TITLES))),
         "drift": drift_charts(reports),
@@ -53,7 +55,9 @@ def _chart(metric: str, reports: Reports) -> dict[str, Any] | None:
         Curve(
             name=name,
             points=[(turn["turn"], turn[metric]) for turn in report["turns"]],
-            band=tuple((turn["turn"], *ends) for turn in report["turns"] if (ends := turn[f"{metric}_interval"])),
+            band=tuple(
+                (turn["turn"], ends[0], ends[1]) for turn in report["turns"] if (ends := interval_of(turn, metric))
+            ),
         )
         for name, report in reports.items()
     ]
@@ -73,29 +77,40 @@ def terminal_table(reports: Reports, gains: Reports) -> Table:
     it what compounds, where that was evaluated.
     """
     first = next(iter(reports))
+    turns, gained = ({name: turns_of(it) for name, it in part.items()} for part in (reports, gains))
     num_turns = len(reports[first]["turns"])
-    title = f"{reports[first]['num_sessions']} held-out sessions, percent [95 % interval]"
+    num = reports[first]["num_sessions"]
+    interval = " [95 % interval]" if num >= MIN_SESSIONS else ", too few for an interval"
+    title = f"{num} held-out sessions, percent{interval}"
     table = Table(title=title + (f", gain over {first}" if gains else ""))
     table.add_column("turn", justify="right")
     table.add_column("", overflow="fold")
-    for metric in METRICS:
+    for metric in SHOWN:
         table.add_column(metric, justify="right")
     for n in sorted({*range(min(3, num_turns)), num_turns - 1}):
-        for name, report in reports.items():
-            cells = (str(figure(report["turns"][n], metric)) for metric in METRICS)
+        for name in reports:
+            cells = (str(figure(turns[name][n], metric)) for metric in SHOWN)
             table.add_row(str(n + 1) if name == first else "", name, *cells)
             if name in gains:
-                table.add_row(
-                    "", "gain", *(str(figure(gains[name]["turns"][n], f"{metric}_gain")) for metric in METRICS)
-                )
+                table.add_row("", "gain", *(str(figure(gained[name][n], f"{metric}_gain")) for metric in SHOWN))
         table.add_section()
-    lasts = {name: report["turns"][-1] for name, report in reports.items() if report.get("true_inputs")}
+    lasts = {name: turns[name][-1] for name, report in reports.items() if report.get("true_inputs")}
     table.caption = "\n".join(
         f"{name}, turn {num_turns}: {figure(last, 'MT_true').value} % on true inputs, "
         f"{figure(last, 'compounding')} points more than on its own output"
         for name, last in lasts.items()
     )
     return table
+
+
+def held_out_rows(folder: Path) -> list[dict[str, Any]]:
+    """List the figures of a finished run as rows of a table on a board."""
+    turns = align_turns(*(read_json(folder / f"{name}.json") for name in RESULTS))
+    return [
+        {"metric": metric, "turn": number, "before": str(figure(before, metric)), "after": str(figure(after, metric)),
+         "gain": str(figure(gain, f"{metric}_gain"))}
+        for metric in SHOWN for number, before, after, gain in turns
+    ]  # fmt: skip
 
 
 def final_table(folder: Path) -> Table:

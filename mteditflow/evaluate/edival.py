@@ -88,10 +88,6 @@ def summary(evaluation: Evaluation) -> dict[str, Any]:
     num_kept = (~np.isnan(_mask_invalid(evaluation)[1])).sum(0).tolist()
     turns = _turns(point_metrics(evaluation), resampled_metrics(evaluation))
     means = _mean_turns(_session_values(evaluation), len(turns))
-    done: dict[str, list[bool]] = {}
-    for n in evaluation.valid.nonzero()[:, 0].tolist():
-        for verdict, edit_type in zip(evaluation.verdict[n].tolist(), evaluation.edit_types[n], strict=True):
-            done.setdefault(edit_type, []).append(verdict)
     num_valid = int(evaluation.valid.sum())
     return {
         "num_sessions": num_valid,
@@ -99,11 +95,28 @@ def summary(evaluation: Evaluation) -> dict[str, Any]:
         "num_whole_pictures": evaluation.num_whole,
         "true_inputs": evaluation.true_inputs,
         "turns": [turn | {"CC_sessions": num} | more for turn, num, more in zip(turns, num_kept, means, strict=True)],
-        "edit_types": {
-            name: {"success": round(sum(verdicts) / len(verdicts), 4), "count": len(verdicts)}
-            for name, verdicts in sorted(done.items())
-        },
+        "edit_types": success_by_type(evaluation),
     }
+
+
+def success_by_type(evaluation: Evaluation) -> dict[str, dict[str, float]]:
+    """Compute success, in [0, 1], and count of each type of edit, over all turns of the valid sessions."""
+    done: dict[str, list[bool]] = {}
+    for n in evaluation.valid.nonzero()[:, 0].tolist():
+        for verdict, edit_type in zip(evaluation.verdict[n].tolist(), evaluation.edit_types[n], strict=True):
+            done.setdefault(edit_type, []).append(verdict)
+    return {
+        name: {"success": round(sum(verdicts) / len(verdicts), 4), "count": len(verdicts)}
+        for name, verdicts in sorted(done.items())
+    }
+
+
+def session_scores(evaluation: Evaluation) -> Tensor:
+    """Score every session (n,), in [0, 1]: its mean over the turns of success times consistency, which counts as 1
+    where it is undefined; NaN where the session could not be scored.
+    """
+    kept = evaluation.consistency.double().nan_to_num(nan=1.0)
+    return (evaluation.verdict * kept).mean(1).masked_fill(~evaluation.valid, torch.nan)
 
 
 def compare(before: Evaluation, after: Evaluation) -> dict[str, Any]:

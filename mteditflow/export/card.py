@@ -12,7 +12,7 @@ from mteditflow.config import Config
 from mteditflow.config.cli import to_yaml
 from mteditflow.config.model import MINIATURES
 from mteditflow.policy import family_of
-from mteditflow.record.figures import METRICS, RESULTS, align_turns
+from mteditflow.record.figures import METRICS, RESULTS, SHOWN, align_turns
 from mteditflow.record.files import read_json
 from mteditflow.record.templates import write_page
 
@@ -36,6 +36,10 @@ class Card:
     """Name of ComfyUI's file; else empty."""
     source: str
     """From where the export is loaded: its folder, or its name on the hub."""
+    origin: str = ""
+    """The LoRA, of which nothing more is known, that the export is another form of; empty: a run."""
+    is_finished: bool = True
+    """Whether the run came to its end, so that it was evaluated after training."""
 
     @property
     def is_lora(self) -> bool:
@@ -45,10 +49,16 @@ class Card:
 def write_card(card: Card, run: Path, out: Path) -> None:
     """Write README.md, and strips.png where the run has drawn some. It names no path of this machine and no server."""
     card = replace(card, config=public_config(card.config), source=public_path(card.source))
+    if card.origin:
+        values = {"matter": yaml.safe_dump(front_matter(card), sort_keys=False), "card": card, "lora": card.config.lora,
+                  "origin": public_path(card.origin), "base": _base_in_words(card.config)}  # fmt: skip
+        write_page("export/origin.md.jinja", values, out / "README.md")
+        return
     strips = sorted((run / "strips").glob("iteration-*.png"))
     (out / "strips.png").unlink(missing_ok=True)  # of an export that this one replaces
     if strips:
-        shutil.copy(strips[-1], out / "strips.png")
+        mine = run / "strips" / f"iteration-{card.iteration:06d}.png"
+        shutil.copy(mine if mine in strips else strips[-1], out / "strips.png")
     recipe = replace(card.config, run=replace(card.config.run, folder=f"runs/{run.resolve().name}"))
     before, after, gain = (read_json(run / f"{name}.json") for name in RESULTS)
     values = {
@@ -59,7 +69,7 @@ def write_card(card: Card, run: Path, out: Path) -> None:
         "code": usage(card),
         "notes": _notes(card),
         "base": _base_in_words(card.config),
-        "metrics": METRICS,
+        "metrics": {name: METRICS[name] for name in SHOWN},
         "before": before,
         "turns": align_turns(before, after, gain),
         "has_strips": bool(strips),
@@ -103,7 +113,8 @@ def front_matter(card: Card) -> dict[str, Any]:
         relation = "adapter" if card.is_lora else "finetune" if card.config.lora.is_full else "merge"
         matter |= {"base_model": path, "base_model_relation": relation}
     tags = ["lora"] if card.is_lora else []
-    return matter | {"tags": [*tags, "image-to-image", "image-editing", "diffusers", "reinforcement-learning", TAG]}
+    how = [] if card.origin else ["reinforcement-learning"]
+    return matter | {"tags": [*tags, "image-to-image", "image-editing", "diffusers", *how, TAG]}
 
 
 def usage(card: Card) -> str:

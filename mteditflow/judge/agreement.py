@@ -116,7 +116,7 @@ def table(found: dict[str, Agreement]) -> str:
     """Write a table in Markdown."""
     lines = ["| | turns | bias | std | rank | exact |", "|---|---|---|---|---|---|"]
     lines += [
-        f"| {name} | {a.num} | {a.bias:+.2f} | {a.std:.2f} | {a.rank:.2f} | {a.exact:.0%} |"
+        f"| {name} | {a.num} | {a.bias:+z.2f} | {a.std:.2f} | {a.rank:z.2f} | {a.exact:.0%} |"
         for name, a in found.items()
     ]
     return "\n".join(lines)

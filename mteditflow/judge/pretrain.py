@@ -31,6 +31,7 @@ from mteditflow.judge.sessions import (
 from mteditflow.judge.small import build_model, build_tokenizer, save_processor
 from mteditflow.reward.vlm import DIRECT, RUBRIC, THINKING
 from mteditflow.reward.vlm_local import LocalVlm
+from mteditflow.watch.progress import track
 from mteditflow.world.edits import vocabulary
 from mteditflow.world.render import atlas
 from mteditflow.world.scenes import BACKGROUNDS, IMAGE
@@ -158,7 +159,7 @@ def train(vlm: Any, tokenizer: Any, args: Namespace) -> list[dict[str, float]]:
         optimizer.load_state_dict(saved["optimizer"])
     curve, smooth, started = saved["curve"], saved["smooth"], time.monotonic() - saved["seconds"]
     lessons = make_lessons(tokenizer, args) if saved["batch"] < total else None
-    for batch in range(saved["batch"], total):
+    for batch in track(range(total), "trained", "batches", first=saved["batch"]):
         assert lessons is not None
         random = Random(f"lesson/{args.seed}/{batch}")
         if batch < args.look_batches:

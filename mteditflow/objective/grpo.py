@@ -50,8 +50,8 @@ class Grpo:
 
     def schedule(self, sigmas: Tensor, iteration: int) -> Schedule:
         """Noisy steps in the window of the iteration, ODE steps outside."""
-        r, run = self.config.rollout, self.config.run
-        trained = window_steps(r.num_steps, r.window_size, r.window_placement, iteration, run.num_iterations, run.seed)
+        r, at = self.config.rollout, (iteration, self.config.run.num_iterations, self.config.run.seed)
+        trained = window_steps(r.num_steps, r.window_size, r.window_placement, *at, r.window_range, r.iters_per_window)
         noisy = noisy_steps(r.num_steps, r.window_size, trained, r.last_step)
         return make_schedule(sigmas, noise_level=r.noise_level, rule=r.rule, noisy_steps=noisy, trained_steps=trained)
 

@@ -83,9 +83,11 @@ def num_instructions(config: Config, *, is_text_of_image: bool) -> int:
 
 
 def num_short_evaluations(config: Config) -> int:
-    """Count the short evaluations of a run: none after the last iteration, when a whole one is made."""
+    """Count the short evaluations of a run, at most: none after the last iteration, when a whole one is made, but where
+    the last average is compared with those before it (run.patience).
+    """
     every = config.evaluation.every
-    return (config.run.num_iterations - 1) // every if every else 0
+    return (config.run.num_iterations - 1) // every + (config.run.patience > 0) if every else 0
 
 
 def num_evaluated_turns(config: Config) -> int:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from copy import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from mteditflow.distributed import local_device
 from mteditflow.policy import flux2, flux_kontext, qwen_image_edit
 from mteditflow.policy.encoding import hasten_upsampling, in_chunks, rows_at_a_time
 from mteditflow.policy.family import Base, Family
+from mteditflow.policy.lora_file import Lora, adapter_for, padded_state, parse_lora
 from mteditflow.policy.pipelines import (
     DTYPES,
     check_scheduler,
@@ -29,7 +31,7 @@ from mteditflow.policy.pipelines import (
 )
 from mteditflow.policy.published import MODELS
 from mteditflow.record.clock import phase
-from mteditflow.transformer.adapters import AdapterName, Adapters
+from mteditflow.transformer.adapters import AdapterName, Adapters, copy_names, name_targets
 from mteditflow.transformer.attention import choose_attention
 from mteditflow.transformer.base import check_float8
 from mteditflow.transformer.compiled import (
@@ -47,7 +49,7 @@ from mteditflow.types import Condition, Shape
 
 __all__ = [
     "DTYPES", "AdapterName", "Adapters", "Family", "Policy", "build_policy", "check_references", "configured_family",
-    "family_of", "linear_shapes", "model_path", "stock_class",
+    "family_of", "linear_shapes", "model_path", "read_lora", "start_state", "stock_class", "with_start",
 ]  # fmt: skip
 
 FAMILIES = (flux_kontext.FAMILY, flux2.FAMILY, qwen_image_edit.FAMILY)
@@ -228,6 +230,36 @@ def check_references(config: Config) -> None:
         require(not family or name in family.several, "model.path", path, f"{has_several}, and {remedy}")
 
 
+def read_lora(word: str, config: ModelConfig) -> Lora:
+    """Read the LoRA that `word` names for the editor of `config`. ValueError as for `parse_lora`."""
+    return parse_lora(word, config.path, linear_shapes(config), configured_family(config).originals)
+
+
+def with_start(config: Config) -> Config:
+    """Return the config with rank, alpha and targets of the LoRA that it starts from, where it names one.
+
+    ValueError: one line, of a LoRA that cannot be had.
+    """
+    lora = config.lora
+    if not lora.init_from:
+        return config
+    try:
+        adapter = adapter_for([read_lora(lora.init_from, config.model)], lora)
+    except ValueError as error:
+        raise ValueError(f"lora.init_from: {error}") from None
+    targets = name_targets(adapter.targets, linear_shapes(config.model))
+    return replace(config, lora=replace(adapter, targets=targets, init_from=lora.init_from))
+
+
+def start_state(policy: Policy, lora: LoraConfig) -> dict[str, Tensor]:
+    """Weights, for `Adapters.load`, of the LoRA that training starts from; where the adapter is wider, B is 0."""
+    state = policy.adapters.state("current")
+    for key, weight in state.items():
+        if key.endswith(".lora_B.weight"):
+            weight.zero_()
+    return padded_state(read_lora(lora.init_from, policy.config), lora, state)
+
+
 def build_policy(
     config: ModelConfig,
     lora: LoraConfig,
@@ -249,6 +281,10 @@ def build_policy(
     policy = Policy(
         pipeline, config, lora, seed=seed, has_old=has_old, device=device, keeps_originals=keeps_originals, mesh=mesh
     )
+    if lora.init_from:
+        state = start_state(policy, lora)
+        for name in copy_names(has_old):
+            policy.adapters.load(name, state)
     if config.cfg_scale != 1 and not policy.editor.has_cfg:
         reason = "is distilled and takes no guidance" if policy.editor.is_distilled else "has its guidance embedded"
         remedy = "" if policy.editor.is_distilled else "; set model.guidance_scale"

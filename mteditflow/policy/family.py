@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mteditflow.config import ModelConfig
+from mteditflow.policy.lora_names import Names
 from mteditflow.policy.pipelines import DTYPES
 from mteditflow.types import Condition, Shape
 
@@ -188,6 +189,8 @@ class Family:
     """Arguments of a call of the stock pipeline, by its class, that make the edit the one that was trained."""
     note: str = ""
     """What the stock pipeline does with the picture's size unless it is told not to."""
+    originals: Names = field(default_factory=dict)
+    """Names of the model's original code, by which LoRAs of others call its linears; {}: diffusers' own."""
     comfyui: tuple[str, ...] = ()
     """Patterns of the modules for which ComfyUI has keys, each of a whole name; (): unknown."""
     uncapturable: tuple[str, ...] = ()

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from mteditflow.policy.encoding import Prompts, resize
 from mteditflow.policy.family import ATTENTION, FLOW_MATCHING, NEEDED, OF_WEIGHTS, Base, Family, Saved, Stream, width_of
+from mteditflow.policy.lora_names import FLUX2
 from mteditflow.types import Condition
 
 
@@ -181,6 +182,7 @@ FAMILY = Family(
     stock_arguments=lambda pipeline, model: {
         "guidance_scale": model.guidance_scale if pipeline == "Flux2Pipeline" else model.cfg_scale
     },
+    originals=FLUX2,
     comfyui=(  # its class Flux2 is a Flux there: `flux_to_diffusers` holds for it too
         rf"transformer_blocks\.\d+\.({'|'.join(ATTENTION)}|ff(_context)?\.linear_(in|out))",
         r"single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)",

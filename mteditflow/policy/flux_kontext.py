@@ -17,6 +17,7 @@ from torch import Tensor
 from mteditflow.flow import sigma_schedule
 from mteditflow.policy.encoding import Prompts, resize
 from mteditflow.policy.family import ATTENTION, FLOW_MATCHING, Base, Family, Saved, Stream, gelu_streams, width_of
+from mteditflow.policy.lora_names import FLUX1
 from mteditflow.types import Condition
 
 
@@ -134,6 +135,7 @@ FAMILY = Family(
         "_auto_resize": False,
     },
     note="Without `_auto_resize=False` the pipeline resizes the picture to about a megapixel",
+    originals=FLUX1,
     comfyui=(  # comfy/utils.py, `flux_to_diffusers`: q, k and v are thirds of a joint weight, proj_mlp the rest of one
         rf"transformer_blocks\.\d+\.({'|'.join(ATTENTION)}|norm1(_context)?\.linear|ff(_context)?\.net\.(0\.proj|2))",
         r"single_transformer_blocks\.\d+\.(attn\.to_[qkv]|proj_mlp|proj_out|norm\.linear)",

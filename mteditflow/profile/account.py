@@ -3,7 +3,8 @@ turn-images per second and per kWh, and what the GPU says of itself. Of the firs
 
     time/PHASE_s            what the iteration waited for (record/clock.py): all phases and `other` add up to it
     beside/PHASE_s          what another thread did meanwhile, where one did
-    speed/...               see `speed_figures`
+    speed/...               see `speed_figures`; core_wait_share, where the system says it: share of the time that the
+                            main thread waited for a core
     gpu/..., memory/...     profile/gpu.py, record/metrics.py; turn_images_per_kwh by all that the GPU drew,
                             evaluations and checkpoints included
 """
@@ -23,6 +24,7 @@ from mteditflow.policy import Policy
 from mteditflow.profile.gpu import open_meter
 from mteditflow.record.clock import ROLLOUT, STEP, Clock
 from mteditflow.record.metrics import used_memory
+from mteditflow.watch.pace import CoreWait
 
 TRAINING = "forward, backward"
 
@@ -105,7 +107,7 @@ class Account:
         self._ceiling = matmul_ceiling(self._device, self._dtype)
         meter = open_meter(self._device)
         self._meter = self._stack.enter_context(meter) if meter else None
-        self._clock = self._stack.enter_context(Clock(self._device))
+        self._clock, self._core_wait = self._stack.enter_context(Clock(self._device)), CoreWait()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -121,6 +123,7 @@ class Account:
             **{metric("time", phase): value for phase, value in seconds.items()},
             **{metric("beside", phase): value for phase, value in self._clock.read_beside().items()},
             **speed_figures(seconds, work, self._ceiling, self._num_images),
+            **self._core_wait.read(),
             **gpu,
             **dict([used_memory()]),
         }

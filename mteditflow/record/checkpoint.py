@@ -41,7 +41,7 @@ SECONDS_TO_SEE = 10  # what another node has made
 NUM_KEPT = 2  # newest checkpoints: one to fall back on where the last is damaged
 MAY_CHANGE = {
     "run.num_iterations", "run.save_every", "run.folder", "run.max_ratio_error", "run.num_judged", "rollout.cuda_graph",
-    "reward.rubric",
+    "reward.rubric", "run.patience", "run.log_to",
 }  # fmt: skip
 """Fields that a resumed run may change, with all of the sections below; the others change the numbers that follow. A
 rubric's text is compared, by `keep_rubric`, instead of its path."""

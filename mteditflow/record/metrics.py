@@ -1,4 +1,4 @@
-"""What a run says of itself: one JSON line per iteration, TensorBoard, a progress bar.
+"""What a run says of itself: one JSON line per iteration, boards such as TensorBoard, a progress bar.
 
 The JSON lines are the truth: synced one by one, cut back on resume to the iterations that the checkpoint holds, so that
 each iteration has exactly one line after any kill. Values that depend on the clock or the machine have keys that begin
@@ -12,21 +12,25 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
 from mteditflow.advantage import SUCCESS, mean_reward
-from mteditflow.config import AdvantageConfig
+from mteditflow.config import AdvantageConfig, Config
 from mteditflow.distributed import Ranks
-from mteditflow.pictures import to_uint8
+from mteditflow.pictures import to_pil
 from mteditflow.record.files import is_disk_full, replace_file
-from mteditflow.record.progress import duration, show_sessions, start_bars
 from mteditflow.types import FAULTS, Scores
+from mteditflow.watch.boards import Rows, open_boards
+from mteditflow.watch.pace import CORE_WAIT, NUM_NEWEST, say_sharing, seconds_left
+from mteditflow.watch.progress import duration, show_sessions, start_bars
 
 FILE = "metrics.jsonl"
 TIMED = ("time/", "beside/", "speed/", "gpu/", "memory/", "reward/exposed_s", "reward/judge_s", "reward/overlap")
@@ -38,18 +42,20 @@ class Reporter:
     `iteration` is the first that will be written: lines of it and of later ones, left by a killed run, are removed.
     """
 
-    def __init__(self, folder: Path, *, iteration: int, num_iterations: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # costs a second that --help should not pay
-
+    def __init__(self, folder: Path, *, iteration: int, num_iterations: int, config: Config | None = None) -> None:
+        """config: of the run, for the boards that it names, and so that evaluations are part of the time left."""
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / FILE
         _truncate(self._path, iteration)
+        self._lines = read_lines(self._path)[-NUM_NEWEST:] if self._path.exists() else []
+        self._session_s: float | None = None  # that one of an evaluation takes
         self._file = self._path.open("ab", buffering=0)  # nothing is left to be written when the disk is full
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=iteration)
-        self._first, self._num_iterations, self._start = iteration, num_iterations, time.monotonic()
+        names, settings = (config.run.log_to, asdict(config)) if config else ((), {})
+        self._boards = open_boards(folder, iteration, names, settings)
+        self._num_iterations, self._config = num_iterations, config
         self._progress = start_bars()
         if self._progress is not None:
-            self._task = self._progress.add_task("", total=num_iterations, completed=iteration)
+            self._task = self._progress.add_task("", total=num_iterations, completed=iteration, left="")
 
     def write(self, iteration: int, values: dict[str, float]) -> None:
         """Append the line of an iteration, durably; ValueError when the disk is full."""
@@ -63,13 +69,21 @@ class Reporter:
             if not is_disk_full(error):
                 raise
             raise ValueError(f"no room on the disk to write {self._path}: free some and run again") from error
-        for name, value in values.items():
-            self._board.add_scalar(name, value, iteration)
+        for board in self._boards:
+            board.figures(iteration, values)
+        self._lines = [*self._lines[-NUM_NEWEST:], {"iteration": iteration, **line}]
         self._show(iteration, values)
 
-    def image(self, name: str, iteration: int, image: Tensor) -> None:
-        """Show an image (3, H, W) in [-1, 1] in TensorBoard."""
-        self._board.add_image(name, to_uint8(image).cpu(), iteration)
+    def image(self, name: str, iteration: int, image: Tensor | Image) -> None:
+        """Show an image (3, H, W) in [-1, 1], or a picture, on the boards."""
+        picture = to_pil(image) if isinstance(image, Tensor) else image
+        for board in self._boards:
+            board.picture(name, iteration, picture)
+
+    def table(self, name: str, iteration: int, rows: Rows) -> None:
+        """Show a table on the boards; one without rows is not shown."""
+        for board in self._boards if rows else ():
+            board.table(name, iteration, rows)
 
     def say(self, text: str) -> None:
         """Print a line for the user, above the progress bar where there is one."""
@@ -78,25 +92,39 @@ class Reporter:
         else:
             print(text, file=sys.stderr, flush=True)
 
-    def show_sessions(self, num: int) -> AbstractContextManager[Callable[[int], None]]:
-        """Give a function that shows how many of `num` sessions are evaluated."""
-        return show_sessions(num, self._progress, self.say)
+    @contextmanager
+    def show_sessions(self, num: int) -> Iterator[Callable[[int], None]]:
+        """Give a function that shows how many of `num` sessions are evaluated, and learn how long one takes."""
+        told: list[tuple[int, float]] = []
+        with show_sessions(num, self._progress, self.say) as show:
+
+            def tell(done: int) -> None:
+                told.append((done, time.monotonic()))
+                show(done)
+
+            yield tell
+        (before, start), (after, end) = (told[0], told[-1]) if told else ((0, 0.0), (0, 0.0))
+        if after > before:
+            self._session_s = (end - start) / (after - before)
 
     def close(self) -> None:
         """Let go of the terminal and the files."""
         if self._progress is not None:
             self._progress.stop()
-        self._board.close()
+        for board in self._boards:
+            board.close()
         self._file.close()
 
     def _show(self, iteration: int, values: dict[str, float]) -> None:
-        done = iteration + 1
+        done, seconds = iteration + 1, seconds_left(self._lines, self._num_iterations, self._config, self._session_s)
+        left = "" if seconds is None else f"{duration(seconds)} left"
         if self._progress is not None:
-            self._progress.update(self._task, completed=done, description=summary(values))
+            self._progress.update(self._task, completed=done, left=left, description=summary(values))
             return
-        seconds = (time.monotonic() - self._start) / max(done - self._first, 1)
-        left = duration(seconds * max(self._num_iterations - done, 0))
-        self.say(f"iteration {done}/{self._num_iterations}  {summary(values)}  {left} left")
+        told = [f"iteration {done}/{self._num_iterations}", summary(values), left]
+        if sharing := say_sharing(values.get(CORE_WAIT, 0.0)):
+            told.append(f"({sharing})")
+        self.say("  ".join(told))
 
 
 def used_memory() -> tuple[str, float]:
@@ -129,7 +157,7 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
 def summary(values: dict[str, float]) -> str:
     """Say in one line what to watch; what an iteration lacks is left out."""
     names = {"reward": "reward/mean", "instruction": "reward/instruction", "consistency": "reward/consistency"}
-    parts = [f"{word} {values[name]:.3f}" for word, name in names.items() if name in values]
+    parts = [f"{word} {values[name]:z.3f}" for word, name in names.items() if name in values]
     held_out = {int(name.removeprefix("heldout/O_")): value for name, value in values.items() if "heldout/O_" in name}
     if held_out:
         turn = max(held_out)

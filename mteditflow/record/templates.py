@@ -7,14 +7,20 @@ from typing import Any
 
 import jinja2
 
-from mteditflow.record.figures import figure, format_interval, format_number
+from mteditflow.config.settings import MIN_SESSIONS
+from mteditflow.record.figures import figure, fixed, format_interval, format_number
 from mteditflow.record.files import replace_file
 
 
 def write_page(template: str, values: Mapping[str, Any], path: Path) -> Path:
-    """Fill in a template, named by its path in the package, and write the page whole or not at all; return its path."""
-    replace_file(path, _environment().get_template(template).render(values).encode())
+    """Fill in a template, and write the page whole or not at all; return its path."""
+    replace_file(path, fill_in(template, values).encode())
     return path
+
+
+def fill_in(template: str, values: Mapping[str, Any]) -> str:
+    """Return the page of a template, named by its path in the package."""
+    return _environment().get_template(template).render(values)
 
 
 @cache
@@ -25,5 +31,11 @@ def _environment() -> jinja2.Environment:
         loader=loader, trim_blocks=True, undefined=jinja2.StrictUndefined,
         autoescape=jinja2.select_autoescape(("html.jinja", "svg.jinja")),
     )  # fmt: skip
-    environment.globals.update(figure=figure, format_interval=format_interval, format_number=format_number)
+    environment.globals.update(
+        figure=figure,
+        fixed=fixed,
+        min_sessions=MIN_SESSIONS,
+        format_interval=format_interval,
+        format_number=format_number,
+    )
     return environment

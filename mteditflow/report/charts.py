@@ -4,14 +4,18 @@ A page is one file that needs nothing else: images are data URIs, there is no sc
 """
 
 import base64
+import io
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from PIL import Image
+
 from mteditflow.record.figures import MINUS
 
-NUM_COLORS = 6  # of macros.html.jinja
+MAX_TURNS = 6  # curves of one chart that differ by the turn alone
+HEAVY = 1_000_000  # bytes of a PNG
 HOVER_POINTS = 120  # points of a curve that answer the mouse; more only make the page heavy
 WIDTH, HEIGHT = 420, 236
 LEFT, RIGHT, TOP, BOTTOM = 54, 408, 10, 196
@@ -52,7 +56,7 @@ def chart(title: str, note: str, curves: list[Curve], *, x_name: str, x_first: i
         "title": title, "note": note, "x_name": x_name,
         "width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT, "bottom": BOTTOM,
         "x_ticks": [{"at": place(x, y_low)[0], "label": f"{x:g}"} for x in x_ticks],
-        "y_ticks": [{"at": place(x_first, y)[1], "label": f"{y:.10g}".replace("-", MINUS)} for y in y_ticks],
+        "y_ticks": [{"at": place(x_first, y)[1], "label": f"{y:z.10g}".replace("-", MINUS)} for y in y_ticks],
         "curves": [_lay_out(curve, x_name, place) for curve in curves],
     }  # fmt: skip
 
@@ -65,9 +69,9 @@ def _lay_out(curve: Curve, x_name: str, place: Place) -> dict[str, Any]:
             path.append("{}{} {}".format("L" if is_drawing else "M", *place(x, y)))
         is_drawing = y is not None
     known = [(x, y) for x, y in curve.points if y is not None]
-    intervals = {x: f" ({low:.4g} to {high:.4g})" for x, low, high in curve.band}
+    intervals = {x: f" ({low:z.4g} to {high:z.4g})" for x, low, high in curve.band}
     points = [
-        (*place(x, y), f"{curve.name}, {x_name} {x:g}: {y:.4g}{intervals.get(x, '')}")
+        (*place(x, y), f"{curve.name}, {x_name} {x:g}: {y:z.4g}{intervals.get(x, '')}")
         for x, y in known[:: max(1, math.ceil(len(known) / HOVER_POINTS))]
     ]
     outline = [place(x, low) for x, low, _ in curve.band] + [place(x, high) for x, _, high in reversed(curve.band)]
@@ -103,5 +107,10 @@ def edit_types(reports: dict[str, dict[str, Any]]) -> dict[str, dict[str, dict[s
 
 
 def data_uri(png: bytes) -> str:
-    """Make a picture stand in the page itself."""
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+    """Make a picture stand in the page itself; a heavy one, which is of photographs, not to the bit."""
+    if len(png) <= HEAVY:
+        return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+    file = io.BytesIO()
+    with Image.open(io.BytesIO(png)) as picture:
+        picture.save(file, "WEBP", quality=88)
+    return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mteditflow.record.drift import KINDS
-from mteditflow.record.figures import MINUS, finite
+from mteditflow.record.figures import MINUS, finite, interval_of, turns_of
 from mteditflow.report.charts import Curve, chart
 
 MEANINGS = {
@@ -54,7 +54,7 @@ def drift_rows(reports: Reports, change: Mapping[str, Any]) -> list[dict[str, An
     mean size, and the change of the size; empty where no report has any.
     """
     last = {name: turns[-1] for name, report in reports.items() if (turns := report.get("turns"))}
-    changed = change["turns"][-1] if change.get("turns") else {}
+    changed = turns_of(change)[-1] if change.get("turns") else {}
     rows = []
     for kind in KINDS:
         cells = {
@@ -62,7 +62,7 @@ def drift_rows(reports: Reports, change: Mapping[str, Any]) -> list[dict[str, An
             for name, turn in last.items()
             if f"{kind}_size" in turn
         }
-        interval = changed.get(f"{kind}_size_change_interval")
+        interval = interval_of(changed, f"{kind}_size_change")
         css = "" if not interval or interval[0] <= 0 <= interval[1] else "bad" if interval[0] > 0 else "good"
         text = f"[{', '.join(_number(end, has_sign=True) for end in interval)}]" if interval else ""
         size = {"value": _number(changed.get(f"{kind}_size_change"), has_sign=True), "interval": text, "css": css}
@@ -86,8 +86,8 @@ def drift_note(reports: Reports) -> str:
 
 def _curve(name: str, report: Mapping[str, Any], figure: str) -> Curve:
     """Draw a figure of the report's turns, with its interval."""
-    turns = [turn for turn in report.get("turns", []) if figure in turn]
-    band = tuple((turn["turn"], *ends) for turn in turns if (ends := turn.get(f"{figure}_interval")))
+    turns = [turn for turn in turns_of(report) if figure in turn]
+    band = tuple((turn["turn"], ends[0], ends[1]) for turn in turns if (ends := interval_of(turn, figure)))
     return Curve(name=name, points=[(turn["turn"], turn[figure]) for turn in turns], band=band)
 
 

@@ -15,14 +15,16 @@ from mteditflow.config.cli import from_yaml
 from mteditflow.config.reward import TAKEN
 from mteditflow.export.card import read_usage
 from mteditflow.record.alarms import ALARMS
-from mteditflow.record.figures import METRICS, RESULTS, align_turns, finite
+from mteditflow.record.figures import METRICS, RESULTS, SHOWN, align_turns, finite
 from mteditflow.record.files import read_json
 from mteditflow.record.metrics import FILE, read_lines
 from mteditflow.record.templates import write_page
 from mteditflow.report.account import account
-from mteditflow.report.charts import NUM_COLORS, Curve, chart, data_uri, edit_types
+from mteditflow.report.charts import MAX_TURNS, Curve, chart, data_uri, edit_types
 from mteditflow.report.drift_curves import drift_charts, drift_note, drift_rows, exposure_charts
-from mteditflow.report.seen import read_seen
+from mteditflow.report.seen import read_compared, read_seen
+from mteditflow.watch.pace import CORE_WAIT, say_sharing, seconds_left, step_seconds
+from mteditflow.watch.progress import duration
 
 Lines = list[dict[str, Any]]
 
@@ -37,13 +39,16 @@ class ChartSpec:
     is_optional: bool = False  # not every objective, or choice of rewards, has these figures
 
 
+SUCCESS = "heldout/success_"  # and the type of edit: percent
+MAX_TYPES = 24  # of edits that have a chart: the most frequent
 HELD_OUT = ChartSpec(
     title="Held-out O by turn", note="Percent, short evaluations of the average.", keys=r"heldout/O_(\d+)"
 )
+REWARD = ChartSpec(
+    title="Reward", note="Mean over the iteration's trajectories, and their spread.", keys=r"reward/(mean|std)"
+)
 CHARTS = (
-    ChartSpec(
-        title="Reward", note="Mean over the iteration's trajectories, and their spread.", keys=r"reward/(mean|std)"
-    ),
+    REWARD,
     ChartSpec(title="Instruction score by turn", note="From 0, ignored, to 1, done.", keys=r"reward/turn_(\d+)"),
     ChartSpec(title="Success by turn", note="Share of edits that the verdict accepts.", keys=r"reward/success_(\d+)"),
     ChartSpec(
@@ -105,14 +110,14 @@ def write_report(folder: Path) -> Path:
     """Write `folder/report.html` from what the run has written so far. ValueError where there are no metrics."""
     if not (folder / FILE).is_file():
         raise ValueError(f"{folder} is not the folder of a run: it has no {FILE}")
-    return write_page("report/report.html.jinja", _contents(folder), folder / "report.html")
+    return write_page("report/report.html.jinja", report_contents(folder), folder / "report.html")
 
 
-def _contents(folder: Path) -> dict[str, Any]:
+def report_contents(folder: Path) -> dict[str, Any]:
     """Gather the template's variables."""
     lines = read_lines(folder / FILE)
-    config, problem = _read_config(folder / "config.yaml")
-    charts = {spec: _chart(spec, lines) for spec in CHARTS}
+    config, problem = read_config(folder / "config.yaml")
+    charts = {spec: lay_out(spec, lines) for spec in CHARTS}
     before, after, gain = reports = [read_json(folder / f"{name}.json") for name in RESULTS]
     newest, judged, base = after or before, read_seen(folder), config.model.path if config else ""
     both = {"before": before, "after": after}
@@ -121,8 +126,9 @@ def _contents(folder: Path) -> dict[str, Any]:
         "config": config,
         "config_problem": problem,
         "config_text": (folder / "config.yaml").read_text() if (folder / "config.yaml").is_file() else "",
-        "progress": _progress(lines, config),
-        "metrics": METRICS,
+        "progress": progress(lines, config),
+        "metrics": SHOWN,
+        "meanings": METRICS,
         "turns": align_turns(before, after, gain),
         "num_sessions": newest.get("num_sessions"),
         "num_invalid": newest.get("num_invalid"),
@@ -138,17 +144,19 @@ def _contents(folder: Path) -> dict[str, Any]:
             "turn": len(newest.get("turns", [])),
         },
         "account": account(lines),
-        "alarms": _alarms(lines, config) if config else [],
-        "strips": _strips(folder),
+        "alarms": alarm_rows(lines) if config else [],
+        "strips": read_strips(folder, best_iteration(lines) if after else None),
+        "compared": read_compared(folder),
         "judged": judged,
         "is_judged": config is None or config.run.num_judged > 0,
         "has_truth": any(session["truth"] for part in judged for session in part["sessions"]),
         "edit_types": edit_types(both),
+        "type_charts": _type_charts(lines, before, after),
         "code": next(filter(None, (read_usage(out, base) for out in _exports(folder))), ""),
     }
 
 
-def _read_config(path: Path) -> tuple[Config | None, str]:
+def read_config(path: Path) -> tuple[Config | None, str]:
     """Read the run's config; None where it cannot be had, and why."""
     if not path.is_file():
         return None, "config.yaml is missing"
@@ -158,14 +166,34 @@ def _read_config(path: Path) -> tuple[Config | None, str]:
         return None, str(error)
 
 
-def _progress(lines: Lines, config: Config | None) -> str:
-    """Say in a sentence how far the run is."""
-    names = {name for line in lines for name in line if re.fullmatch(r"time/\w+_s", name)}
-    seconds = sum(finite(line.get(name)) or 0.0 for line in lines for name in names)
-    total = config.run.num_iterations if config else None
+def best_iteration(lines: Lines) -> int | None:
+    """Read after how many iterations the average was best; None where the run keeps none (run.patience)."""
+    found = [value for line in lines if (value := finite(line.get("heldout/best_iteration")))]
+    return int(found[-1]) if found else None
+
+
+def is_stopped(lines: Lines, config: Config | None) -> bool:
+    """Whether held-out O has ended the training before its last iteration."""
+    stalled = [value for line in lines if (value := finite(line.get("heldout/num_stalled"))) is not None]
+    return config is not None and bool(stalled) and stalled[-1] >= config.run.patience > 0
+
+
+def progress(lines: Lines, config: Config | None) -> str:
+    """Say how far the run is, how long it took and takes, and which average is the best where that was asked for."""
+    seconds = sum(step_seconds(line) + (finite(line.get("time/save_s")) or 0.0) for line in lines)
+    total, is_early = config.run.num_iterations if config else None, is_stopped(lines, config)
     text = f"{len(lines)} of {total} iterations" if total else f"{len(lines)} iterations"
-    text += f" in {seconds / 60:.1f} minutes, evaluations aside." if names else "."
-    return text + (" The run is not finished." if total and len(lines) < total else "")
+    text = f"Training stopped after {text}" if is_early and total and len(lines) < total else text
+    waited = [value for line in lines if (value := finite(line.get(CORE_WAIT))) is not None]
+    sharing = say_sharing(sum(waited) / len(waited)) if waited else ""
+    aside = f"evaluations aside ({sharing})" if sharing else "evaluations aside"
+    text += f" in {seconds / 60:.1f} minutes, {aside}." if seconds else "."
+    if total and len(lines) < total and not is_early:
+        left = seconds_left(lines, total, config)
+        text += " The run is not finished" + (f": about {duration(left)} are left." if left else ".")
+    if best := best_iteration(lines):
+        text += f" Of the short evaluations, the average after iteration {best} had the highest O."
+    return text
 
 
 def _is_due(spec: ChartSpec, config: Config | None) -> bool:
@@ -175,8 +203,8 @@ def _is_due(spec: ChartSpec, config: Config | None) -> bool:
     return not spec.is_optional
 
 
-def _chart(spec: ChartSpec, lines: Lines) -> dict[str, Any] | None:
-    """Lay out a chart; None where no key has a value yet. Of more turns than colours, the first, middle and last."""
+def lay_out(spec: ChartSpec, lines: Lines) -> dict[str, Any] | None:
+    """Lay out a chart; None where no key has a value yet. Of many turns the first, the middle and the last."""
     names = {name: match[1] for line in lines for name in line if (match := re.fullmatch(spec.keys, name))}
     curves = [
         Curve(
@@ -185,12 +213,33 @@ def _chart(spec: ChartSpec, lines: Lines) -> dict[str, Any] | None:
         )
         for name, label in names.items()
     ]
-    if len(curves) > NUM_COLORS and all(label.isdigit() for label in names.values()):
+    if len(curves) > MAX_TURNS and all(label.isdigit() for label in names.values()):
         curves = [curves[0], curves[(len(curves) - 1) // 2], curves[-1]]
     return chart(spec.title, spec.note, curves, x_name="iteration")
 
 
-def _alarms(lines: Lines, config: Config) -> list[dict[str, Any]]:
+def _type_charts(lines: Lines, before: dict[str, Any], after: dict[str, Any]) -> list[dict[str, Any]]:
+    """Lay out a chart for each type of edit: success against iterations done, those of the whole evaluations too."""
+    ends = ((0, before), (best_iteration(lines) or len(lines), after))
+    points: dict[str, dict[int, float | None]] = {}
+    for line in lines:
+        for name, value in line.items():
+            if name.startswith(SUCCESS):
+                points.setdefault(name.removeprefix(SUCCESS), {})[int(line["iteration"]) + 1] = finite(value)
+    for done, report in ends:
+        for kind, of in report.get("edit_types", {}).items():
+            points.setdefault(kind, {})[done] = 100 * of["success"]
+    counts = {kind: of["count"] for kind, of in before.get("edit_types", {}).items()}
+    common = sorted(points, key=lambda kind: (-counts.get(kind, 0), kind))[:MAX_TYPES]
+    charts = []
+    for kind in sorted(common):
+        note = f"Percent of {counts[kind]} edits before and after." if kind in counts else "Percent."
+        curve = Curve(name=kind, points=sorted(points[kind].items()))
+        charts.append(chart(kind.replace("_", " "), note, [curve], x_name="iterations done"))
+    return [item for item in charts if item] if any(len(by_done) > 2 for by_done in points.values()) else []
+
+
+def alarm_rows(lines: Lines) -> list[dict[str, Any]]:
     """Make a row for each alarm that has been watched: last and highest value, threshold, when it first rang."""
     rows = []
     for name, alarm in ALARMS.items():
@@ -203,10 +252,11 @@ def _alarms(lines: Lines, config: Config) -> list[dict[str, Any]]:
     return rows
 
 
-def _strips(folder: Path) -> dict[str, str]:
-    """Read the first and the last strip, by what it shows."""
-    paths = sorted((folder / "strips").glob("iteration-*.png"))
-    found = {int(path.stem.removeprefix("iteration-")): path for path in (*paths[:1], *paths[-1:])}
+def read_strips(folder: Path, best: int | None) -> dict[str, str]:
+    """Read the first and the last strip, by what it shows; that of the best average where it is known."""
+    paths = {int(path.stem.removeprefix("iteration-")): path for path in (folder / "strips").glob("iteration-*.png")}
+    ends = dict.fromkeys([min(paths), best if best in paths else max(paths)]) if paths else {}
+    found = {number: paths[number] for number in ends if number is not None}
     return {
         f"After iteration {number}" if number else "Before training": data_uri(path.read_bytes())
         for number, path in found.items()

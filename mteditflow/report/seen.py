@@ -5,6 +5,9 @@ no score, and those on which the judge and another reward differ most: a second 
 is compared so. A number is compared with a number of its own kind, in standard deviations over the sessions, since
 rewards may be of any size.
 
+In the end the sessions that are worst after training, and those that training changed most, are kept as they were
+before and after it, in `judge/compared.json`.
+
 A line of `judge/training.jsonl` has the sessions of an iteration, counted as in metrics.jsonl; one of
 `judge/evaluation.jsonl` those of an evaluation, counted by the iterations before it. Their pictures, the source and the
 edits side by side, lie beside, of the newest NUM_KEPT lines.
@@ -22,11 +25,14 @@ from torch import Tensor
 
 from mteditflow.advantage import SUCCESS
 from mteditflow.distributed import Ranks
+from mteditflow.record.files import read_json, write_json
 from mteditflow.record.metrics import append_line, read_lines
 from mteditflow.report.charts import data_uri
 from mteditflow.report.strips import draw_tiles
 from mteditflow.types import FAULTS, Rollout, Rollouts, Scores
 
+COMPARED = "compared.json"
+MAX_JUDGED = 64  # the most that run.num_judged may be
 NUM_KEPT = 10  # lines whose strips stay: 4 sessions of 3 turns at 512 px are at most 2.5 MB
 NUM_SHOWN = {"training": 2, "evaluation": 1}  # newest lines on the page of a run
 ROUNDING = 1e-6  # of numbers in float32: what differs by less, relative to their size, does not differ
@@ -184,7 +190,7 @@ def _row(session: Seen) -> dict[str, Any]:
 
 
 def _number(value: float) -> float | None:
-    return round(value, 4) if math.isfinite(value) else None
+    return round(value, 4) + 0.0 if math.isfinite(value) else None
 
 
 def _shorten(text: str, length: int) -> str:
@@ -193,6 +199,51 @@ def _shorten(text: str, length: int) -> str:
     """
     text = text.encode(errors="replace").decode()
     return text if len(text) <= length else f"{text[: length // 2]} ... {text[length // 2 - length + 5 :]}"
+
+
+def choose_changed(before: Tensor, after: Tensor, num: int) -> dict[int, str]:
+    """Choose at most `num` sessions by their scores (n,) before and after training, NaN where there is none: the worst
+    after it, those that gained most and those that lost most, in turn; by place, with the reason.
+    """
+    change = (after - before).double()
+    wanted = {
+        "worst after training": [n for n in after.argsort(stable=True).tolist() if after[n].isfinite()],
+        "gained most": [n for n in change.argsort(descending=True, stable=True).tolist() if change[n] > 0],
+        "lost most": [n for n in change.argsort(stable=True).tolist() if change[n] < 0],
+    }
+    chosen: dict[int, str] = {}
+    for place in range(len(after)):
+        for reason, ordered in wanted.items():
+            left = [n for n in ordered if n not in chosen]
+            if place < len(ordered) and left and len(chosen) < num:
+                chosen[left[0]] = reason
+    return chosen
+
+
+def save_compared(folder: Path, judge: str, chosen: Mapping[int, str], before: list[Seen], after: list[Seen]) -> None:
+    """Write the chosen sessions, by the task's place among the held-out ones, as they were before and after training.
+    Those of a run that went on are replaced.
+    """
+    parent = folder / "judge"
+    parent.mkdir(parents=True, exist_ok=True)
+    sessions = []
+    by_task = [{session.task: session for session in part} for part in (before, after)]
+    for place, (task, reason) in enumerate(chosen.items()):
+        session: dict[str, Any] = {"reason": reason}
+        for name, part in zip(("before", "after"), by_task, strict=True):
+            if task in part:
+                strip = f"compared-{place}-{name}.png"
+                draw_tiles([torch.nan_to_num(picture) for picture in part[task].pictures]).save(parent / strip)
+                session[name] = _row(part[task]) | {"strip": strip}
+        sessions.append(session)
+    write_json(parent / COMPARED, {"judge": judge, "sessions": sessions})
+
+
+def read_compared(folder: Path) -> list[dict[str, Any]]:
+    """Read what a page shows of the compared sessions: reason, and each as it was before and after training."""
+    found = read_json(folder / "judge" / COMPARED).get("sessions", [])
+    names = ("before", "after")
+    return [it | {name: _session(folder, it[name]) for name in names if name in it} for it in found]
 
 
 def read_seen(folder: Path) -> list[dict[str, Any]]:
@@ -226,6 +277,20 @@ def _session(folder: Path, row: dict[str, Any]) -> dict[str, Any]:
     ]
     picture = data_uri(path.read_bytes()) if path.is_file() else ""
     return row | {"turns": turns, "picture": picture, "title": "; ".join(row["reasons"])}
+
+
+def table_rows(sessions: Sequence[Seen]) -> list[dict[str, Any]]:
+    """Describe sessions as rows of a table on a board, with their pictures; scores from 0 to 1, turn by turn."""
+    rows = []
+    for session in sessions:
+        scores = {name: ", ".join(f"{value:z.2f}" for value in values) for name, values in session.rewards.items()}
+        rows.append({
+            "task": session.task, "trajectory": session.member, "why": "; ".join(session.reasons),
+            "instructions": " / ".join(session.instructions), **scores, "fault": session.fault,
+            "words": _shorten(session.words, MAX_WORDS),
+            "pictures": draw_tiles([torch.nan_to_num(picture) for picture in session.pictures]),
+        })  # fmt: skip
+    return rows
 
 
 def _verdict(score: float | None) -> dict[str, str]:

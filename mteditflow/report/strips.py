@@ -1,8 +1,8 @@
-"""Strips: pictures of held-out sessions side by side, with the instructions under them."""
+"""Strips: pictures of held-out sessions side by side, under each its instruction, and whether it was carried out."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -11,22 +11,42 @@ from torch import Tensor
 from mteditflow.pictures import from_pil, to_pil
 from mteditflow.types import EditTask
 
-MAX_TILE = 256  # pixels: what is wider is made smaller, since a page has many
-MARGIN, LINE_HEIGHT, FONT_SIZE = 10, 15, 12
-GREY = (60, 60, 67)
+SMALL, LARGE = 256, 512  # pixels: between them a tile is half as wide as a picture that is wider than SMALL
+MARGIN, LINE_HEIGHT, FONT_SIZE, MARK = 10, 15, 12, 15
+GREY, GREEN, RED = (60, 60, 67), (24, 121, 78), (192, 51, 43)
 
 
-def draw_sessions(tasks: list[EditTask], edits: Mapping[str, Tensor], sessions: Iterable[int]) -> Image.Image:
-    """Draw source and turns of sessions, a row for each editor; `edits` (K, num_strips, 3, H, W) in [-1, 1] by its
-    name.
-    """
-    rows, captions = [], []
+class Edits(Protocol):
+    """What a strip shows of an evaluation."""
+
+    @property
+    def images(self) -> Tensor:
+        """Edits (K, num_strips, 3, H, W) in [-1, 1] of the first sessions."""
+        ...
+
+    @property
+    def verdict(self) -> Tensor:
+        """Whether a turn's instruction was carried out, (n, K) bool."""
+        ...
+
+    @property
+    def valid(self) -> Tensor:
+        """Whether a session could be scored, (n,) bool."""
+        ...
+
+
+def draw_sessions(tasks: list[EditTask], edits: Mapping[str, Edits], sessions: Iterable[int]) -> Image.Image:
+    """Draw source and turns of sessions, a row for each editor; `edits` by its name."""
+    rows, captions, marks = [], [], []
     for n in sessions:
-        for name, images in edits.items():
-            height, width = tasks[n].source.shape[1:]
-            rows.append([_shrink(image) for image in (tasks[n].source, *images[:, n, :, :height, :width])])
+        height, width = tasks[n].source.shape[1:]
+        for name, found in edits.items():
+            images = found.images[:, n, :, :height, :width]
+            rows.append([_shrink(image) for image in (tasks[n].source, *images)])
             captions.append([name, *tasks[n].instructions[: len(images)]])
-    return draw_grid(rows, captions, scale=_scale(rows[0][0]))
+            verdict = found.verdict[n].tolist() if found.valid[n] else [None] * len(images)
+            marks.append([None, *verdict])
+    return draw_grid(rows, captions, scale=_scale(rows[0][0]), marks=marks)
 
 
 def draw_tiles(images: Sequence[Tensor]) -> Image.Image:
@@ -35,23 +55,34 @@ def draw_tiles(images: Sequence[Tensor]) -> Image.Image:
     return draw_grid([tiles], [[""] * len(tiles)], scale=_scale(tiles[0]))
 
 
-def save_strips(folder: Path, iteration: int, tasks: list[EditTask], before: Tensor, after: Tensor) -> Tensor:
-    """Write `strips/iteration-NNNNNN.png`: edits (K, num_strips, 3, H, W) of the first sessions, base above current.
-    Returns the picture (3, H, W) in [-1, 1].
+def save_strips(folder: Path, iteration: int, tasks: list[EditTask], before: Edits, after: Edits) -> Tensor:
+    """Write `strips/iteration-NNNNNN.png`: the edits of the first sessions, base above current. Returns the picture
+    (3, H, W) in [-1, 1].
     """
     edits = {"base": before, f"iteration {iteration}": after}
-    picture = draw_sessions(tasks, edits, range(before.shape[1]))
+    picture = draw_sessions(tasks, edits, range(before.images.shape[1]))
     path = folder / "strips" / f"iteration-{iteration:06d}.png"
     path.parent.mkdir(exist_ok=True)
     picture.save(path)
     return from_pil(picture)
 
 
-def draw_grid(rows: list[list[Tensor]], captions: list[list[str]], scale: int = 3) -> Image.Image:
-    """Draw rows of images (3, H, W) in [-1, 1], each pixel `scale` pixels wide, with a caption under each."""
+def draw_grid(
+    rows: list[list[Tensor]],
+    captions: list[list[str]],
+    scale: int = 3,
+    marks: Sequence[Sequence[bool | None]] | None = None,
+) -> Image.Image:
+    """Draw rows of images (3, H, W) in [-1, 1], each pixel `scale` pixels wide, with a caption under each, and before
+    it a tick or a cross where `marks` has one.
+    """
     font = ImageFont.load_default(FONT_SIZE)
     height, width = (scale * max(image.shape[axis] for row in rows for image in row) for axis in (1, 2))
-    texts = [[wrap_text(caption, font, width) for caption in row] for row in captions]
+    signs = marks or [[None] * len(row) for row in rows]
+    texts = [
+        [wrap_text(caption, font, width if mark is None else width - MARK) for caption, mark in zip(*row, strict=True)]
+        for row in zip(captions, signs, strict=True)
+    ]
     text_heights = [LINE_HEIGHT * max(map(len, row)) + (4 if any(row) else 0) for row in texts]
     size = (
         MARGIN + max(map(len, rows)) * (width + MARGIN),
@@ -59,15 +90,27 @@ def draw_grid(rows: list[list[Tensor]], captions: list[list[str]], scale: int = 
     )
     canvas = Image.new("RGB", size, "white")
     draw, top = ImageDraw.Draw(canvas), MARGIN
-    for row, text, text_height in zip(rows, texts, text_heights, strict=True):
-        for column, (image, lines) in enumerate(zip(row, text, strict=True)):
+    for row, text, text_height, signed in zip(rows, texts, text_heights, signs, strict=True):
+        for column, (image, lines, mark) in enumerate(zip(row, text, signed, strict=True)):
             left, picture = MARGIN + column * (width + MARGIN), to_pil(image)
             tile = (picture.width * scale, picture.height * scale)
             canvas.paste(picture.resize(tile, Image.Resampling.NEAREST), (left, top))
+            if mark is not None and lines:
+                _draw_mark(draw, left, top + height + 6, is_done=mark)
+            indent = 0 if mark is None else MARK
             for place, line in enumerate(lines):
-                draw.text((left, top + height + 4 + place * LINE_HEIGHT), line, fill=GREY, font=font)
+                draw.text((left + indent, top + height + 4 + place * LINE_HEIGHT), line, fill=GREY, font=font)
         top += height + text_height + MARGIN
     return canvas
+
+
+def _draw_mark(draw: ImageDraw.ImageDraw, left: int, top: int, *, is_done: bool) -> None:
+    """Draw a tick or a cross, 9 pixels wide: the font has neither."""
+    if is_done:
+        draw.line([(left, top + 5), (left + 3, top + 9), (left + 9, top + 1)], fill=GREEN, width=2)
+    else:
+        draw.line([(left, top + 1), (left + 8, top + 9)], fill=RED, width=2)
+        draw.line([(left, top + 9), (left + 8, top + 1)], fill=RED, width=2)
 
 
 def wrap_text(text: str, font: Any, width: int) -> list[str]:
@@ -86,14 +129,20 @@ def wrap_text(text: str, font: Any, width: int) -> list[str]:
     return [line for line in lines if line]
 
 
+def _tile_width(width: int) -> int:
+    """Say how wide a picture's tile is before it is scaled up: half of a large picture, but no less than SMALL."""
+    return width if width <= SMALL else min(max(width // 2, SMALL), LARGE)
+
+
 def _shrink(image: Tensor) -> Tensor:
-    """Make an image (3, H, W) smaller where it is wider than a tile of a strip."""
-    if image.shape[2] <= MAX_TILE:
+    """Make an image (3, H, W) smaller where it is wider than its tile."""
+    width = _tile_width(image.shape[2])
+    if image.shape[2] == width:
         return image
-    size = (round(image.shape[1] * MAX_TILE / image.shape[2]), MAX_TILE)
+    size = (round(image.shape[1] * width / image.shape[2]), width)
     return torch.nn.functional.interpolate(image[None].float(), size, mode="bilinear", antialias=True)[0]
 
 
 def _scale(tile: Tensor) -> int:
     """Choose how many pixels wide a pixel of a tile is drawn."""
-    return 2 if tile.shape[2] <= MAX_TILE // 2 else 1
+    return 2 if tile.shape[2] <= SMALL // 2 else 1

@@ -110,6 +110,9 @@ def read_study(path: Path) -> list[Comparison]:
     for comparison in found:
         configs = {f"cell '{comparison.name}: {name}'": cell.config for name, cell in comparison.cells.items()}
         check_held_out(configs, "cells are compared on one editor and its world: give each a comparison of its own")
+    starts = sorted({cell.config.lora.init_from for cell in cells.values()})
+    if len(starts) > 1:  # what all gains are over would be another editor for some
+        raise ValueError(f"lora.init_from is {starts[0]!r} and {starts[1]!r} in study {path}: set it in base, for all")
     return found
 
 

@@ -8,7 +8,6 @@ which save. study.json, study.md and the figures are written after every finishe
 """
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -25,12 +24,15 @@ from rich.table import Table
 
 from mteditflow.config.cli import from_yaml
 from mteditflow.config.version import git_commit
+from mteditflow.policy import with_start
 from mteditflow.record.checkpoint import lock
 from mteditflow.record.figures import figure
 from mteditflow.record.files import read_json
 from mteditflow.record.metrics import FILE, read_lines
 from mteditflow.study.cells import CellRun, Comparison, read_study, runs_of, select
 from mteditflow.study.study_page import write_study
+from mteditflow.watch.pace import num_sessions_left, session_seconds, step_seconds
+from mteditflow.watch.progress import duration
 
 POLL_S = 0.5
 NICE = 10  # how much lower the priority of a run is than the study's
@@ -54,7 +56,7 @@ def is_finished(run: CellRun) -> bool:
     if not all((run.folder / name).is_file() for name in files):
         return False
     try:
-        return from_yaml(run.folder / "config.yaml") == run.config
+        return from_yaml(run.folder / "config.yaml") == with_start(run.config)
     except ValueError:  # of another version of the program: train says what is wrong with it
         return False
 
@@ -72,6 +74,23 @@ def expected_seconds(run: CellRun, runs: Sequence[CellRun]) -> float | None:
     return seconds * _turn_images(run) * (run.config.run.num_iterations - _progress(run)[0])
 
 
+def whole_seconds(run: CellRun, runs: Sequence[CellRun]) -> float | None:
+    """Add to `expected_seconds` the evaluations that the run has still to make; those of a run that has not begun take
+    what they take in the others.
+    """
+    iterations = expected_seconds(run, runs)
+    started = [lines for lines in (_lines(other) for other in (run, *runs)) if lines]
+    if iterations is None:
+        return None
+    sessions = num_sessions_left(_progress(run)[0], run.config)
+    return iterations + sessions * session_seconds(started[0], run.config)
+
+
+def _lines(run: CellRun) -> list[dict[str, Any]]:
+    path = run.folder / FILE
+    return read_lines(path) if path.is_file() else []
+
+
 def _turn_images(run: CellRun) -> int:
     """Count the turns that an iteration makes."""
     config = run.config
@@ -80,10 +99,8 @@ def _turn_images(run: CellRun) -> int:
 
 def _progress(run: CellRun) -> tuple[int, float]:
     """Read how many iterations are done, and the seconds that they took."""
-    path = run.folder / FILE
-    lines = read_lines(path) if path.is_file() else []
-    phases = [value for line in lines for key, value in line.items() if re.fullmatch(r"time/\w+_s", key)]
-    return len(lines), sum(value or 0.0 for value in phases)
+    lines = _lines(run)
+    return len(lines), sum(step_seconds(line) + (line.get("time/save_s") or 0.0) for line in lines)
 
 
 def make_slots(num_jobs: int | None) -> list[dict[str, Any]]:
@@ -170,15 +187,23 @@ class Runner:
                 lines.append(f"failed {label}: {self.failed[label]}")
         return lines
 
+    def time_left(self) -> str:
+        """Say how long all of it still takes, in as many slots; empty where nothing is measured yet."""
+        at_work = [job.run for job in self.jobs]
+        left = [whole_seconds(run, at_work) for run in (*at_work, *self.pending)]
+        known = [seconds for seconds in left if seconds is not None]
+        return f", {duration(sum(known) / len(self.slots))} left" if known and len(known) == len(left) else ""
+
     def status(self) -> Table:
         """What is at work, as a table."""
-        table = Table(title=f"{self.num_done} runs finished, {len(self.failed)} failed, {len(self.pending)} to come")
-        for column in ("at work", "iteration", "minutes left"):
+        title = f"{self.num_done} runs finished, {len(self.failed)} failed, {len(self.pending)} to come"
+        table = Table(title=f"{title}{self.time_left()}")
+        for column in ("at work", "iteration", "time left"):
             table.add_column(column)
         for job in self.jobs:
-            done, left = _progress(job.run)[0], expected_seconds(job.run, [job.run])
-            minutes = "unknown" if left is None else f"{left / 60:.0f}"
-            table.add_row(job.run.label, f"{done}/{job.run.config.run.num_iterations}", minutes)
+            done, left = _progress(job.run)[0], whole_seconds(job.run, [job.run])
+            words = "unknown" if left is None else duration(left)
+            table.add_row(job.run.label, f"{done}/{job.run.config.run.num_iterations}", words)
         return table
 
 
@@ -227,6 +252,8 @@ def work(runner: Runner, page: Any, console: Console) -> None:
                     console.print(line, soft_wrap=True, highlight=False, markup=False)
                 if any(line.startswith("finished") for line in ended):
                     page()
+                    if left := runner.time_left():
+                        console.print(f"{runner.num_done} runs finished{left}", highlight=False)
                 if is_live:
                     live.update(runner.status(), refresh=True)
                 time.sleep(POLL_S)
@@ -238,13 +265,13 @@ def work(runner: Runner, page: Any, console: Console) -> None:
 def plan(runs: list[CellRun]) -> Table:
     """List what would be run."""
     num_done = sum(map(is_finished, runs))
-    left = [expected_seconds(run, runs) for run in runs if not is_finished(run)]
+    left = [whole_seconds(run, runs) for run in runs if not is_finished(run)]
     total = "unknown" if None in left else f"{sum(s for s in left if s is not None) / 60:.0f}"
-    table = Table(title=f"{len(runs)} runs, {num_done} finished; minutes of the others, evaluations aside: {total}")
+    table = Table(title=f"{len(runs)} runs, {num_done} finished; minutes of the others: {total}")
     for column in ("cell", "seed", "folder", "state", "minutes left"):
         table.add_column(column, overflow="fold")
     for run in runs:
-        is_done, done, seconds = is_finished(run), _progress(run)[0], expected_seconds(run, runs)
+        is_done, done, seconds = is_finished(run), _progress(run)[0], whole_seconds(run, runs)
         state = "finished" if is_done else f"iteration {done}/{run.config.run.num_iterations}" if done else "to come"
         minutes = "" if is_done else "unknown" if seconds is None else f"{seconds / 60:.1f}"
         table.add_row(run.cell.name, str(run.seed), run.cell.key, state, minutes)

@@ -100,7 +100,8 @@ def estimate(value: float, samples: Floats, variance: float, dof: float) -> Esti
     if dof:
         draws = draws + np.sqrt(variance) * np.random.default_rng(1).standard_t(dof, size=draws.size)
     low, high = np.quantile(draws, [0.025, 0.975])
-    return Estimate(value=round(value, 2), low=round(float(low), 2), high=round(float(high), 2))
+    value, low, high = (round(float(number), 2) + 0.0 for number in (value, low, high))  # no -0.0
+    return Estimate(value=value, low=low, high=high)
 
 
 def read_outcome(folder: Path) -> Outcome:

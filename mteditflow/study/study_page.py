@@ -9,7 +9,7 @@ import numpy as np
 from mteditflow.config.model import ModelConfig
 from mteditflow.evaluate.edival import Floats
 from mteditflow.evaluate.held_out import load_evaluation
-from mteditflow.record.figures import METRICS
+from mteditflow.record.figures import METRICS, format_number
 from mteditflow.record.files import write_json
 from mteditflow.record.templates import write_page
 from mteditflow.report.charts import ticks
@@ -104,7 +104,7 @@ def _describe_cell(name: str, comparison: Comparison, outcomes: Outcomes | None)
     gains = [run.point[OVERALL] - outcomes.base_point[OVERALL] for run in runs]
     return row | {
         "after": _name_metrics(np.mean([run.point for run in runs], axis=0)),
-        "gain_by_seed": [round(float(gain), 2) for gain in gains],
+        "gain_by_seed": [round(float(gain), 2) + 0.0 for gain in gains],
         "gain": _as_dict(outcomes.gain(cell.key, comparison.seeds)),
         "difference": _as_dict(difference),
         "training_reward": [round(float(np.mean(ends)), 4) for ends in zip(*(r.rewards for r in runs), strict=True)],
@@ -132,7 +132,7 @@ def _lay_out(comparison: dict[str, Any]) -> dict[str, Any]:
                 "y": TOP + ROW_HEIGHT * place + ROW_HEIGHT // 2,
                 **{end: across(row["gain"][end]) for end in ("low", "value", "high")},
                 "dots": [across(value) for value in row["gain_by_seed"]],
-                "label": f"{row['gain']['value']:+.1f}",
+                "label": format_number(row["gain"]["value"], has_sign=True),
             }
             for place, row in enumerate(rows)
         ],

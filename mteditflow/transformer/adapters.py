@@ -4,7 +4,7 @@ the weights themselves (full_weights.py).
 
 import difflib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -112,6 +112,16 @@ def _is_match(name: str, target: str) -> bool:
     if any(sign in target for sign in "*?["):
         return fnmatchcase(name, target)
     return name == target or name.endswith(f".{target}")
+
+
+def name_targets(names: Collection[str], linears: Collection[str]) -> tuple[str, ...]:
+    """Return targets that name these of the linears and no others: names within a block where that does it."""
+    found: dict[str, None] = {}
+    for name in (name for name in linears if name in names):
+        short = re.sub(r"^\w+\.\d+\.", "", name)
+        is_enough = all(other in names for other in linears if _is_match(other, short))
+        found[short if is_enough else name] = None
+    return tuple(found)
 
 
 def find_targets(transformer: nn.Module, targets: Sequence[str], default: Sequence[str] = ()) -> list[str]:

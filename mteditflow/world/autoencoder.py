@@ -14,6 +14,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from einops import rearrange
 from torch import Tensor
 
+from mteditflow.watch.progress import track
 from mteditflow.world.drift import AXES, drifted
 from mteditflow.world.render import atlas, compose
 from mteditflow.world.scenes import BACKGROUNDS
@@ -86,7 +87,7 @@ def _train(vae: AutoencoderKL, trained: torch.nn.Module, loss: Loss, num_batches
         optimizer.load_state_dict(saved["optimizer"])
         first, smooth = saved["batch"], saved["smooth"]
     start = time.monotonic()
-    for batch in range(first, num_batches):
+    for batch in track(range(num_batches), "trained", "batches of the autoencoder", first):
         generator = torch.Generator().manual_seed(seed * 2**32 + batch)
         pictures = jittered(random_pictures(BATCH_SIZE, generator), generator)
         error, penalty = loss(pictures.contiguous(memory_format=torch.channels_last), generator)

@@ -41,6 +41,7 @@ from jsonargparse import Namespace
 from torch import Tensor
 
 from mteditflow.flow import sigma_schedule
+from mteditflow.watch.progress import track, working
 from mteditflow.world.autoencoder import decode, encode, optimizer_step, save_state, train_decoder, train_vae
 from mteditflow.world.drift import AXES, drifted
 from mteditflow.world.edits import EDIT_TYPES, Edit, is_held_out_scene, make_session, sample_edit, vocabulary
@@ -254,11 +255,12 @@ def train_editor(
     if first > stage.num_batches:
         return averaged, curve
     start = time.monotonic()
-    pairs = make_pairs(pipeline.vae, stage.num_pairs, stage.flaws, f"{stage.name}/{args.seed}")
+    with working("making pairs"):
+        pairs = make_pairs(pipeline.vae, stage.num_pairs, stage.flaws, f"{stage.name}/{args.seed}")
     print(f"{len(pairs.instructions)} pairs made in {time.monotonic() - start:.0f} s", flush=True)
     t5_ids, clip_ids = tokenize(pipeline, pairs.instructions)
     start, smooth = time.monotonic(), curve[-1]["loss"] if curve else None
-    for number in range(first, stage.num_batches + 1):
+    for number in track(range(1, stage.num_batches + 1), "trained", f"batches of {stage.name}", first - 1):
         generator = torch.manual_seed(args.seed * 2**32 + number)  # the global one, of which T5's dropout takes
         index = torch.randint(len(pairs.source), (args.batch_size,), generator=generator)
         clean, condition = pairs.latents[pairs.target[index]], pairs.latents[pairs.source[index]]
