@@ -165,9 +165,9 @@ def sample_waves(
     for part in cut_shapes(tasks):
         sigmas = policy.at(tasks[part.start].shape).sigmas(num_steps)  # fewer tokens, less noise
         sampler = Sampler(
-            policy, tasks[part], objective.schedule(sigmas, iteration), NoiseSource(seed=config.run.seed, step=iteration),
-            config.rollout, num_turns=config.data.num_turns, group_size=size,
-            cfg_scale=config.model.cfg_scale if config.rollout.is_guided else 1.0,
+            policy, tasks[part], objective.schedule(sigmas, iteration),
+            NoiseSource(seed=config.run.seed, step=iteration), config.rollout, num_turns=config.data.num_turns,
+            group_size=size, cfg_scale=config.model.cfg_scale if config.rollout.is_guided else 1.0,
         )  # fmt: skip
         start = part.start * size
         for rows in cut_waves(range(max(first, start) - start, min(stop, part.stop * size) - start), config.rollout):

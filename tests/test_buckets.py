@@ -184,7 +184,7 @@ def test_an_evaluation_by_size(config: Config) -> None:
     for ranks_found in on_ranks(2, lambda ranks: evaluated(policies[ranks.rank], config, tasks, ranks)):
         assert torch.equal(ranks_found.consistency, whole.consistency)
         assert torch.equal(ranks_found.images, whole.images)
-    strip = draw_sessions(tasks, {"base": whole.images}, range(4))
+    strip = draw_sessions(tasks, {"base": whole}, range(4))
     # a column is as wide as the widest tile, 80 pixels drawn twice as large, and a row as high as the highest
     assert strip.width == 10 + 3 * (2 * 80 + 10) and strip.height > 4 * 2 * 80
 
