@@ -24,7 +24,7 @@ from mteditflow.distributed import Ranks
 from mteditflow.evaluate.best import Best
 from mteditflow.evaluate.compare_editors import compare_sessions
 from mteditflow.evaluate.comparison_page import final_table, held_out_rows
-from mteditflow.evaluate.edival import Evaluation, point_metrics, success_by_type
+from mteditflow.evaluate.edival import Evaluation, held_out_figures
 from mteditflow.evaluate.exposure import evaluate_editor, num_sessions
 from mteditflow.evaluate.held_out import (
     has_truth,
@@ -46,17 +46,11 @@ from mteditflow.profile.account import Account, step_seconds
 from mteditflow.profile.base_error import measure_base_error
 from mteditflow.record import alarms, checkpoint, ending
 from mteditflow.record.clock import phase
-from mteditflow.record.figures import METRICS
 from mteditflow.record.metrics import FILE, Reporter, read_lines
 from mteditflow.report.run_report import write_report
-from mteditflow.report.seen import (
-    Seen,
-    choose_of_all,
-    save_seen,
-    table_rows,
-)
+from mteditflow.report.seen import Seen, choose_of_all, save_seen, table_rows
 from mteditflow.report.strips import save_strips
-from mteditflow.reward import Judged, build_reward, check_judge, is_trained_by_group
+from mteditflow.reward import Judged, build_reward, check_judge, say_waits
 from mteditflow.reward.overlap import Overlap, efficiency
 from mteditflow.transformer.compiled import count_graphs
 from mteditflow.transformer.sharded import make_mesh
@@ -119,7 +113,7 @@ class Run:
         self._num_saved = self.num_done = self.first_iteration
         self._graphs = count_graphs()
         settled = settle(self.policy, self.objective, training_tasks(config, 0, self.ranks), config, self.ranks)
-        lines = [f"attention {self.policy.attention}, {compile_line}", *SAID[settled], *self._waits()]
+        lines = [f"attention {self.policy.attention}, {compile_line}", *SAID[settled], *say_waits(config, self.ranks)]
         if torch.backends.mps.is_available() and self.ranks.device.type == "cpu":
             lines.append("training runs on the CPU: Apple's GPU (MPS) is not used (docs/start.md)")
         self.ranks.barrier()
@@ -128,20 +122,6 @@ class Run:
         self._evaluate_before(is_resumed=saved is not None)
         if self.ranks.is_main:
             self.account = stack.enter_context(Account(config, self.policy, self.ranks.world_size))
-
-    def _waits(self) -> list[str]:
-        """Say where training cannot begin before the last trajectory is scored."""
-        config = self.config
-        is_slow, num_groups = config.reward.judge == "vlm", config.rollout.num_tasks / self.ranks.world_size
-        if config.reward.overlap == "off" or not is_slow or num_groups < 2 or is_trained_by_group(config, self.ranks):
-            return []
-        if config.advantage.std == "group":
-            cause = "a base that is cut" if config.distributed.shard != "none" else "a group that lies across ranks"
-            return [f"training waits for the last score of all ranks, because of {cause} (docs/scaling.md)"]
-        return [
-            "advantage.std is 'global', over the scores of all groups: training waits for the last of them; with "
-            "'group' it begins with the first group that is scored"
-        ]
 
     def _open(self, stack: ExitStack, lines: list[str], *, is_resumed: bool) -> None:
         config = self.config
@@ -269,13 +249,8 @@ class Run:
 
     def _warn(self, names: list[str], values: dict[str, float], done: int) -> None:
         """A line for each alarm that was not raised before in this process."""
-        for name in names:
-            if name not in self._warned:
-                alarm = alarms.ALARMS[name]
-                self.reporter.say(
-                    f"iteration {done}: alarm, {alarm.title.lower()} ({alarm.meaning}) is {values[name]:.3g}, above "
-                    f"{alarm.threshold:g}: look at strips/ before trusting the reward"
-                )
+        for name in [name for name in names if name not in self._warned]:
+            self.reporter.say(f"iteration {done}: {alarms.describe(name, values[name])}")
         self._warned |= set(names)
 
     @phase("evaluate")
@@ -284,13 +259,7 @@ class Run:
         if self.ranks.is_main:
             picture = save_strips(self.folder, done, self.tasks, self.before, now)
             self.reporter.image("strips", done, picture)
-        point = point_metrics(now)
-        values = {
-            f"heldout/{m}_{turn + 1}": float(point[i, turn])
-            for i, m in enumerate(METRICS)
-            for turn in range(point.shape[1])
-        }
-        values |= {f"heldout/success_{kind}": 100 * of["success"] for kind, of in success_by_type(now).items()}
+        values = held_out_figures(now)
         values |= self.best.see(now, self.before, done, lambda: self.policy.adapters.state("ema"))
         if self.best.is_over:
             self._say(f"iteration {done}: held-out O does not clearly rise any more: training stops (run.patience)")

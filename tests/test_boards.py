@@ -13,6 +13,7 @@ from train_runs import Arguments, metrics, refused
 
 from mteditflow.config import Config, RunConfig
 from mteditflow.config.command import train as main
+from mteditflow.record.metrics import read_lines
 from mteditflow.watch.boards import TensorBoard, check_boards, open_boards
 
 
@@ -30,7 +31,8 @@ def test_tensorboard_has_curves_strips_and_tables(arguments: Arguments, tmp_path
     assert held_out[0] == "| metric | turn | before | after | gain |" and len(held_out) == 2 + 4 * 2
     before = json.loads((tmp_path / "evaluation_before.json").read_text())["turns"][0]["O"]
     assert held_out[2].startswith(f"| O | 1 | {before:.1f} | ")
-    assert judged[0].startswith("| task | trajectory | why | instructions | instruction |") and len(judged) == 2 + 2
+    assert judged[0].startswith("| task | trajectory | why | instructions | instruction |")
+    assert len(judged) == 2 + len(read_lines(tmp_path / "judge" / "evaluation.jsonl")[0]["sessions"])
 
 
 def test_a_cell_is_one_cell(tmp_path: Path) -> None:
@@ -97,11 +99,12 @@ def test_boards_show_a_run(arguments: Arguments, offline: Path) -> None:
     (identity,) = {path.name.split("-")[-1] for path in (run / "wandb").glob("offline-run-*")}
     assert identity == (run / "board_id").read_text() and len([*(run / "wandb").glob("offline-run-*")]) == 2
     files = {path.name.split("_")[0] for path in (run / "wandb").rglob("media/*/*")}
-    assert files >= {"strips", "judged", "held out"} or files >= {"strips", "judged", "held"}
+    assert files >= {"strips", "judged"} and any(name.startswith("held") for name in files)
     content = b"".join(path.read_bytes() for path in (run / "wandb").rglob("*.wandb"))
     assert all(json.dumps(line["reward/mean"]).encode()[:8] in content for line in lines)
     table = json.loads(next((run / "wandb").rglob("judged*.table.json")).read_text())
-    assert table["columns"][:3] == ["task", "trajectory", "why"] and len(table["data"]) == 2
+    assert table["columns"][:3] == ["task", "trajectory", "why"]
+    assert len(table["data"]) in {len(line["sessions"]) for line in read_lines(run / "judge" / "evaluation.jsonl")}
 
 
 def test_wandb_without_a_login_is_one_line(offline: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ PAGE = (ROOT / "docs" / "start.md").read_text()
 BLOCKS = [block.strip().splitlines() for block in re.findall(r"^```\n(.*?)^```", PAGE, flags=re.M | re.S)]
 LINES = [line for block in BLOCKS for line in block]
 DOCKERFILE = re.sub(r"\\\n\s*", "", (ROOT / "Dockerfile").read_text())
-STEPS = [tuple(line.split(" ", 1)) for line in DOCKERFILE.splitlines() if line and not line.startswith("#")]
+STEPS = [line.split(" ", 1) for line in DOCKERFILE.splitlines() if line and not line.startswith("#")]
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 
 
@@ -52,7 +52,7 @@ def test_the_page_names_what_is_there() -> None:
     volumes = {volume.split(":")[1].strip('"') for line in LINES for volume in re.findall(r"--volume (\S+)", line)}
     assert volumes == {"/work/runs", "/work/data", "/root/.cache"}
     (place,) = (value for name, value in STEPS if name == "WORKDIR")
-    assert place == "/work" and ("COPY", "configs /work/configs") in STEPS
+    assert place == "/work" and ["COPY", "configs /work/configs"] in STEPS
 
 
 def test_what_the_image_copies_is_the_package(tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_what_the_image_copies_is_the_package(tmp_path: Path) -> None:
     mine, theirs = ({str(path.relative_to(folder)) for path in (folder / "mteditflow").rglob("*")
                      if path.is_file() and "__pycache__" not in path.parts} for folder in (ROOT, place))  # fmt: skip
     assert theirs == mine
-    words = dict(name for name in STEPS if name[0] in ("ENTRYPOINT", "CMD"))
+    words = {name: value for name, value in STEPS if name in ("ENTRYPOINT", "CMD")}
     assert json.loads(words["ENTRYPOINT"]) == ["mteditflow"] and json.loads(words["CMD"]) == ["train"]
     code = "import sys; from mteditflow.config.command import main; sys.argv[0] = 'mteditflow'; sys.exit(main())"
     environment = os.environ | {"PYTHONPATH": str(place)}

@@ -99,6 +99,18 @@ def summary(evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
+def held_out_figures(evaluation: Evaluation) -> dict[str, float]:
+    """List the figures of a short evaluation as metrics.jsonl has them, in percent."""
+    point = point_metrics(evaluation)
+    values = {
+        f"heldout/{metric}_{turn + 1}": float(point[i, turn])
+        for i, metric in enumerate(METRICS)
+        for turn in range(point.shape[1])
+    }
+    by_type = success_by_type(evaluation)
+    return values | {f"heldout/success_{kind}": 100 * of["success"] for kind, of in by_type.items()}
+
+
 def success_by_type(evaluation: Evaluation) -> dict[str, dict[str, float]]:
     """Compute success, in [0, 1], and count of each type of edit, over all turns of the valid sessions."""
     done: dict[str, list[bool]] = {}

@@ -11,13 +11,17 @@ from collections.abc import Collection, Iterator, Mapping
 Names = Mapping[str, tuple[str, ...]]
 """From an original name, `#` for the block's number, to the linears of diffusers that are its rows, from the first."""
 
-ATTENTION = {
+ATTENTION: dict[str, tuple[str, ...]] = {
     "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
     "img_attn.proj": ("attn.to_out.0",),
     "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
     "txt_attn.proj": ("attn.to_add_out",),
 }
-ENDS = {"img_in": ("x_embedder",), "txt_in": ("context_embedder",), "final_layer.linear": ("proj_out",)}
+ENDS: dict[str, tuple[str, ...]] = {
+    "img_in": ("x_embedder",),
+    "txt_in": ("context_embedder",),
+    "final_layer.linear": ("proj_out",),
+}
 SWAPPED = "final_layer.adaLN_modulation.1"  # the original has the shift first, diffusers' norm_out.linear the scale
 PREFIXES = (
     *("base_model_model_", "model_diffusion_model_", "diffusion_model_"),  # peft; ComfyUI
@@ -36,7 +40,7 @@ def _flux(double: Names, single: Names, rest: Names) -> Names:
     return found | {**rest}
 
 
-def _embedders(family: str, kinds: Mapping[str, str]) -> Names:
+def _embedders(family: str, kinds: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
     """Name both layers of each embedder of a time, a guidance or a pooled text."""
     layers = (("in_layer", 1), ("out_layer", 2))
     return {f"{a}.{layer}": (f"{family}.{b}.linear_{n}",) for a, b in kinds.items() for layer, n in layers}
@@ -73,7 +77,8 @@ def flat(name: str) -> str:
 
 def spellings(originals: Names, linears: Collection[str]) -> dict[str, tuple[str, ...]]:
     """Map every name that a linear, or several as one, may have in a file to those linears; flat, without prefixes."""
-    found, known = {flat(name): (name,) for name in linears}, set(linears)
+    found: dict[str, tuple[str, ...]] = {flat(name): (name,) for name in linears}
+    known = set(linears)
     numbers = sorted({number for name in linears for number in re.findall(r"_blocks\.(\d+)\.", name)})
     for original, parts in originals.items():
         for number in numbers if "#" in original else [""]:

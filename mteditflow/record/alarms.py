@@ -156,3 +156,12 @@ def held_out_figures(values: dict[str, float]) -> dict[str, float]:
 def find_alarms(values: dict[str, float]) -> list[str]:
     """Name the figures that are above their thresholds."""
     return [name for name, alarm in ALARMS.items() if values.get(name, 0.0) > alarm.threshold]
+
+
+def describe(name: str, value: float) -> str:
+    """Say in a line what an alarm that rings means, and what to do."""
+    alarm = ALARMS[name]
+    return (
+        f"alarm, {alarm.title.lower()} ({alarm.meaning}) is {value:.3g}, above {alarm.threshold:g}: look at strips/ "
+        f"before trusting the reward"
+    )

@@ -176,6 +176,20 @@ def is_trained_by_group(config: Config, ranks: Ranks) -> bool:
     return config.advantage.std == "group" and is_whole and config.distributed.shard == "none"
 
 
+def say_waits(config: Config, ranks: Ranks) -> list[str]:
+    """Say where training cannot begin before the last trajectory is scored."""
+    is_slow, num_groups = config.reward.judge == "vlm", config.rollout.num_tasks / ranks.world_size
+    if config.reward.overlap == "off" or not is_slow or num_groups < 2 or is_trained_by_group(config, ranks):
+        return []
+    if config.advantage.std == "group":
+        cause = "a base that is cut" if config.distributed.shard != "none" else "a group that lies across ranks"
+        return [f"training waits for the last score of all ranks, because of {cause} (docs/scaling.md)"]
+    return [
+        "advantage.std is 'global', over the scores of all groups: training waits for the last of them; with "
+        "'group' it begins with the first group that is scored"
+    ]
+
+
 class Judged:
     """What the trajectories of an iteration are worth, group after group as their scores come in.
 
