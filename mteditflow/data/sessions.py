@@ -60,7 +60,7 @@ class Folder:
     root: Path
     allowed: Path
 
-    def find(self, name: str) -> Located:
+    def find(self, name: str) -> Reference:
         """Find the picture that a row names: its name, which is one however it is spelt, and its file, as `file`."""
         file = self.file(name)
         return unicodedata.normalize("NFC", Path(os.path.relpath(file, self.root)).as_posix()), file
