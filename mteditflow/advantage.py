@@ -78,9 +78,8 @@ def _z(values: Tensor, mask: Tensor, group: Tensor, std: str) -> Tensor:
     """z of each column over the group, (N, J); rows outside `mask` (N, J) have no part and get 0."""
     mean = _group_mean(values, mask, group)
     deviation = (values - mean).masked_fill(~mask, 0)
-    largest = torch.zeros_like(_group_sum(values, group)).scatter_reduce(
-        0, group[:, None].expand_as(values), deviation.abs(), "amax"
-    )[group]
+    index = group[:, None].expand_as(values)
+    largest = torch.zeros_like(_group_sum(values, group)).scatter_reduce(0, index, deviation.abs(), "amax")[group]
     if std == "global":  # Flow-GRPO's option: std of all rewards about the mean of all
         group = torch.zeros_like(group)
         mean = _group_mean(values, mask, group)
@@ -126,10 +125,8 @@ def advantages(scores: Scores, group: Tensor, config: AdvantageConfig) -> Tensor
         parts = _aggregate(rewards, config)
     else:
         parts = list(rewards.values())  # a column per turn
-    masks, weights = (
-        [counted[:, None] & ~part.isnan() for part in parts],
-        [scores.weights[name] for name in scores.rewards],
-    )
+    masks = [counted[:, None] & ~part.isnan() for part in parts]
+    weights = [scores.weights[name] for name in scores.rewards]
     if config.fusion == "reward":
         filled = [torch.where(mask, r, _group_mean(r, mask, group)) for r, mask in zip(parts, masks, strict=True)]
         advantage = _z(_add(weights, filled), masks[0], group, config.std)

@@ -23,7 +23,7 @@ from torch.distributed.rendezvous import rendezvous
 from mteditflow.config import Config
 from mteditflow.config.ranges import require
 from mteditflow.config.version import describe_version
-from mteditflow.types import Microbatch, Rollout
+from mteditflow.types import Microbatch, Rollout, Rollouts
 
 BUCKET = 2**26  # elements that are summed by one collective: 256 MiB of float32, beside the gradients
 
@@ -113,7 +113,7 @@ def _buckets(tensors: Iterable[Tensor]) -> Iterable[list[Tensor]]:
 
 
 def even_out(
-    microbatches: Iterable[Microbatch], rollout: Rollout, config: Config, ranks: Ranks
+    microbatches: Iterable[Microbatch], rollout: Rollout | Rollouts, config: Config, ranks: Ranks
 ) -> Iterable[Microbatch]:
     """Add, where the base is sharded, microbatches of weight 0 until every rank has as many: a forward pass is then
     made by all ranks together, and one that makes fewer than the others leaves them waiting.
@@ -126,9 +126,10 @@ def even_out(
     if made:
         spare = replace(made[-1], weight=torch.zeros_like(made[-1].weight))
     else:
-        is_finite = rollout.turns[0].latents.isfinite().flatten(2).all(2).all(0)  # weight 0 times NaN is NaN
+        part = rollout.parts[0]
+        is_finite = part.turns[0].latents.isfinite().flatten(2).all(2).all(0)  # weight 0 times NaN is NaN
         rows = is_finite.byte().argmax().cpu()[None]
-        spare = Microbatch(turn=0, draw=(*rollout.schedule.trained_steps, 0)[0], rows=rows, weight=torch.zeros(1))
+        spare = Microbatch(turn=0, draw=(*part.schedule.trained_steps, 0)[0], rows=rows, weight=torch.zeros(1))
     return made + [spare] * (int(num) - len(made))
 
 
@@ -248,6 +249,13 @@ def check_world(config: Config, world_size: int, *, is_training: bool = True) ->
     is_patient = world_size == 1 or judge.judge != "vlm" or not judge.url or judge.max_wait_s < limit
     remedy = f"the other ranks give up after distributed.timeout_s, {limit} s: must be below it"
     require(is_patient, "reward.max_wait_s", judge.max_wait_s, remedy)
+    rows, is_cut = config.rollout.microbatch_size, config.distributed.shard != "none"
+    is_even = not (is_training and is_cut and config.data.buckets) or num_rows // world_size % rows == 0
+    remedy = (
+        f"with data.buckets and distributed.shard every rank makes equally many forward passes: must divide its "
+        f"{num_rows // world_size} trajectories"
+    )
+    require(is_even, "rollout.microbatch_size", rows, remedy)
     is_right = world_size > 1 or config.distributed.shard == "none"
     require(is_right, "distributed.shard", config.distributed.shard, "one rank has nobody to share with: must be none")
 

@@ -42,14 +42,9 @@ class Schedule:
 
 
 def make_schedule(
-    sigmas: Tensor,
-    *,
-    noise_level: float = 0.0,
-    rule: str = "sde",
-    noisy_steps: Sequence[int] = (),
-    trained_steps: tuple[int, ...] = (),
-    is_second_order: bool = False,
-) -> Schedule:
+    sigmas: Tensor, *, noise_level: float = 0.0, rule: str = "sde", noisy_steps: Sequence[int] = (),
+    trained_steps: tuple[int, ...] = (), is_second_order: bool = False,
+) -> Schedule:  # fmt: skip
     """A schedule on these noise levels (S+1,), float64; by default the ODE's, by Euler steps. ValueError as for
     `step_table`.
     """

@@ -4,7 +4,7 @@ import torch
 
 from mteditflow.config import Config
 from mteditflow.policy import Policy
-from mteditflow.types import Rollout
+from mteditflow.types import Rollout, Rollouts
 
 MAX_INVALID_SHARE = 0.5  # of trajectories, or of held-out sessions, that may be without a score
 
@@ -24,10 +24,11 @@ def check_ratio(error: float, config: Config) -> None:
 
 
 @torch.no_grad()
-def check_adapter(policy: Policy, rollout: Rollout, config: Config) -> None:
+def check_adapter(policy: Policy, rollout: Rollout | Rollouts, config: Config) -> None:
     """Stop where the updated adapter leaves the velocity as it was: a LoRA that reaches nothing trains in silence."""
-    turn, sigmas = rollout.turns[0], rollout.schedule.sigmas
-    num_rows = min(config.rollout.microbatch_size, len(rollout.group))  # compiled already
+    part = rollout.parts[0]
+    policy, turn, sigmas = policy.at(part.shape), part.turns[0], part.schedule.sigmas
+    num_rows = min(config.rollout.microbatch_size, len(part.group))  # compiled already
     rows = torch.arange(num_rows, device=sigmas.device)
     latents, sigma, condition = turn.latents[0, rows], sigmas[0].expand(len(rows)), turn.condition.rows(rows)
     velocity = policy.velocity(latents, sigma, condition)

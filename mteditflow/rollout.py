@@ -10,6 +10,8 @@ update has to be exactly 1.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
+from itertools import pairwise
 
 import torch
 from mteditflow_kernels import counter_normal, sde_step
@@ -23,7 +25,7 @@ from mteditflow.objective import Objective
 from mteditflow.pictures import round_to_8_bit
 from mteditflow.policy import Policy
 from mteditflow.policy.cuda_graph import by_graph, is_captured
-from mteditflow.policy.encoding import rows_at_a_time
+from mteditflow.policy.encoding import rows_at_a_time, stack_references
 from mteditflow.record.clock import phase, traced
 from mteditflow.types import Condition, EditTask, Rollout, Turn
 
@@ -55,6 +57,12 @@ def chunks(condition: Condition, noise: Tensor, keys: Keys, size: int) -> Iterat
         yield condition.rows(rows), noise[rows], [None if key is None else key[rows] for key in keys]
 
 
+def cut_shapes(tasks: Sequence[EditTask]) -> list[slice]:
+    """Cut tasks where their shape changes."""
+    starts = [n for n, task in enumerate(tasks) if n == 0 or task.shape != tasks[n - 1].shape]
+    return [slice(start, stop) for start, stop in pairwise([*starts, len(tasks)])]
+
+
 def cut_waves(rows: range, config: RolloutConfig) -> list[Tensor]:
     """The trajectories (W,) of each wave: whole microbatches, the fewest that have wave_size rows, or a group's."""
     size = config.wave_size or config.group_size
@@ -68,20 +76,13 @@ class Sampler:
     """
 
     def __init__(
-        self,
-        policy: Policy,
-        tasks: list[EditTask],
-        schedule: Schedule,
-        noise: NoiseSource,
-        config: RolloutConfig,
-        *,
-        num_turns: int,
-        group_size: int,
-        cfg_scale: float = 1.0,
-    ) -> None:
-        """Encode the sources, and each text that does not depend on what the model makes. Of the config: hand_off,
-        microbatch_size, is_start_shared, cuda_graph.
+        self, policy: Policy, tasks: list[EditTask], schedule: Schedule, noise: NoiseSource, config: RolloutConfig, *,
+        num_turns: int, group_size: int, cfg_scale: float = 1.0,
+    ) -> None:  # fmt: skip
+        """Encode the sources, of one shape, and each text that does not depend on what the model makes. Of the config:
+        hand_off, microbatch_size, is_start_shared, cuda_graph.
         """
+        policy = policy.at(tasks[0].shape)
         self.policy, self.tasks, self.noise, self.config = policy, tasks, noise, config
         self.schedule, self.num_turns, self.cfg_scale = schedule.to(policy.device), num_turns, cfg_scale
         sizes = policy.config.condition_size, (policy.config.height, policy.config.width)
@@ -90,9 +91,12 @@ class Sampler:
         self.group, self.member = every // group_size, every % group_size
         images = torch.stack([task.source for task in tasks])
         self.source_latents = policy.encode_image(images, self.to_encode)
+        self.references = stack_references(tasks)
+        self.reference_latents = policy.encode_references(self.references, self.to_encode)
+        self.encode_text = partial(policy.encode_text, has_cfg=cfg_scale != 1)
         num_texts = 1 if policy.family.is_text_of_image else num_turns
         self.texts = [
-            policy.encode_text([task.instructions[turn] for task in tasks], images, has_cfg=cfg_scale != 1)
+            self.encode_text([task.instructions[turn] for task in tasks], images, references=self.references)
             for turn in range(num_texts)
         ]
 
@@ -104,8 +108,10 @@ class Sampler:
         ids = torch.tensor([task.id for task in self.tasks])[group]
         on_device = group.to(policy.device)
         image, image_latents, turns = torch.zeros(0), self.source_latents[on_device], list[Turn]()
+        given = [latents[on_device] for latents in self.reference_latents]
         for turn in traced("turn", range(self.num_turns)):
             text = self._text(turn, group, image)
+            image_latents = torch.cat([image_latents, *given], dim=1)
             condition = Condition(text=text, image=image_latents, cfg_scale=self.cfg_scale)
 
             def keys(place: Place, number: int = 0, turn: int = turn, member: Tensor = member) -> Tensor:
@@ -114,10 +120,7 @@ class Sampler:
             shape = (policy.num_tokens, policy.num_channels)
             whose = member * (not config.is_start_shared)  # 0: the group's
             start = counter_normal(keys(Place.INITIAL_LATENTS, member=whose), shape).to(image_latents)
-            step_keys = [
-                keys(Place.DENOISING_STEP, step) if is_noisy else None
-                for step, is_noisy in enumerate(schedule.is_noisy)
-            ]
+            step_keys = [keys(Place.DENOISING_STEP, s) if noisy else None for s, noisy in enumerate(schedule.is_noisy)]
             is_by_graph = is_captured(policy, min(config.microbatch_size, len(start)), condition, config.cuda_graph)
             run = by_graph(denoise) if is_by_graph else denoise
             parts = [
@@ -139,50 +142,43 @@ class Sampler:
             at = group.to(self.policy.device)
             return {name: value[at] for name, value in self.texts[turn].items()}
         instructions = [self.tasks[g].instructions[turn] for g in group.tolist()]
-        return self.policy.encode_text(instructions, image, has_cfg=self.cfg_scale != 1)
+        return self.encode_text(instructions, image, references=[images[group] for images in self.references])
 
 
 @torch.no_grad()
 def roll_out(
-    policy: Policy,
-    tasks: list[EditTask],
-    schedule: Schedule,
-    noise: NoiseSource,
-    config: RolloutConfig,
-    *,
-    num_turns: int,
-    group_size: int,
-    cfg_scale: float = 1.0,
-) -> Rollout:
+    policy: Policy, tasks: list[EditTask], schedule: Schedule, noise: NoiseSource, config: RolloutConfig, *,
+    num_turns: int, group_size: int, cfg_scale: float = 1.0,
+) -> Rollout:  # fmt: skip
     """Roll out G trajectories of K turns for each task at once, as `Sampler` does."""
-    sampler = Sampler(
-        policy, tasks, schedule, noise, config, num_turns=num_turns, group_size=group_size, cfg_scale=cfg_scale
-    )
-    return sampler(torch.arange(len(tasks) * group_size))
+    how = partial(Sampler, num_turns=num_turns, group_size=group_size, cfg_scale=cfg_scale)
+    return how(policy, tasks, schedule, noise, config)(torch.arange(len(tasks) * group_size))
 
 
 def sample_waves(
     policy: Policy, objective: Objective, tasks: list[EditTask], config: Config, iteration: int, ranks: Ranks
 ) -> Iterator[Rollout]:
     """Roll out this rank's trajectories, of its tasks, wave by wave under the old policy on the objective's steps."""
-    size = config.rollout.group_size
-    sampler = Sampler(
-        policy, tasks, objective.schedule(policy.sigmas(config.rollout.num_steps), iteration),
-        NoiseSource(seed=config.run.seed, step=iteration), config.rollout,
-        num_turns=config.data.num_turns, group_size=size,
-        cfg_scale=config.model.cfg_scale if config.rollout.is_guided else 1.0,
-    )  # fmt: skip
+    size, num_steps = config.rollout.group_size, config.rollout.num_steps
     share = ranks.share(config.rollout.num_tasks * size)  # which begins within the group of the first task
-    for rows in cut_waves(range(share[0] % size, share[0] % size + len(share)), config.rollout):
-        with policy.adapters.use(objective.rollout_adapter):
-            wave = sampler(rows)
-        yield wave
+    first, stop = share[0] % size, share[0] % size + len(share)
+    for part in cut_shapes(tasks):
+        sigmas = policy.at(tasks[part.start].shape).sigmas(num_steps)  # fewer tokens, less noise
+        sampler = Sampler(
+            policy, tasks[part], objective.schedule(sigmas, iteration),
+            NoiseSource(seed=config.run.seed, step=iteration), config.rollout, num_turns=config.data.num_turns,
+            group_size=size, cfg_scale=config.model.cfg_scale if config.rollout.is_guided else 1.0,
+        )  # fmt: skip
+        start = part.start * size
+        for rows in cut_waves(range(max(first, start) - start, min(stop, part.stop * size) - start), config.rollout):
+            with policy.adapters.use(objective.rollout_adapter):
+                wave = sampler(rows)
+            yield wave
 
 
 def sample_rollout(
     policy: Policy, objective: Objective, tasks: list[EditTask], config: Config, iteration: int
 ) -> Rollout:
-    """All trajectories of some tasks in one wave, as an iteration makes them."""
-    size = len(tasks) * config.rollout.group_size
-    whole = replace(config.rollout, num_tasks=len(tasks), wave_size=size)
+    """All trajectories of some tasks of one shape in one wave, as an iteration makes them."""
+    whole = replace(config.rollout, num_tasks=len(tasks), wave_size=len(tasks) * config.rollout.group_size)
     return next(sample_waves(policy, objective, tasks, replace(config, rollout=whole), iteration, alone()))

@@ -59,7 +59,7 @@ from mteditflow.reward import Judged, build_reward, say_waits
 from mteditflow.reward.overlap import Overlap, efficiency
 from mteditflow.transformer.compiled import count_graphs
 from mteditflow.transformer.sharded import make_mesh
-from mteditflow.types import Rollout
+from mteditflow.types import Rollout, Rollouts
 from mteditflow.watch.progress import working
 
 
@@ -216,7 +216,7 @@ class Run:
         while self.num_done < self.config.run.num_iterations and not self.best.is_over:
             yield self.num_done
 
-    def record(self, iteration: int, values: dict[str, float], rollout: Rollout, scored: Judged) -> None:
+    def record(self, iteration: int, values: dict[str, float], rollout: Rollout | Rollouts, scored: Judged) -> None:
         """The end of an iteration: metrics, what the judge saw, evaluation, checkpoint, which comes last."""
         config, done, judged, scores = self.config, iteration + 1, self.judge.read(), scored.scores
         check_weights(self.policy.adapters, self.optimizer, done, self.ranks)

@@ -15,6 +15,8 @@ from mteditflow.noise import NoiseSource, Place, row_keys
 
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom in shares of width and height."""
+Shape = tuple[tuple[int, int], ...]
+"""What the sessions of a batch have alike: height and width of the source and its edits, then of each reference."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,9 +35,15 @@ class EditTask:
     source: Tensor  # (3, H, W) in [-1, 1]
     instructions: tuple[str, ...]  # K
     edit_types: tuple[str, ...]  # K
+    references: tuple[Tensor, ...] = ()  # (3, h, w) each: further pictures, which every turn is given as they are
     truth: Any = None  # for the embedded world, its Session: what the exact verifier needs to know
     objects: tuple[Region, ...] = ()  # all that were found in the source, touched or not; (): unknown
     untouched: tuple[tuple[Region, ...], ...] = ()  # K: what no instruction so far touches; (): unknown
+
+    @property
+    def shape(self) -> Shape:
+        """The sizes of its pictures."""
+        return tuple((image.shape[1], image.shape[2]) for image in (self.source, *self.references))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +51,7 @@ class Condition:
     """What the velocity is conditioned on, fixed within a turn."""
 
     text: dict[str, Tensor]  # (N, ...) each: what the family's text encoders made of the instructions
-    image: Tensor  # (N, L', C) clean latents of the image that is edited; L' is L but for a condition of its own size
+    image: Tensor  # (N, L', C) clean latents of the image that is edited, then of the references
     cfg_scale: float = 1.0  # true classifier-free guidance; 1: none
 
     def rows(self, index: Tensor) -> "Condition":
@@ -64,7 +72,7 @@ class Turn:
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout:
-    """K turns of N trajectories."""
+    """K turns of N trajectories, of tasks of one shape."""
 
     tasks: list[EditTask]
     turns: list[Turn]
@@ -72,6 +80,16 @@ class Rollout:
     member: Tensor  # (N,) int64: the trajectory's number in its group
     schedule: Schedule  # made the denoising steps
     noise: NoiseSource  # made all that was random, and makes what is drawn from this rollout later
+
+    @property
+    def parts(self) -> "tuple[Rollout, ...]":
+        """Itself, as the one part of a rollout of one shape."""
+        return (self,)
+
+    @property
+    def shape(self) -> Shape:
+        """That of its tasks."""
+        return self.tasks[0].shape
 
     @property
     def sources(self) -> Tensor:
@@ -87,6 +105,13 @@ class Rollout:
         """Noise keys (N, 5) of the trajectories, at a draw of a place within a turn."""
         task_ids = torch.tensor([task.id for task in self.tasks])
         return row_keys(task_ids[self.group], self.member, self.noise, turn=turn, place=place, number=number)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollouts:
+    """K turns of N trajectories, of tasks of several shapes."""
+
+    parts: tuple[Rollout, ...]  # in the order of the trajectories, each of one shape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +167,8 @@ class Transitions:
 class Microbatch:
     """Rows of a rollout that go through the model together in training, at one turn and one draw."""
 
+    part: int = 0  # of the rollout
     turn: int
     draw: int  # a denoising step (GRPO), or a number (NFT)
-    rows: Tensor  # (B,) int64
+    rows: Tensor  # (B,) int64, of the part
     weight: Tensor  # (B,) of each row's loss; 0 for a row that only fills the microbatch

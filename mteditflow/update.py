@@ -7,6 +7,7 @@ is normalised by the count of all transitions of all ranks, so leaving them out 
 """
 
 from collections.abc import Iterable, Iterator
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from mteditflow.policy import Policy
 from mteditflow.record.clock import phase
 from mteditflow.record.metrics import Tally
 from mteditflow.transformer.sharded import clip_, uncut
-from mteditflow.types import Microbatch, Rollout
+from mteditflow.types import Microbatch, Rollout, Rollouts
 
 
 class Microbatches:
@@ -30,19 +31,23 @@ class Microbatches:
     With several optimizer steps, chunks of the rollout, turns and draws take turns, the same on any number of ranks.
     """
 
-    def __init__(self, rollout: Rollout, objective: Objective, config: Config, ranks: Ranks) -> None:
-        self.num_rows, self.num_turns = len(rollout.group), len(rollout.turns)
+    def __init__(self, rollout: Rollout | Rollouts, objective: Objective, config: Config, ranks: Ranks) -> None:
+        self.lengths, self.num_turns = [len(part.group) for part in rollout.parts], len(rollout.parts[0].turns)
+        *self.firsts, self.num_rows = accumulate(self.lengths, initial=0)
         self.size, self.num_updates = config.optimizer.microbatch_size, config.optimizer.num_updates
-        self.draws, self.first = objective.draws(rollout.schedule), ranks.rank * self.num_rows
+        self.draws, self.first = objective.draws(rollout.parts[0].schedule), ranks.rank * self.num_rows
         self.scale = self.num_updates / (self.num_rows * ranks.world_size * self.num_turns * len(self.draws))
         self.advantages = torch.zeros(self.num_rows, self.num_turns)  # so far
+        self.of_parts = self.advantages.split(self.lengths)
 
     def __call__(self, parts: Iterable[Tensor]) -> Iterator[tuple[int, Microbatch]]:
         """Yield the microbatches of the advantages (M, K) of the first M rows, the next, and so on to the last, each
         with the number of its optimizer step.
         """
-        num_whole, start = self.num_rows // self.size * self.size, 0
-        regions = [(0, num_whole, self.size), (num_whole, self.num_rows, self.num_rows - num_whole)]
+        regions, start = list[tuple[int, int, int, int]](), 0
+        for number, (first, length) in enumerate(zip(self.firsts, self.lengths, strict=True)):
+            num_whole, stop = first + length // self.size * self.size, first + length
+            regions += [(number, first, num_whole, self.size), (number, num_whole, stop, stop - num_whole)]
         waiting = {
             (turn, step, *region): torch.zeros(0, dtype=torch.int64)
             for region in regions for turn in range(self.num_turns) for step in range(self.num_updates)
@@ -50,36 +55,31 @@ class Microbatches:
         for part in parts:
             stop = start + len(part)
             self.advantages[start:stop] = part
-            for (turn, step, first, last, size), rows in waiting.items():
+            for (turn, step, number, first, last, size), rows in waiting.items():
                 inside = torch.arange(max(start, first), max(start, first, min(stop, last)))
                 is_of_step = ((inside + self.first) // self.size + turn * len(self.draws)) % self.num_updates == step
                 rows = torch.cat([rows, inside[(self.advantages[inside, turn] != 0) & is_of_step]])
                 while len(rows) >= size > 0:
-                    yield from self._at_every_draw(turn, step, rows[:size], size)
+                    yield from self._at_draws(turn, step, number, rows[:size], size)
                     rows = rows[size:]
-                waiting[turn, step, first, last, size] = rows
+                waiting[turn, step, number, first, last, size] = rows
             start = stop
         assert start == self.num_rows, (start, self.num_rows)
-        for (turn, step, *_, size), rows in waiting.items():
+        for (turn, step, number, *_, size), rows in waiting.items():
             if len(rows):
-                yield from self._at_every_draw(turn, step, rows, size)
+                yield from self._at_draws(turn, step, number, rows, size)
 
-    def _at_every_draw(self, turn: int, step: int, rows: Tensor, size: int) -> Iterator[tuple[int, Microbatch]]:
+    def _at_draws(self, turn: int, step: int, part: int, rows: Tensor, size: int) -> Iterator[tuple[int, Microbatch]]:
         weight = self.scale * (torch.arange(size) < len(rows)).float()
-        filled = torch.cat([rows, rows[:1].expand(size - len(rows))])
+        filled = torch.cat([rows, rows[:1].expand(size - len(rows))]) - self.firsts[part]
         for i, draw in enumerate(self.draws):
-            yield (step + i) % self.num_updates, Microbatch(turn=turn, draw=draw, rows=filled, weight=weight)
+            yield (step + i) % self.num_updates, Microbatch(part=part, turn=turn, draw=draw, rows=filled, weight=weight)
 
 
 def update(
-    policy: Policy,
-    optimizer: torch.optim.Optimizer,
-    objective: Objective,
-    rollout: Rollout,
-    advantages: Tensor | Iterable[Tensor],
-    config: Config,
-    ranks: Ranks,
-) -> dict[str, float]:
+    policy: Policy, optimizer: torch.optim.Optimizer, objective: Objective, rollout: Rollout | Rollouts,
+    advantages: Tensor | Iterable[Tensor], config: Config, ranks: Ranks,
+) -> dict[str, float]:  # fmt: skip
     """Make the optimizer steps of an iteration; returns diagnostics over all ranks' transitions, and their number.
 
     advantages: (N, K) of this rank's trajectories, or those of group after group as they become known: what is known is
@@ -101,9 +101,9 @@ def update(
         losses = [torch.zeros((), device=policy.device)]
         for microbatch in even_out(waiting if number else first(), rollout, config, ranks):
             with phase("forward, backward"):
-                loss, diagnostics = objective.loss(
-                    policy, rollout, microbatches.advantages, microbatch, is_first_update=number == 0
-                )
+                part, known = rollout.parts[microbatch.part], microbatches.of_parts[microbatch.part]
+                alike, is_first = policy.at(part.shape), number == 0
+                loss, diagnostics = objective.loss(alike, part, known, microbatch, is_first_update=is_first)
                 loss.backward()
             losses.append(loss.detach())
             tally.add(diagnostics, microbatch.weight.count_nonzero().item())

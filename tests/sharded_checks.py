@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 from flux2_parts import MAX_TEXT_TOKENS, save_tiny
+from mixed_sizes import SQUARE, TALL, WIDE, evaluated, of_sizes
 from sharded_parts import assert_equal_bits, inputs, perturb, velocities_and_gradients
 from sharded_state import (
     check_best,
@@ -52,7 +53,7 @@ from mteditflow.config import (
 )
 from mteditflow.config.distributed import DistributedConfig
 from mteditflow.data import training_tasks
-from mteditflow.distributed import Ranks
+from mteditflow.distributed import Ranks, alone
 from mteditflow.objective import build_objective
 from mteditflow.policy import Policy, build_policy
 from mteditflow.policy.optimizer import build_optimizer
@@ -158,6 +159,27 @@ def check_unequal(place: Place) -> None:
     assert_equal_bits(*after)
 
 
+def check_sizes(place: Place) -> None:
+    """Ranks whose pictures have other sizes make as many forward passes, in rollout, update and evaluation, with the
+    bits of a base that is not cut.
+    """
+    after, ranks = [], place.ranks
+    for shard in ("full", "none"):
+        config = small_run(place, shard)
+        mesh, objective = make_mesh(config.distributed, ranks), build_objective(config)
+        policy = build_policy(config.model, config.lora, 0, has_old=False, mesh=mesh)
+        perturb(policy, "current")
+        tasks = of_sizes(training_tasks(config, 0, ranks), [[WIDE], [SQUARE]][ranks.rank])
+        rollout = join(sample_waves(policy, objective, tasks, config, 0, ranks))
+        advantages = torch.tensor([[1.0], [-1.0]])
+        update(policy, build_optimizer(policy, config), objective, rollout, advantages, config, ranks)
+        many = replace(config, rollout=replace(config.rollout, num_tasks=5))
+        sessions = of_sizes(training_tasks(many, 0, alone()), [WIDE, SQUARE, SQUARE, TALL, WIDE])
+        found = evaluated(policy, many, sessions, ranks)
+        after.append([*policy.adapters.state("current").values(), found.consistency, found.images])
+    assert_equal_bits(*after)
+
+
 def check_run(place: Place, objective: Any, lora: LoraConfig, tolerance: float, **fields: Any) -> None:
     """A whole run, its evaluations, the base's error, checkpoint and export, has the metrics of one that is not cut."""
     lines, evaluations = [], []
@@ -246,6 +268,7 @@ def check_full(place: Place, base: str, targets: tuple[str, ...] = ()) -> None:
 Check = Callable[[Place], None]
 MODELS: dict[str, Check] = {
     "unequal": check_unequal,
+    "sizes": check_sizes,
     "klein": partial(check_family, folder="klein", max_text_tokens=MAX_TEXT_TOKENS["klein"]),
     "qwen": partial(check_family, folder="qwen", vision_pixels=4096, max_text_tokens=5, cfg_scale=4.0),
     "run_lora": partial(check_run, objective="grpo", lora=LORA, tolerance=0.0, base="float8"),

@@ -40,7 +40,7 @@ def test_shapes(folders: dict[str, Path], variant: str) -> None:
     policy = build(config_of(folders[variant], condition=(32, 48), vision_pixels=4096, max_text_tokens=9))
     assert (policy.num_tokens, policy.num_condition_tokens, policy.num_channels) == (4 * 6, 2 * 3, 16)
     # 4096 pixels of 64 x 96's aspect are 52 x 78, 64 x 64 in whole tiles of 32, 56 x 56 in tiles of 28: 2 x 2 tokens.
-    assert editor_of(policy).vision_size == (64, 64)
+    assert editor_of(policy).vision_sizes == [(64, 64)]
     # <|vision_start|>, 4 tokens, <|vision_end|>; before it 'Picture 1: ' of 5 tokens where there may be several; after
     # the instruction <|im_end|>, line, <|im_start|>, 'assistant', line.
     picture = 0 if variant == "edit" else 5
@@ -58,8 +58,8 @@ def test_shapes(folders: dict[str, Path], variant: str) -> None:
 
 
 def test_the_stock_sizes_are_the_default(folders: dict[str, Path]) -> None:
-    assert editor_of(build(config_of(folders["edit"], (64, 64), vision_pixels=0))).vision_size == (1024, 1024)
-    assert editor_of(build(config_of(folders["2511"], (64, 64), vision_pixels=0))).vision_size == (384, 384)
+    assert editor_of(build(config_of(folders["edit"], (64, 64), vision_pixels=0))).vision_sizes == [(1024, 1024)]
+    assert editor_of(build(config_of(folders["2511"], (64, 64), vision_pixels=0))).vision_sizes == [(384, 384)]
 
 
 @pytest.mark.parametrize("variant", tiny_qwen.VARIANTS)

@@ -218,6 +218,7 @@ def test_rows_of_zero_advantage_are_not_run(config: Config, name: str, monkeypat
 def test_microbatches_are_filled(wanted: list[int], size: int, expected: list[tuple[list[int], list[int]]]) -> None:
     """Whole ones keep the rollout's size: a repeated row of weight 0 fills them up."""
     rollout: Any = SimpleNamespace(group=wanted, turns=[None], schedule=None)
+    rollout.parts = (rollout,)
     objective: Any = SimpleNamespace(draws=lambda schedule: [0])
     config = change(Config(), "optimizer", microbatch_size=size)
     advantages = torch.tensor(wanted).float()[:, None]

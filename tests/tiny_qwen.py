@@ -127,7 +127,7 @@ def build_pipeline(variant: str, prompts: Sequence[str], seed: int = 0) -> Any:
     family = QwenImageEditPipeline if variant == "edit" else QwenImageEditPlusPipeline
     parts = ("scheduler", "vae", "text_encoder", "tokenizer", "processor", "transformer")
     template: str = family(**dict.fromkeys(parts)).prompt_template_encode  # pyright: ignore[reportArgumentType]
-    tokens = tokenizer([template.replace("{}", PICTURE), *prompts])
+    tokens = tokenizer([template.replace("{}", PICTURE.format(1) + PICTURE.format(2)), *prompts])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         pipeline = family(

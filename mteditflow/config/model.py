@@ -1,8 +1,9 @@
 """The settings of the editor, and of what is trained of it."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from mteditflow.config.ranges import Count, Pixels, Range, check_ranges, require
 
@@ -74,6 +75,17 @@ class ModelConfig:
     def condition_size(self) -> tuple[int, int]:
         """Height and width at which the image that is edited is encoded."""
         return self.condition_height or self.height, self.condition_width or self.width
+
+    def at(self, height: int, width: int) -> Self:
+        """Return the settings of an edit of another size; a condition of its own size keeps its area, at the edit's
+        aspect.
+        """
+        if (height, width) == (self.height, self.width):
+            return self
+        area = math.prod(self.condition_size) if self.condition_size != (self.height, self.width) else 0
+        sides = (math.sqrt(area * height / width), math.sqrt(area * width / height))
+        tall, wide = (max(1, round(side / 16)) * 16 if area else 0 for side in sides)
+        return replace(self, height=height, width=width, condition_height=tall, condition_width=wide)
 
 
 @dataclass(frozen=True, kw_only=True)

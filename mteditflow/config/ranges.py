@@ -27,7 +27,8 @@ class Range:
 
 Share = Annotated[float, Range(0, 1)]
 Weight = Annotated[float, Range(0, 1000)]
-Pixels = Annotated[int, Range(16, 8192, step=16)]
+PIXELS = Range(16, 8192, step=16)
+Pixels = Annotated[int, PIXELS]
 Count = Annotated[int, Range(1, 1_000_000)]
 CountOrNone = Annotated[int, Range(0, 1_000_000)]
 Turns = Annotated[int, Range(1, 10)]

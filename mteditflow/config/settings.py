@@ -1,11 +1,24 @@
 """Every setting of a run. The defaults are the main job on the embedded editor, as configs/mini.yaml says."""
 
-from dataclasses import dataclass, field
-from typing import Annotated, Literal
+import re
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Literal, Self
 
 from mteditflow.config.distributed import DistributedConfig
 from mteditflow.config.model import EMBEDDED, LoraConfig, ModelConfig
-from mteditflow.config.ranges import Count, CountOrNone, Range, Rate, Seed, Share, Turns, Weight, check_ranges, require
+from mteditflow.config.ranges import (
+    PIXELS,
+    Count,
+    CountOrNone,
+    Range,
+    Rate,
+    Seed,
+    Share,
+    Turns,
+    Weight,
+    check_ranges,
+    require,
+)
 from mteditflow.config.reward import RewardConfig
 
 BOARDS = ("wandb", "trackio")
@@ -29,7 +42,11 @@ class DataConfig:
     """Share of the images of data.path that is held out, by a hash of their names, where data.held_out is empty; at
     least one image."""
     fit: Literal["crop", "stretch"] = "crop"
-    """How a picture becomes model.width x model.height: its largest centred part, or all of it, distorted (EdiVal)."""
+    """How a picture becomes model.width x model.height, or one of the buckets: its largest centred part, or all of it,
+    distorted (EdiVal)."""
+    buckets: tuple[str, ...] = ()
+    """Sizes besides model.width x model.height, WIDTHxHEIGHT in pixels, multiples of 16: a picture takes that of the
+    nearest aspect; empty: none. Ours."""
     num_turns: Turns = 3
     """K, instructions per session (paper: 3); of a user's longer session the first K, shorter ones are left out."""
     seed: Seed = 0
@@ -41,6 +58,21 @@ class DataConfig:
         require(is_told, "data.path", self.path, f"must be {EMBEDDED!r}, or where your sessions are")
         is_had = self.path != EMBEDDED or not self.held_out
         require(is_had, "data.held_out", self.held_out, "the embedded world has its own: must be empty")
+        has_sizes = self.path != EMBEDDED or not self.buckets
+        require(has_sizes, "data.buckets", self.buckets, "the embedded world's pictures have one size: must be empty")
+        for text in self.buckets:
+            require(_is_size(text), "data.buckets", text, f"must be WIDTHxHEIGHT, such as 624x416, each {PIXELS}")
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """Height and width of each bucket."""
+        return tuple((int(height), int(width)) for width, height in (text.split("x") for text in self.buckets))
+
+
+def _is_size(text: str) -> bool:
+    return bool(re.fullmatch(r"\d{1,5}x\d{1,5}", text, re.ASCII)) and all(
+        int(side) in PIXELS for side in text.split("x")
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -324,6 +356,20 @@ class Config:
         is_measured = weight == 0 or self.reward.consistency != "none"
         remedy = "reward.consistency is 'none', so that there is nothing to weigh: must be 0"
         require(is_measured, "advantage.consistency_weight", weight, remedy)
+        group = self.rollout.group_size
+        for section in ("rollout", "optimizer"):
+            rows = getattr(self, section).microbatch_size
+            remedy = f"with data.buckets it has trajectories of one group: must divide rollout.group_size, {group}"
+            require(not self.data.buckets or group % rows == 0, f"{section}.microbatch_size", rows, remedy)
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """Height and width that a picture may take: the model's, and those of data.buckets."""
+        return tuple(dict.fromkeys([(self.model.height, self.model.width), *self.data.sizes]))
+
+    def at(self, height: int, width: int) -> Self:
+        """Return the config of a run in which all pictures have one of the sizes."""
+        return replace(self, model=self.model.at(height, width), data=replace(self.data, buckets=()))
 
     @property
     def num_held_out_turns(self) -> int:

@@ -5,6 +5,7 @@ alone, so a resume sees what would have come, on any number of ranks.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mteditflow.config import EMBEDDED, Config
@@ -47,6 +48,28 @@ def training_tasks(config: Config, iteration: int, ranks: "Ranks") -> "list[Edit
         return [user_task(config, i) for i in ids]
     num_turns = config.data.num_turns
     return _world_tasks(ids, [make_session(f"{config.data.seed}/{i}", num_turns, held_out=False) for i in ids])
+
+
+def size_shares(config: Config) -> dict[tuple[int, int], float]:
+    """Say how large a share of the training pictures takes each of `config.sizes`, by the headers of some of them; each
+    takes as much where data.path is not on this machine.
+    """
+    if len(config.sizes) == 1 or not Path(config.data.path).exists():
+        return dict.fromkeys(config.sizes, 1 / len(config.sizes))
+    from mteditflow.data.userdata import measure_shares
+
+    return measure_shares(config.data, config.sizes)
+
+
+def count_references(config: Config) -> tuple[float, int]:
+    """Count the reference images of a training session, on average, and of any session at the most; none where
+    data.path is not on this machine.
+    """
+    if config.data.path == EMBEDDED or not Path(config.data.path).exists():
+        return 0.0, 0
+    from mteditflow.data.userdata import reference_counts
+
+    return reference_counts(config.data, config.num_held_out_turns)
 
 
 def all_instructions(config: Config) -> set[str]:

@@ -73,14 +73,14 @@ def read_images(sessions: Sessions) -> tuple[list[tuple[int, int]], list[Fault]]
     faults, model, console = [], ModelConfig(), Console(stderr=True)  # damage shows at any size
     shown = track(sessions.found, "reading images", console=console, transient=True, disable=not console.is_terminal)
     for session in shown:
-        if session.image not in known:
-            try:
-                known[session.image] = see(session, DataConfig().fit, height=model.height, width=model.width).size
-            except ValueError as error:
-                known[session.image] = str(error)
-        found = known[session.image]
-        if isinstance(found, str):
-            faults.append(Fault(place=session.place, kind="image", text=f"{session.image}: {found}"))
+        for name, read in session.readers:
+            if name not in known:
+                try:
+                    known[name] = see(read, DataConfig().fit, [(model.height, model.width)]).size
+                except ValueError as error:
+                    known[name] = str(error)
+        damaged = [(name, known[name]) for name, _ in session.readers if isinstance(known[name], str)]
+        faults += [Fault(place=session.place, kind="image", text=f"{name}: {text}") for name, text in damaged[:1]]
     return [size for size in known.values() if not isinstance(size, str)], faults
 
 

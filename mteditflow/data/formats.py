@@ -27,7 +27,17 @@ from mteditflow.data.published import (
     turn_record,
 )
 from mteditflow.data.rows import GZIP, Read, csv_rows, find_unused, json_rows
-from mteditflow.data.sessions import Entry, Folder, RowError, Sessions, image_name, make_sessions, read_each
+from mteditflow.data.sessions import (
+    Entry,
+    Folder,
+    RowError,
+    Sessions,
+    find_all,
+    image_name,
+    image_names,
+    make_sessions,
+    read_each,
+)
 from mteditflow.data.tables import IMAGE_FIELDS, choose_split, read_hub, read_parquet, read_saved, read_shards
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # imagefolder's; the first is ours, too
@@ -129,7 +139,7 @@ def _read_records(rows: Iterable[tuple[str, Read]], folder: Folder, image_fields
 
     def parse(place: str, record: Mapping[str, Any]) -> Entry:
         unused[place] = find_unused([name for name in record if name not in image_fields[1:]], "field")
-        return record, partial(folder.find, image_name(record, image_fields))
+        return record, partial(find_all, folder, image_names(record, image_fields))
 
     def parse_turns(rows: list[Row]) -> Entry:
         record, first = turn_record(rows)

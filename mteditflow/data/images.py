@@ -5,7 +5,8 @@ cropped or stretched to the model's shape, and resized by Lanczos with antialias
 have colours of their own, which resizing would mix in.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -178,6 +179,11 @@ def frame_of(size: tuple[int, int], *, height: int, width: int, fit: Fit) -> Box
     x = max(0.0, (1 - width / scale / size[0]) / 2)
     y = max(0.0, (1 - height / scale / size[1]) / 2)
     return (x, y, 1 - x, 1 - y)
+
+
+def nearest_size(size: tuple[int, int], sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Choose the (height, width) whose aspect is nearest, by ratio, to that of a picture of `size` (width, height)."""
+    return min(sizes, key=lambda one: abs(math.log(size[0] / size[1] * one[0] / one[1])))
 
 
 def fit_picture(picture: Image.Image, *, height: int, width: int, fit: Fit) -> Fitted:

@@ -2,6 +2,9 @@
 
     {"image": "dog.jpg", "instructions": ["Remove the ball", "Change the background to a beach"]}
     {"image": "dog.jpg", "prompt": "Remove the ball"}                                              K = 1
+    {"images": ["dog.jpg", "hat.png"], "prompt": "Put the hat of image 2 on the dog"}
+
+Of `images` the first is edited, and the others are references, which every turn is given as they are.
 
 Optional: `edit_types` (K texts), `untouched_objects` (K lists of what no instruction so far touches), `objects` (all of
 the image). An object is a name or {"name": ..., "box": [left, top, right, bottom]}, the box in shares of the image's
@@ -12,7 +15,7 @@ name. Every reader of a format makes such a record; what is wrong with one is a 
 import hashlib
 import os
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,10 +23,10 @@ from typing import Any, Literal, TypeVar
 
 from PIL import Image
 
-from mteditflow.data.images import read_picture
+from mteditflow.data.images import read_picture, read_size
 from mteditflow.types import Box, Region
 
-FIELDS = ("image", "instructions", "prompt", "edit_types", "objects", "untouched_objects")
+FIELDS = ("image", "images", "instructions", "prompt", "edit_types", "objects", "untouched_objects")
 MAX_BAD_SHARE = 0.05  # of the sessions, with an unreadable line or image, above which a run stops
 MAX_LETTERS = 10_000  # of an instruction or a name: more is a file in the wrong cell
 SHOWN_LETTERS = 80  # of a value in a message
@@ -32,8 +35,10 @@ Picture = Path | Callable[[], Path | bytes]
 """A file, or what reads the picture inside a table."""
 R = TypeVar("R")
 Kind = Literal["line", "fields", "image", "path"]
-Located = tuple[str, Picture]
-"""An image's name, and the image."""
+Reference = tuple[str, Path]
+"""Name and file of an image that every turn is given beside the one that is edited."""
+Located = tuple[str, Picture, *tuple[Reference, ...]]
+"""An image's name, the image, and its references."""
 Entry = tuple[Mapping[str, Any], Callable[[], Located]]
 """A record, and what finds its image. ValueError where it is not there."""
 
@@ -55,7 +60,7 @@ class Folder:
     root: Path
     allowed: Path
 
-    def find(self, name: str) -> Located:
+    def find(self, name: str) -> Reference:
         """Find the picture that a row names: its name, which is one however it is spelt, and its file, as `file`."""
         file = self.file(name)
         return unicodedata.normalize("NFC", Path(os.path.relpath(file, self.root)).as_posix()), file
@@ -87,6 +92,7 @@ class UserSession:
     edit_types: tuple[str, ...]
     objects: tuple[Region, ...]  # of the source, or () where unknown
     untouched: tuple[tuple[Region, ...], ...]  # K, or () where unknown
+    references: tuple[Reference, ...] = ()
 
     @property
     def file(self) -> Path | None:
@@ -96,11 +102,20 @@ class UserSession:
     @property
     def key(self) -> str:
         """What the session is, wherever the data lie and in whatever order."""
-        return digest("\n".join([self.image, *self.instructions]))
+        return digest("\n".join([self.image, *(name for name, _ in self.references), *self.instructions]))
 
     def read(self) -> Image.Image:
         """Read the image, as `read_picture` does. ValueError in one line where it cannot be read."""
         return read_picture(self.picture if isinstance(self.picture, Path) else self.picture())
+
+    @property
+    def readers(self) -> list[tuple[str, Callable[[], Image.Image]]]:
+        """Names of the image and its references, and what reads each as `read`."""
+        return [(self.image, self.read), *((name, partial(read_picture, file)) for name, file in self.references)]
+
+    def read_size(self) -> tuple[int, int]:
+        """Read the image's width and height, from its header. ValueError as `read`."""
+        return read_size(self.picture if isinstance(self.picture, Path) else self.picture())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,10 +201,10 @@ def make_session(place: str, record: Mapping[str, Any], locate: Callable[[], Loc
     if "untouched_objects" in fields and not is_one_each:
         raise ValueError(f"untouched_objects must be {num_turns} lists, one for each instruction")
     untouched = tuple(tuple(_region(value, "untouched_objects", objects) for value in turn) for turn in turns)
-    image, picture = locate()
+    image, picture, *references = locate()
     return UserSession(
         place=place, image=image, picture=picture, instructions=instructions, edit_types=edit_types, objects=objects,
-        untouched=untouched,
+        untouched=untouched, references=tuple(references),
     )  # fmt: skip
 
 
@@ -199,6 +214,26 @@ def image_name(record: Mapping[str, Any], names: tuple[str, ...] = ("image",)) -
     if not found or not isinstance(found[0], str) or not found[0].strip():
         raise ValueError(f"must have {names[0]}, the path of a picture")
     return check_text(found[0], names[0])
+
+
+def image_names(record: Mapping[str, Any], names: tuple[str, ...] = ("image",)) -> list[str]:
+    """Take the images that a record names: the one that is edited, then its references. ValueError where it names none,
+    or in two ways.
+    """
+    several = record.get("images")
+    if several is None:
+        return [image_name(record, names)]
+    if any(record.get(name) is not None for name in names):
+        raise ValueError(f"must have either {names[0]}, or images, a list of paths of which the first is edited")
+    if not isinstance(several, list) or not several:
+        raise ValueError("images must be a list of paths of pictures, of which the first is edited")
+    return [image_name({"images": name}, ("images",)) for name in several]
+
+
+def find_all(folder: Folder, names: Sequence[str]) -> Located:
+    """Find the picture that is edited, and its references. RowError where one is not there."""
+    (name, picture), *references = [folder.find(name) for name in names]
+    return name, picture, *references
 
 
 def check_text(text: str, name: str) -> str:

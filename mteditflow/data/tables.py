@@ -109,6 +109,8 @@ def _read_table(table: Any, name: str, folder: Folder | None) -> Sessions:
     unused = tuple(sorted(set(columns) - used)) if is_by_turn else find_unused(is_known, "column")
     if image not in columns or not {"instructions", "prompt", "instruction"} & used & set(columns):
         raise ValueError(f"has columns {', '.join(columns)}: needs image, and instructions or prompt")
+    if "images" in columns and not is_by_turn:
+        raise ValueError("has a column images: sessions of several images are read from a .jsonl")
     is_path = getattr(table.features[image], "dtype", "") in ("string", "large_string")
     if is_path and folder is None:
         raise ValueError(f"has texts in its column {image}: pictures of a hub data set must be in the set itself")

@@ -9,17 +9,22 @@ The slot is the task's id: two tasks of a step have different noise even where t
 """
 
 import sys
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import cache, lru_cache
+
+from PIL import Image
 
 from mteditflow.config import Config, DataConfig
 from mteditflow.config.errors import printable
 from mteditflow.config.ranges import require
 from mteditflow.data.formats import read_sessions
-from mteditflow.data.images import Fit, Fitted, crop_region, fit_picture
+from mteditflow.data.images import Fit, Fitted, crop_region, fit_picture, nearest_size
 from mteditflow.data.sessions import MAX_BAD_SHARE, Sessions, UserSession, digest
 from mteditflow.types import EditTask
 
+NUM_MEASURED = 1000  # pictures whose headers a plan reads
 MAX_NAMED = 10  # faults, or images that are held out, that are printed; `mteditflow data check` prints all faults
 MANY_IMAGES = 200  # of which a share of 0.1 by hashes alone is 20 give or take 4
 
@@ -53,11 +58,13 @@ def _say(text: str) -> None:
     print(f"mteditflow: {printable(text)}", file=sys.stderr)
 
 
-def see(session: UserSession, fit: Fit, *, height: int, width: int) -> Fitted:
-    """Read a session's image and bring it to the size of the model: in a run and in the check. ValueError where it is
-    damaged.
+def see(read: Callable[[], Image.Image], fit: Fit, sizes: Sequence[tuple[int, int]]) -> Fitted:
+    """Read an image and bring it to that of the sizes, (height, width), whose aspect is nearest: in a run and in the
+    check. ValueError where it is damaged.
     """
-    return fit_picture(session.read(), height=height, width=width, fit=fit)
+    picture = read()
+    height, width = nearest_size(picture.size, sizes)
+    return fit_picture(picture, height=height, width=width, fit=fit)
 
 
 class Source:
@@ -87,20 +94,24 @@ class Source:
         """Make the task of a session, reading its image; None where the image is damaged, which is said once."""
         if session.place in self._damaged:
             return None
-        try:
-            seen = see(session, config.data.fit, height=config.model.height, width=config.model.width)
-        except ValueError as error:
-            self._damaged[session.place] = f"{session.image}: {error}"
-            _say(f"skipped {session.place}: image {session.image}: {error}")
-            self._check()
-            return None
+        fitted = list[Fitted]()
+        for name, read in session.readers:
+            try:
+                fitted.append(see(read, config.data.fit, config.sizes))
+            except ValueError as error:
+                self._damaged[session.place] = f"{name}: {error}"
+                _say(f"skipped {session.place}: image {name}: {error}")
+                self._check()
+                return None
+        seen, *references = fitted
         objects, *untouched = [
             tuple(region for region in (crop_region(region, seen.frame) for region in regions) if region)
             for regions in (session.objects, *session.untouched[: self.num_turns])
         ]
         return EditTask(
-            id=task_id, source=seen.image, instructions=session.instructions[: self.num_turns],
-            edit_types=session.edit_types[: self.num_turns], objects=objects, untouched=tuple(untouched),
+            id=task_id, source=seen.image, references=tuple(picture.image for picture in references),
+            instructions=session.instructions[: self.num_turns], edit_types=session.edit_types[: self.num_turns],
+            objects=objects, untouched=tuple(untouched),
         )  # fmt: skip
 
 
@@ -185,6 +196,27 @@ def user_task(config: Config, slot: int) -> EditTask:
         if task:
             return task
     raise ValueError(f"data.path is {source.path!r}: none of its {num} images can be read")
+
+
+@cache
+def measure_shares(data: DataConfig, sizes: tuple[tuple[int, int], ...]) -> dict[tuple[int, int], float]:
+    """Count which of the sizes pictures take, of up to NUM_MEASURED training sessions in the order of the first epoch;
+    those of damaged pictures aside. ValueError where none can be read.
+    """
+    source, counts = training_source(data), Counter[tuple[int, int]]()
+    for session in _in_order(source, f"{data.seed}/0")[:NUM_MEASURED]:
+        with suppress(ValueError):  # which a run would pass over, too
+            counts[nearest_size(session.read_size(), sizes)] += 1
+    require(bool(counts), "data.path", data.path, f"none of the first {NUM_MEASURED} images can be read")
+    return {size: counts[size] / counts.total() for size in sizes}
+
+
+@cache
+def reference_counts(data: DataConfig, num_held_out_turns: int) -> tuple[float, int]:
+    """Count the references of a training session, on average, and of any session at the most."""
+    training, held_out = training_source(data).sessions, held_out_source(data, num_held_out_turns).sessions
+    mean = sum(len(session.references) for session in training) / len(training)
+    return mean, max(len(session.references) for session in [*training, *held_out])
 
 
 def held_out_user_tasks(config: Config) -> list[EditTask]:

@@ -50,7 +50,14 @@ from mteditflow.evaluate.lora_files import (
 )
 from mteditflow.evaluate.parts import PartFolder
 from mteditflow.objective import build_objective
-from mteditflow.policy import AdapterName, Policy, build_policy, configured_family, linear_shapes
+from mteditflow.policy import (
+    AdapterName,
+    Policy,
+    build_policy,
+    check_references,
+    configured_family,
+    linear_shapes,
+)
 from mteditflow.policy.lora_file import padded_state
 from mteditflow.record.figures import read_figures
 from mteditflow.record.files import check_folder, read_json, write_json
@@ -93,6 +100,7 @@ def check(config: Config, *, is_main: bool, is_training: bool) -> None:
         check_folder(Path(config.run.folder), "run.folder")
     check_data(config, is_speaking=is_main)
     configured_family(config.model)
+    check_references(config)
 
 
 def evaluate_all(subjects: list[Subject], out: Path, config: Config, ranks: Ranks) -> None:

@@ -32,7 +32,7 @@ class Evaluation:
     consistency: Tensor
     valid: Tensor  # (n,) bool
     edit_types: list[tuple[str, ...]]
-    images: Tensor  # (K, num_strips, 3, H, W)
+    images: Tensor  # (K, num_strips, 3, H, W); a picture that is smaller stands at the left and the top
     num_steps: int  # denoising steps per turn
     drift: Tensor | None = None  # (n, K, 6), record/drift.py; NaN where unknown; None: an older file
     num_whole: int = 0  # sessions of which nobody knows what is untouched: their drift is that of the whole picture

@@ -5,6 +5,7 @@ is the exact verifier's, whatever reward trains; for tasks without a known truth
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
@@ -27,6 +28,8 @@ from mteditflow.evaluate.parts import (
     Part,
     PartFolder,
     Round,
+    cut_sessions,
+    join_images,
     make_rounds,
     one_behind,
     part_size,
@@ -43,7 +46,7 @@ from mteditflow.reward import CONSISTENCY, INSTRUCTION
 from mteditflow.reward.exact import grade_pictures, measure_consistency, quality, read_rollout
 from mteditflow.reward.overlap import Overlap
 from mteditflow.rollout import Sampler
-from mteditflow.types import EditTask, Rollout, Scores
+from mteditflow.types import EditTask, Rollout, Scores, Shape
 
 MAY_DIFFER = ("evaluation.every", "evaluation.num_sessions_short", "data.num_turns", "data.seed")
 """Fields of `data` and `evaluation` that do not touch the evaluations before and after training."""
@@ -71,20 +74,20 @@ def evaluate(
     size = part_size(len(tasks), config.rollout.microbatch_size)
     score = partial(partial, _by_truth) if has_truth(tasks) else judge and judge.start
     assert score is not None, "tasks without truth need a judge"
-    cuts = [tasks[first : first + size] for first in range(0, len(tasks), size)]
+    cuts = cut_sessions(tasks, size)
     gathered = Gathered(ranks, folder, config.run.num_judged if see else 0)
     missing = {number: len(cut) for number, cut in enumerate(cuts) if number not in gathered.parts}
     rounds = make_rounds(missing, ranks, is_in_step=config.distributed.shard != "none")
 
     def start() -> Iterator[tuple[Round, Callable[[], Part] | None]]:
         """Roll out this rank's part of every round, and have it judged."""
-        mine = [[] if round_.mine is None else cuts[round_.mine] for round_ in rounds]
+        mine = [[] if round_.mine is None else [tasks[n] for n in cuts[round_.mine]] for round_ in rounds]
         rollouts = _roll_out(policy, mine, max(1, NUM_TOGETHER // size), config)
         for round_, rollout in zip(rounds, rollouts, strict=True):
             if rollout is None or round_.mine is None or not round_.is_wanted:
                 yield round_, None
                 continue
-            num_images = max(0, config.evaluation.num_strips - round_.mine * size)
+            num_images = sum(n < config.evaluation.num_strips for n in cuts[round_.mine])  # its first
             yield round_, partial(_make_part, rollout, score(rollout), num_images, gathered.num_seen)
 
     with policy.adapters.use(adapter):
@@ -95,7 +98,7 @@ def evaluate(
     if see is not None:
         see(gathered.seen)
     try:
-        return _join([gathered.parts[number] for number in range(len(cuts))], tasks, config)
+        return _join([gathered.parts[number] for number in range(len(cuts))], cuts, tasks, config)
     except ValueError:
         if folder is not None and ranks.is_main:
             folder.remove()  # its judge will be another when it has been mended
@@ -105,24 +108,25 @@ def evaluate(
 def _roll_out(
     policy: Policy, cuts: list[list[EditTask]], num_together: int, config: Config
 ) -> Iterator[Rollout | None]:
-    """Roll out the sessions of one part after the other, None where a part has none; those of `num_together` parts are
-    encoded together, for which text encoders may have to come to the GPU.
+    """Roll out the sessions of one part after the other, None where a part has none; those of `num_together` parts that
+    have one shape are encoded together, for which text encoders may have to come to the GPU.
     """
-    schedule = make_schedule(policy.sigmas(config.evaluation.num_steps))
     for first in range(0, len(cuts), num_together):
-        together, done = cuts[first : first + num_together], 0
-        sampler: Sampler | None = None
+        together, samplers, done = cuts[first : first + num_together], dict[Shape, Sampler](), Counter[Shape]()
         for cut in together:
             if not cut:
                 yield None
                 continue
-            sampler = sampler or Sampler(
-                policy, [task for part in together for task in part], schedule, EVALUATION, config.rollout,
-                num_turns=config.num_held_out_turns, group_size=1, cfg_scale=config.model.cfg_scale,
-            )  # fmt: skip
+            shape = cut[0].shape
+            if shape not in samplers:
+                alike = [task for part in together for task in part if task.shape == shape]
+                samplers[shape] = Sampler(
+                    policy, alike, make_schedule(policy.at(shape).sigmas(config.evaluation.num_steps)), EVALUATION,
+                    config.rollout, num_turns=config.num_held_out_turns, group_size=1, cfg_scale=config.model.cfg_scale,
+                )  # fmt: skip
             rows = torch.arange(len(cut))
-            yield replace(sampler(done + rows), tasks=cut, group=rows)
-            done += len(cut)
+            yield replace(samplers[shape](done[shape] + rows), tasks=cut, group=rows)
+            done[shape] += len(cut)
 
 
 def _make_part(rollout: Rollout, wait: Callable[[], Scores], num_images: int, num_seen: int) -> Part:
@@ -137,9 +141,13 @@ def _make_part(rollout: Rollout, wait: Callable[[], Scores], num_images: int, nu
     )  # fmt: skip
 
 
-def _join(parts: list[Part], tasks: list[EditTask], config: Config) -> Evaluation:
-    """Put the parts together. ValueError where more than half of the sessions could not be scored."""
-    valid = torch.cat([part.valid for part in parts])
+def _join(parts: list[Part], cuts: list[list[int]], tasks: list[EditTask], config: Config) -> Evaluation:
+    """Put the parts together, of the sessions at these places. ValueError where more than half of the sessions could
+    not be scored.
+    """
+    order = torch.tensor([n for cut in cuts for n in cut])
+    shown, back = order[order < config.evaluation.num_strips], order.argsort()
+    valid = torch.cat([part.valid for part in parts])[back]
     num_invalid = int((~valid).sum())
     if num_invalid > MAX_INVALID_SHARE * len(valid):
         raise ValueError(
@@ -147,11 +155,12 @@ def _join(parts: list[Part], tasks: list[EditTask], config: Config) -> Evaluatio
             f"{MAX_INVALID_SHARE:.0%}: look at the reward, judge {config.reward.judge!r}"
         )
     return Evaluation(
-        verdict=torch.cat([part.verdict for part in parts]), valid=valid,
-        consistency=torch.cat([part.consistency for part in parts]),
-        images=torch.cat([part.images for part in parts], dim=1),
+        verdict=torch.cat([part.verdict for part in parts])[back], valid=valid,
+        consistency=torch.cat([part.consistency for part in parts])[back],
+        images=join_images([part.images for part in parts if part.images.shape[1]])[:, shown.argsort()],
         edit_types=[task.edit_types for task in tasks], num_steps=config.evaluation.num_steps,
-        drift=torch.cat([part.drift for part in parts]), num_whole=sum(not knows_untouched(task) for task in tasks),
+        drift=torch.cat([part.drift for part in parts])[back],
+        num_whole=sum(not knows_untouched(task) for task in tasks),
     )  # fmt: skip
 
 

@@ -277,6 +277,9 @@ def _add(total: Any, value: Any) -> None:
     if isinstance(value, Tensor):
         total.update(f"{value.dtype} {tuple(value.shape)}".encode())
         total.update(value.detach().cpu().contiguous().numpy().tobytes())
+    elif isinstance(value, tuple) and any(isinstance(part, Tensor) for part in value):
+        for part in value:
+            _add(total, part)
     elif dataclasses.is_dataclass(value):
         for field in dataclasses.fields(value):
             total.update(field.name.encode())

@@ -16,11 +16,14 @@ from typing import Any, TypeVar
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from mteditflow.distributed import Ranks
 from mteditflow.record.files import read_json, replace_file, write_json
 from mteditflow.report.seen import Seen, choose
+from mteditflow.types import EditTask, Shape
 
 T = TypeVar("T")
 
@@ -35,7 +38,7 @@ class Part:
     verdict: Tensor  # (n, K) bool
     consistency: Tensor  # (n, K); NaN where undefined
     valid: Tensor  # (n,) bool
-    images: Tensor  # (K, m, 3, H, W): of the first m, which are in the strips
+    images: Tensor  # (K, m, 3, H, W): of its first m, which are in the strips
     drift: Tensor  # (n, K, 6), NaN where unknown
     seen: tuple[Seen, ...] = ()
 
@@ -45,6 +48,21 @@ def part_size(num_sessions: int, microbatch_size: int) -> int:
     the next is made, are in memory at once.
     """
     return max(1, min(NUM_TOGETHER // 2, num_sessions // NUM_PARTS) // microbatch_size) * microbatch_size
+
+
+def cut_sessions(tasks: Sequence[EditTask], size: int) -> list[list[int]]:
+    """Cut sessions into parts of one shape and at most `size`: the places of each, those of a shape in their order."""
+    places: dict[Shape, list[int]] = {}
+    for n, task in enumerate(tasks):
+        places.setdefault(task.shape, []).append(n)
+    return [alike[first : first + size] for alike in places.values() for first in range(0, len(alike), size)]
+
+
+def join_images(images: Sequence[Tensor]) -> Tensor:
+    """Join pictures (K, m, 3, H, W) along m; where sizes differ, smaller ones stand at left and top, on white."""
+    height, width = (max(part.shape[axis] for part in images) for axis in (3, 4))
+    frames = [(0, width - part.shape[4], 0, height - part.shape[3]) for part in images]
+    return torch.cat([pad(part, frame, value=1.0) for part, frame in zip(images, frames, strict=True)], dim=1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -167,6 +167,8 @@ def _notes(card: Card) -> list[str]:
     height, width = card.config.model.condition_size
     family, lora = family_of(card.pipeline), card.config.lora
     notes = [f"{family.note}; it was trained with {width} x {height}."] if family and family.note else []
+    others = " and ".join(f"{wide} x {high}" for high, wide in card.config.data.sizes)
+    notes += [f"It was trained on pictures of {others}, too: give each the size of its aspect."] if others else []
     return notes + ([f"alpha / rank is {lora.alpha} / {lora.rank}, and the file says so."] if card.is_lora else [])
 
 

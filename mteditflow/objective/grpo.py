@@ -80,14 +80,9 @@ class Grpo:
 
 
 def clipped_loss(
-    velocity: Tensor,
-    transitions: Transitions,
-    table: Tensor,
-    config: ObjectiveConfig,
-    ref_velocity: Tensor | None = None,
-    old_velocity: Tensor | None = None,
-    weight: Tensor | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
+    velocity: Tensor, transitions: Transitions, table: Tensor, config: ObjectiveConfig,
+    ref_velocity: Tensor | None = None, old_velocity: Tensor | None = None, weight: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """Loss (0-d) and diagnostics (0-d, detached) of B transitions; the advantage is clamped to +-max_advantage.
 
     `velocity` (B, L, C) at transitions.latents; `ref_velocity` that of the adapter off, needed if kl_beta > 0;
@@ -109,15 +104,12 @@ def transitions(rollout: Rollout, advantages: Tensor, microbatch: Microbatch) ->
     turn, device, step = rollout.turns[microbatch.turn], rollout.schedule.table.device, microbatch.draw
     rows, sigmas = microbatch.rows.to(device), rollout.schedule.sigmas
     return Transitions(
-        condition=turn.condition.rows(rows),
-        latents=turn.latents[step, rows],
-        next_latents=turn.latents[step + 1, rows],
-        step=torch.full_like(rows, step),
-        sigma=sigmas[step].expand(len(rows)),
-        sigma_next=sigmas[step + 1].expand(len(rows)),
+        condition=turn.condition.rows(rows), step=torch.full_like(rows, step),
+        latents=turn.latents[step, rows], next_latents=turn.latents[step + 1, rows],
+        sigma=sigmas[step].expand(len(rows)), sigma_next=sigmas[step + 1].expand(len(rows)),
         old_log_prob=turn.old_log_prob[step, rows],
         advantage=advantages[microbatch.rows, microbatch.turn].to(device),
-    )
+    )  # fmt: skip
 
 
 def old_velocity(t: Transitions, table: Tensor, keys: Tensor) -> Tensor:

@@ -88,8 +88,9 @@ class Nft:
                     reference = policy.velocity(latents, sigma, condition)
         advantage = advantages[microbatch.rows, microbatch.turn].to(clean.device)
         weight = microbatch.weight.to(sigma)
-        velocities = velocity, old_velocity
-        return contrastive_loss(*velocities, clean, fresh, sigma, advantage, self.settings, reference, weight)
+        return contrastive_loss(
+            velocity, old_velocity, clean, fresh, sigma, advantage, self.settings, reference, weight
+        )
 
     def old_decay(self, num_updates: int) -> float:
         """d in old <- d old + (1 - d) current: 0, or rising with the number of optimizer steps."""
@@ -108,16 +109,9 @@ def optimality(advantage: Tensor, max_advantage: float) -> Tensor:
 
 
 def contrastive_loss(
-    velocity: Tensor,
-    old_velocity: Tensor,
-    clean_latents: Tensor,
-    noise: Tensor,
-    sigma: Tensor,
-    advantage: Tensor,
-    config: ObjectiveConfig,
-    ref_velocity: Tensor | None = None,
-    weight: Tensor | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
+    velocity: Tensor, old_velocity: Tensor, clean_latents: Tensor, noise: Tensor, sigma: Tensor, advantage: Tensor,
+    config: ObjectiveConfig, ref_velocity: Tensor | None = None, weight: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """Loss (0-d) and diagnostics (0-d, detached) of B noised edits.
 
     Velocities (B, L, C) at noised(clean_latents, noise, sigma), by the trained adapter, the old one and (needed if

@@ -15,9 +15,10 @@ from mteditflow.guards import GuardError
 from mteditflow.noise import NoiseSource, Place, row_keys
 from mteditflow.objective import Objective
 from mteditflow.plan.duration import batch_plan, num_evaluated_turns, num_short_evaluations
-from mteditflow.plan.flops import forward_flops
+from mteditflow.plan.flops import ForwardFlops, forward_flops, mean_flops
 from mteditflow.plan.memory import num_image_tokens, read_sizes
 from mteditflow.policy import Policy
+from mteditflow.policy.encoding import stack_references
 from mteditflow.types import Condition, EditTask
 
 # Of the miniature on one thread of an AMD EPYC (docs/log.md).
@@ -53,7 +54,8 @@ def num_graphs(config: Config) -> int:
         for size in _chunk_sizes(rows, config.rollout.microbatch_size)
     }
     trained = _chunk_sizes(total, config.optimizer.microbatch_size)
-    return num_classes * (len(sampled | trained) + len(trained)) * (2 if config.model.cfg_scale != 1 else 1)
+    num_passes = 2 if config.model.cfg_scale != 1 else 1
+    return num_classes * (len(sampled | trained) + len(trained)) * num_passes * len(config.sizes)
 
 
 def _chunk_sizes(num_rows: int, size: int) -> set[int]:
@@ -64,8 +66,12 @@ def _seconds_of_blocks(config: Config) -> float:
     """Seconds of one core in the transformer's blocks, by the estimate above."""
     sizes, evaluation, batches = read_sizes(config), config.evaluation, batch_plan(config)
     text_tokens = sizes.family.num_text_tokens(config.model)
-    image_tokens = sum(num_image_tokens(config.model, sizes.family))
-    row = forward_flops(sizes.family, sizes.transformer, text_tokens=text_tokens, image_tokens=image_tokens)
+
+    def count(size: tuple[int, int]) -> ForwardFlops:
+        image_tokens = sum(num_image_tokens(config.model.at(*size), sizes.family))
+        return forward_flops(sizes.family, sizes.transformer, text_tokens=text_tokens, image_tokens=image_tokens)
+
+    row = mean_flops(count, config)
     forwards = batches.rollout_rows + batches.train_forward_rows
     turns = 2 * evaluation.num_sessions * num_evaluated_turns(config)
     turns += num_short_evaluations(config) * evaluation.num_sessions_short * config.num_held_out_turns
@@ -91,8 +97,12 @@ def settle(
     """
     if config.lora.is_full or not (policy.is_compiled or policy.device.type == "cuda"):
         return "as it is"
-    microbatch = first_microbatch(policy, tasks, config)
-    return settle_bits(policy, *microbatch, has_ratio="ratio_error" in objective.worst_figures, ranks=ranks)
+    settled: Settled = "as it is"
+    for size in config.sizes:
+        alike, has_ratio = policy.at((size, *tasks[0].shape[1:])), "ratio_error" in objective.worst_figures
+        found = settle_bits(alike, *first_microbatch(alike, tasks, config), has_ratio=has_ratio, ranks=ranks)
+        settled = settled if found == "as it is" else found
+    return settled
 
 
 def settle_bits(
@@ -145,12 +155,15 @@ def _is_trained_as_sampled(policy: Policy, condition: Condition, latents: Tensor
 
 
 def first_microbatch(policy: Policy, tasks: list[EditTask], config: Config) -> tuple[Condition, Tensor]:
-    """Make the first rows of a rollout, as many as a microbatch has: condition, and latents (B, L, C) of noise."""
+    """Make the first rows of a rollout, at the policy's size, as many as a microbatch has: condition, and latents
+    (B, L, C) of noise.
+    """
     size, has_cfg = config.rollout.group_size, config.rollout.is_guided and config.model.cfg_scale != 1
     rows = [task for task in tasks for _ in range(size)][: config.optimizer.microbatch_size]
     images = torch.stack([task.source for task in rows])
-    text = policy.encode_text([task.instructions[0] for task in rows], images, has_cfg=has_cfg)
-    image = policy.encode_image(images)
+    references, instructions = stack_references(rows), [task.instructions[0] for task in rows]
+    text = policy.encode_text(instructions, images, has_cfg=has_cfg, references=references)
+    image = torch.cat([policy.encode_image(images), *policy.encode_references(references)], dim=1)
     keys = row_keys([task.id for task in rows], torch.arange(len(rows)) % size,
                     NoiseSource(seed=config.run.seed, step=0), turn=0, place=Place.INITIAL_LATENTS)  # fmt: skip
     latents = counter_normal(keys.to(policy.device), (policy.num_tokens, policy.num_channels))

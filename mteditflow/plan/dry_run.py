@@ -10,11 +10,13 @@ import textwrap
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import psutil
 import torch
 
 from mteditflow.config import Config
+from mteditflow.data import size_shares
 from mteditflow.distributed import check_world
 from mteditflow.objective import build_objective
 from mteditflow.plan.duration import (
@@ -24,13 +26,14 @@ from mteditflow.plan.duration import (
     check_timeout,
     duration_plan,
     longest_waits,
+    mean_seconds,
 )
 from mteditflow.plan.estimate import describe, estimate
 from mteditflow.plan.gpus import GPUS, Gpu, Target
 from mteditflow.plan.memory import GIB, Sizes, folder_of, memory_plan, read_sizes
 from mteditflow.plan.sharding import GPUS_PER_NODE
 from mteditflow.plan.traffic import NETWORKS, traffic
-from mteditflow.policy import Policy, build_policy
+from mteditflow.policy import Policy, build_policy, check_references
 from mteditflow.types import Condition
 
 TIMED_ROWS, NUM_TIMINGS = 16, 5
@@ -65,6 +68,7 @@ def dry_run(config: Config, target: Target | None = None) -> Plan:
     ValueError: a model that is not there and whose sizes are not known; a GPU that lacks the precision.
     """
     sizes = read_sizes(config)
+    check_references(config)
     memory = memory_plan(config, sizes)
     check_world(config, config.run.num_gpus)
     total, free = sum(memory.values()), free_gib()
@@ -90,7 +94,9 @@ def dry_run(config: Config, target: Target | None = None) -> Plan:
         durations = {"not measured": "the model is not on this machine; --gpu NAME estimates it for a GPU"}
     else:
         policy = build_policy(config.model, config.lora, config.run.seed, has_old=build_objective(config).has_old)
-        title, measured = "Duration, expected", measure(policy, config)
+        shares = size_shares(config)
+        rows = [(measure(policy.at((size,)), config.at(*size)), share) for size, share in shares.items()]
+        title, measured = "Duration, expected", mean_seconds(rows)
         durations = {part: _duration(value) for part, value in duration_plan(config, measured).items()}
         problem = problem or check_timeout(config, measured)
     sections = {
@@ -100,6 +106,11 @@ def dry_run(config: Config, target: Target | None = None) -> Plan:
         },
         title: durations,
     }
+    if config.data.buckets:
+        how = "" if Path(config.data.path).exists() else ", alike: data.path is not on this machine"
+        sections[f"Sizes of pictures{how}"] = {
+            f"{width} x {height}": f"{share:.0%}" for (height, width), share in size_shares(config).items()
+        }
     if config.run.num_gpus > 1:
         sections["Between GPUs, of an iteration"] = _traffic_rows(config, sizes, target.gpu if target else GPUS["h200"])
         waits = {name: _duration(value) for name, value in _waits(config, sizes).items()}

@@ -4,7 +4,8 @@ The arithmetic is the most that an iteration does: groups without spread are not
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 from mteditflow.config import Config
 from mteditflow.evaluate.parts import part_size
@@ -41,6 +42,19 @@ class RowSeconds:
     encode: float
     text: float = 0.0
     judge: float | None = None
+
+
+def mean_seconds(rows: Sequence[tuple[RowSeconds, float]]) -> RowSeconds:
+    """Average seconds by their shares, which add up to 1."""
+    if len(rows) == 1:
+        return rows[0][0]
+
+    def mean(name: str) -> float:
+        return sum(share * getattr(row, name) for row, share in rows)
+
+    names = [field.name for field in fields(RowSeconds) if field.name != "judge"]
+    judge = None if rows[0][0].judge is None else mean("judge")
+    return RowSeconds(**{name: mean(name) for name in names}, judge=judge)
 
 
 def batch_plan(config: Config) -> Batches:

@@ -16,10 +16,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mteditflow.config import Config
 from mteditflow.config.ranges import require
-from mteditflow.plan.duration import RowSeconds
+from mteditflow.data import count_references, size_shares
+from mteditflow.plan.duration import RowSeconds, mean_seconds
 from mteditflow.plan.flops import forward_flops
 from mteditflow.plan.gpus import Gpu, Span, Target
-from mteditflow.plan.memory import GIB, Sizes, folder_of, num_image_tokens, num_passes
+from mteditflow.plan.memory import GIB, Sizes, folder_of, num_image_tokens, num_passes, num_text_tokens
 from mteditflow.policy.published import MODELS
 from mteditflow.transformer.compiled import is_compiled
 
@@ -41,11 +42,23 @@ QUESTION_TOKENS, IMAGE_TOKENS = 500, 256  # of rubric and instructions, and of a
 
 
 def estimate(config: Config, sizes: Sizes, judge_gib: float, target: Target) -> tuple[RowSeconds, RowSeconds] | None:
-    """Estimate seconds per row, at the slowest and at the fastest; `judge_gib`, of a judge in the process. None: the
-    editor is so small that the GPU would wait for the host.
+    """Estimate seconds per row, at the slowest and at the fastest, averaged over the sizes of pictures; `judge_gib`, of
+    a judge in the process. None: the editor is so small that the GPU would wait for the host.
 
     ValueError: the GPU has no such precision, or what was measured is another.
     """
+    found = {size: _estimate_one_size(config.at(*size), sizes, judge_gib, target) for size in config.sizes}
+    known, shares = {size: both for size, both in found.items() if both}, size_shares(config)
+    if len(known) < len(found):
+        return None
+    slowest, fastest = (mean_seconds([(known[size][end], shares[size]) for size in known]) for end in (0, 1))
+    return slowest, fastest
+
+
+def _estimate_one_size(
+    config: Config, sizes: Sizes, judge_gib: float, target: Target
+) -> tuple[RowSeconds, RowSeconds] | None:
+    """Estimate them where all pictures have the model's size."""
     _check(config, target)
     num_blocks = sizes.transformer["num_layers"] + (sizes.transformer.get("num_single_layers") or 0)
     seconds_of_row, _ = _transformer_seconds(config, sizes, target, 0)
@@ -123,9 +136,10 @@ def _rate(config: Config, gpu: Gpu, end: int) -> float:
 
 def _transformer_seconds(config: Config, sizes: Sizes, target: Target, end: int) -> tuple[float, float]:
     """Seconds of a row's forward pass and of its backward pass, one of each."""
+    mean, _ = count_references(config)
     row = forward_flops(
-        sizes.family, sizes.transformer, text_tokens=sizes.family.num_text_tokens(config.model),
-        image_tokens=sum(num_image_tokens(config.model, sizes.family)),
+        sizes.family, sizes.transformer, text_tokens=num_text_tokens(config.model, sizes.family, mean),
+        image_tokens=sum(num_image_tokens(config.model, sizes.family, mean)),
     )  # fmt: skip
     flops = row.backward_full if config.lora.is_full else row.backward
     if target.measured:
@@ -146,9 +160,9 @@ def _picture_rate(config: Config, gpu: Gpu, end: int) -> float:
 
 def _text_seconds(config: Config, sizes: Sizes, target: Target, end: int) -> float:
     """Seconds of an instruction: every weight of the text encoders on every token; encoders that come and go."""
-    model, num_weights = config.model, sizes.num_text_encoders
+    model, num_weights, (mean, _) = config.model, sizes.num_text_encoders, count_references(config)
     num_texts = 2 if model.cfg_scale != 1 and sizes.family.is_text_of_image else 1
-    seconds = 2 * num_weights * sizes.family.num_text_tokens(model) / (_rate(config, target.gpu, end) * TERA)
+    seconds = 2 * num_weights * num_text_tokens(model, sizes.family, mean) / (_rate(config, target.gpu, end) * TERA)
     is_away, num_bytes = model.text_encoder == "offload", 4 if model.dtype == "float32" else 2
     return num_texts * (seconds + is_away * 2 * num_weights * num_bytes / (HOST_GB_S[end] * 1e9))
 

@@ -7,13 +7,15 @@ once per row (embeddings, modulation) is counted apart; norms, activations and r
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 import torch
 
+from mteditflow.config import Config
+from mteditflow.data import size_shares
 from mteditflow.policy import Family
 from mteditflow.policy.family import width_of
 
@@ -63,6 +65,13 @@ def forward_flops(family: Family, config: Mapping[str, Any], *, text_tokens: int
         attention=4 * width * tokens**2 * num_blocks,
         other=2 * (embeddings + per_row),
     )
+
+
+def mean_flops(count: Callable[[tuple[int, int]], ForwardFlops], config: Config) -> ForwardFlops:
+    """Average a count over the sizes that pictures take, (height, width), by their shares."""
+    rows = [(count(size), share) for size, share in size_shares(config).items()]
+    names = ("linear", "attention", "other")
+    return ForwardFlops(**{name: sum(share * getattr(row, name) for row, share in rows) for name in names})
 
 
 def matmul_ceiling(device: torch.device, dtype: torch.dtype, num_products: int = 10) -> float:

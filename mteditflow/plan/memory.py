@@ -19,6 +19,7 @@ from torch import nn
 
 from mteditflow.config import Config, ModelConfig
 from mteditflow.config.model import MINIATURES
+from mteditflow.data import count_references
 from mteditflow.evaluate.parts import part_size
 from mteditflow.objective import build_objective
 from mteditflow.plan.activations import Kept, Pass, bytes_kept
@@ -123,7 +124,15 @@ def _trained(config: Config, model: nn.Module, family: Family) -> dict[str, int]
 
 
 def memory_plan(config: Config, sizes: Sizes) -> dict[str, float]:
-    """GiB by part, on each of `run.num_gpus` ranks; the sum is what the run needs.
+    """GiB by part, on each of `run.num_gpus` ranks; the sum is what the run needs: for pictures of the size that needs
+    most.
+    """
+    plans = [_plan_one_size(config.at(*size), sizes) for size in config.sizes]
+    return max(plans, key=lambda plan: sum(plan.values()))
+
+
+def _plan_one_size(config: Config, sizes: Sizes) -> dict[str, float]:
+    """GiB by part, where all pictures have the model's size.
 
     What stays: weights; trained weights, gradients and two moments of AdamW, four float32 each, `ema` and NFT's `old`
     one more each; a rollout's latents of S+1 noise levels, conditions and images. Phases follow each other: where
@@ -194,8 +203,9 @@ def _latents(config: Config, sizes: Sizes) -> float:
 
 def _turn(config: Config, sizes: Sizes, num_steps: int) -> float:
     """Bytes of a turn of a trajectory: latents of all noise levels, the condition, the picture, the text."""
-    model, text_tokens = config.model, sizes.family.num_text_tokens(config.model)
-    tokens, condition_tokens = num_image_tokens(model, sizes.family)
+    model, (_, most) = config.model, count_references(config)
+    text_tokens = num_text_tokens(model, sizes.family, most)
+    tokens, condition_tokens = num_image_tokens(model, sizes.family, most)
     numbers = ((num_steps + 1) * tokens + condition_tokens) * sizes.transformer["in_channels"]
     numbers += 3 * model.height * model.width
     return 4 * numbers + text_tokens * sizes.transformer["joint_attention_dim"] * _num_bytes(config)
@@ -203,13 +213,13 @@ def _turn(config: Config, sizes: Sizes, num_steps: int) -> float:
 
 def _one_width(config: Config, sizes: Sizes) -> int:
     """Bytes of a row's tokens at the width of the blocks."""
-    tokens = sum(num_image_tokens(config.model, sizes.family)) + sizes.family.num_text_tokens(config.model)
-    return tokens * width_of(sizes.transformer) * _num_bytes(config)
+    of = config.model, sizes.family, count_references(config)[1]
+    return (sum(num_image_tokens(*of)) + num_text_tokens(*of)) * width_of(sizes.transformer) * _num_bytes(config)
 
 
 def training_pass(config: Config, sizes: Sizes) -> Pass:
     """A training pass of a run through its transformer."""
-    lora = config.lora
+    lora, most = config.lora, count_references(config)[1]
     return Pass(
         saved=sizes.family.saved,
         transformer=sizes.transformer,
@@ -219,8 +229,8 @@ def training_pass(config: Config, sizes: Sizes) -> Pass:
         is_compiled=is_compiled(config.model, lora, torch.device("cuda" if is_of_gpu(config) else "cpu")),
         rank=0 if lora.is_full else lora.rank,
         num_bytes=_num_bytes(config),
-        image_tokens=sum(num_image_tokens(config.model, sizes.family)),
-        text_tokens=sizes.family.num_text_tokens(config.model),
+        image_tokens=sum(num_image_tokens(config.model, sizes.family, most)),
+        text_tokens=num_text_tokens(config.model, sizes.family, most),
     )
 
 
@@ -261,11 +271,16 @@ def num_passes(config: Config) -> int:
     return 2 if config.model.cfg_scale != 1 and config.rollout.is_guided else 1
 
 
-def num_image_tokens(model: ModelConfig, family: Family) -> tuple[int, int]:
-    """L of the output and L' of the condition."""
+def num_image_tokens(model: ModelConfig, family: Family, num_references: float = 0) -> tuple[int, int]:
+    """L of the output and L' of the condition, with references that are as large."""
     height, width = model.condition_size
     area = family.pixels_per_token**2
-    return model.height * model.width // area, height * width // area
+    return model.height * model.width // area, round((1 + num_references) * (height * width // area))
+
+
+def num_text_tokens(model: ModelConfig, family: Family, num_references: float = 0) -> int:
+    """T, with what the text encoder sees of references."""
+    return family.num_text_tokens(model) + round(num_references * family.text_tokens_of_image(model))
 
 
 def _judge(config: Config) -> float:

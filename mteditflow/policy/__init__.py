@@ -1,6 +1,8 @@
 """The editor that is trained: one file per family of editors, and one `Policy` that the rest of the trainer sees."""
 
+import math
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +11,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from mteditflow.config import Config, LoraConfig, ModelConfig
+from mteditflow.config.ranges import require
+from mteditflow.data import count_references
 from mteditflow.distributed import local_device
 from mteditflow.policy import flux2, flux_kontext, qwen_image_edit
 from mteditflow.policy.encoding import hasten_upsampling, in_chunks, rows_at_a_time
@@ -26,20 +30,27 @@ from mteditflow.policy.pipelines import (
     stock_class,
     token_grids,
 )
+from mteditflow.policy.published import MODELS
 from mteditflow.record.clock import phase
 from mteditflow.transformer.adapters import AdapterName, Adapters, copy_names, name_targets
 from mteditflow.transformer.attention import choose_attention
 from mteditflow.transformer.base import check_float8
-from mteditflow.transformer.compiled import compile_blocks, is_compiled, replay_blocks, run_blocks_eagerly
+from mteditflow.transformer.compiled import (
+    allow_graphs,
+    compile_blocks,
+    is_compiled,
+    replay_blocks,
+    run_blocks_eagerly,
+)
 from mteditflow.transformer.full_weights import full_weights
 from mteditflow.transformer.lora import lora_adapters
 from mteditflow.transformer.rope import fuse_rope
 from mteditflow.transformer.sharded import shard
-from mteditflow.types import Condition
+from mteditflow.types import Condition, Shape
 
 __all__ = [
-    "DTYPES", "AdapterName", "Adapters", "Family", "Policy", "build_policy", "configured_family", "family_of",
-    "linear_shapes", "model_path", "read_lora", "start_state", "stock_class", "with_start",
+    "DTYPES", "AdapterName", "Adapters", "Family", "Policy", "build_policy", "check_references", "configured_family",
+    "family_of", "linear_shapes", "model_path", "read_lora", "start_state", "stock_class", "with_start",
 ]  # fmt: skip
 
 FAMILIES = (flux_kontext.FAMILY, flux2.FAMILY, qwen_image_edit.FAMILY)
@@ -78,15 +89,14 @@ class Policy:
         if device.type == "cpu" and hasattr(pipeline, "vae"):
             hasten_upsampling(pipeline.vae)
         check_scheduler(pipeline, config, family.scheduler)
-        pixels = 2 * getattr(pipeline, "vae_scale_factor", family.pixels_per_token // 2)
-        grid, condition_grid = token_grids(config, pixels)
-        base = Base(pipeline=pipeline, config=config, device=device, grid=grid, condition_grid=condition_grid)
-        self.family, self.config, self.device, self.dtype = family, config, device, base.dtype
+        self._pixels = 2 * getattr(pipeline, "vae_scale_factor", family.pixels_per_token // 2)
+        self._configured, self._others = config, dict[Shape, Policy]()
+        self.family, self.device = family, device
+        self.takes_several = type(pipeline).__name__ in family.several
         self.pipeline: Any = pipeline  # with the adapters in its transformer
-        self.num_tokens = grid[0] * grid[1]  # L, latent tokens of an edit
-        self.num_condition_tokens = condition_grid[0] * condition_grid[1]  # L', of the image that is edited
         self.num_channels: int = pipeline.transformer.config.in_channels  # C, of a latent token
-        self.editor = family.editor(base)
+        self._fit(((config.height, config.width),), {})
+        base = self._base
         if device.type == "cuda" and not lora.is_full:  # whose norms are trained
             fuse_rope(pipeline.transformer)
         self.attention = choose_attention(  # before the transformer is copied, in full fine-tuning
@@ -105,14 +115,47 @@ class Policy:
         if mesh is not None:  # last: it renames the classes of the blocks
             shard(pipeline.transformer, mesh, set() if lora.is_full else self.adapters.parameters())
 
+    def _fit(self, shape: Shape, prompts: dict[str, dict[str, Tensor]]) -> None:
+        """Take an editor for sessions of a shape."""
+        config, *others = (self._configured.at(*size) for size in shape)
+        grid, *grids = token_grids(config, self._pixels)
+        grids += [token_grids(other, self._pixels)[1] for other in others]
+        self._base = Base(
+            pipeline=self.pipeline, config=config, device=self.device, grid=grid, condition_grid=grids[0],
+            references=shape[1:], reference_grids=tuple(grids[1:]), prompts=prompts,
+        )  # fmt: skip
+        self.config, self.dtype, self.shape = config, self._base.dtype, shape
+        self.num_tokens = grid[0] * grid[1]  # L, latent tokens of an edit
+        self.num_condition_tokens = sum(math.prod(grid) for grid in grids)  # L', of the images that it is made of
+        self.editor = self.family.editor(self._base)
+
+    def at(self, shape: Shape) -> "Policy":
+        """Return the policy for sessions of a shape: all is shared but the editor, its positions and its schedule."""
+        if shape == self.shape:
+            return self
+        if not self._others:
+            self._others[self.shape] = self
+        if shape not in self._others:
+            assert shape[1:] == () or self.takes_several, shape
+            other = copy(self)
+            other._fit(shape, self._base.prompts)
+            self._others[shape] = other
+            allow_graphs(len(self._others))
+        return self._others[shape]
+
     @phase("encode text")
     @torch.no_grad()
-    def encode_text(self, instructions: Sequence[str], images: Tensor, *, has_cfg: bool) -> dict[str, Tensor]:
-        """Encode N instructions on images (N, 3, H, W): a dict of tensors with leading dimension N.
+    def encode_text(
+        self, instructions: Sequence[str], images: Tensor, *, has_cfg: bool, references: Sequence[Tensor] = ()
+    ) -> dict[str, Tensor]:
+        """Encode N instructions on images (N, 3, H, W), and on references (N, 3, h, w) each: a dict of tensors with
+        leading dimension N.
 
         has_cfg: with what the unconditional half of classifier-free guidance needs.
         """
         assert self.editor.has_cfg or not has_cfg, "the model takes no guidance: the config allows none"
+        if references:
+            return self.editor.encode_text(instructions, images, has_cfg=has_cfg, references=references)
         return self.editor.encode_text(instructions, images, has_cfg=has_cfg)
 
     @phase("encode images")
@@ -121,6 +164,11 @@ class Policy:
         """Encode images (N, 3, H, W) in [-1, 1], resized to the condition's size: clean latents (N, L', C), float32."""
         size = microbatch_size or rows_at_a_time(*self.config.condition_size)
         return in_chunks(lambda rows: self.editor.encode_image(rows).float(), images, size)
+
+    def encode_references(self, references: Sequence[Tensor], microbatch_size: int = 0) -> list[Tensor]:
+        """Encode references (N, 3, h, w) of the policy's shape, each as if it were the image that is edited."""
+        alike = [self.at((size,)) for size in self.shape[1:]]
+        return [at.encode_image(images, microbatch_size) for at, images in zip(alike, references, strict=True)]
 
     @phase("decode")
     @torch.no_grad()
@@ -144,7 +192,8 @@ class Policy:
     def run_eagerly(self) -> None:
         """From now on, run the transformer's blocks as they are, not compiled."""
         run_blocks_eagerly(self.pipeline.transformer)
-        self.is_compiled = False
+        for policy in (self, *self._others.values()):
+            policy.is_compiled = False
 
     def replay(self) -> None:
         """From now on, compute a velocity that is trained on by the pass that samples (`compiled.replay_blocks`)."""
@@ -169,6 +218,17 @@ def configured_family(config: ModelConfig) -> Family:
         supported = ", ".join(name for family in FAMILIES for name in family.pipelines)
         raise ValueError(f"model.path {path!r} is a {name}, which cannot be trained here: supported are {supported}")
     return family
+
+
+def check_references(config: Config) -> None:
+    """Raise ValueError where sessions have reference images, and the model takes the one that is edited alone."""
+    (_, most), path = count_references(config), config.model.path
+    if most:
+        name = MODELS[path].pipeline if path in MODELS else read_index(model_path(config.model))["_class_name"]
+        family = family_of(name)
+        remedy = f"a {name} takes one: take FLUX.2, Qwen-Image-Edit-2509 or -2511, or sessions of one image"
+        has_several = f"sessions of data.path {config.data.path!r} have up to {most + 1} images"
+        require(not family or name in family.several, "model.path", path, f"{has_several}, and {remedy}")
 
 
 def read_lora(word: str, config: ModelConfig) -> Lora:

@@ -9,6 +9,7 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor
 
 from mteditflow.policy.family import Base
+from mteditflow.types import EditTask
 
 LARGE_PIXELS = 256**2
 MAX_CACHED_PROMPTS = 512  # 4 MiB each for FLUX.1-Kontext at 512 text tokens in bfloat16
@@ -82,6 +83,11 @@ def _doubled(x: Tensor) -> Tensor:
     return y.view(num, channels, 2 * height, 2 * width)
 
 
+def stack_references(tasks: Sequence[EditTask]) -> list[Tensor]:
+    """Stack the references of N tasks of one shape: (N, 3, h, w) each."""
+    return [torch.stack(images) for images in zip(*(task.references for task in tasks), strict=True)]
+
+
 class Prompts:
     """Embeddings of prompts by the pipeline, each encoded alone, so that its bits do not depend on the others, and the
     most recently used kept: the text encoders are frozen.
@@ -90,7 +96,7 @@ class Prompts:
     def __init__(self, base: Base, names: Sequence[str]) -> None:
         """names: of the tensors that the pipeline's `encode_prompt` returns first."""
         self._base, self._names = base, names
-        self._kept: dict[str, dict[str, Tensor]] = {}  # the last used comes last
+        self._kept = base.prompts  # the last used comes last
 
     def __call__(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Encode N prompts: a row of each tensor for each."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from mteditflow.config import ModelConfig
 from mteditflow.policy.lora_names import Names
 from mteditflow.policy.pipelines import DTYPES
-from mteditflow.types import Condition
+from mteditflow.types import Condition, Shape
 
 ATTENTION = (  # the projections of a block with a stream for the image and one for the text, as diffusers names them
     *(f"attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")),
@@ -92,6 +92,9 @@ class Base:
     device: torch.device
     grid: tuple[int, int]  # rows and columns of the L tokens of an edit
     condition_grid: tuple[int, int]  # of the L' tokens of the image that is edited
+    references: Shape = ()  # height and width of each reference
+    reference_grids: tuple[tuple[int, int], ...] = ()  # of its tokens, which follow
+    prompts: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # what `encoding.Prompts` keeps
 
     @property
     def dtype(self) -> torch.dtype:
@@ -130,10 +133,13 @@ class Editor(Protocol):
     is_distilled: bool
     """Whether the model is distilled to few steps, which NFT blurs."""
 
-    def encode_text(self, instructions: Sequence[str], images: Tensor, *, has_cfg: bool) -> dict[str, Tensor]:
+    def encode_text(
+        self, instructions: Sequence[str], images: Tensor, *, has_cfg: bool, references: Sequence[Tensor] = ()
+    ) -> dict[str, Tensor]:
         """Encode N instructions on images (N, 3, H, W): a dict of tensors with leading dimension N.
 
-        has_cfg: with what the unconditional half of classifier-free guidance needs.
+        has_cfg: with what the unconditional half of classifier-free guidance needs. references: (N, 3, h, w) each, of a
+        family that has `several`.
         """
         ...
 
@@ -193,9 +199,13 @@ class Family:
     """Whether attention has a mask, over the padding of texts."""
     is_text_of_image: bool = False
     """Whether the text encoder sees the image too, so that each trajectory has a text of its own."""
+    several: tuple[str, ...] = ()
+    """Those of the pipelines that take reference images beside the one that is edited."""
     packages: tuple[str, ...] = ()
     """Packages without which the pipeline cannot be loaded, and diffusers does not say so."""
     pixels_per_token: int = 16
     """Per side: an autoencoder of 8, and patches of 2."""
     num_text_tokens: Callable[[ModelConfig], int] = lambda model: model.max_text_tokens
     """T, for the plan."""
+    text_tokens_of_image: Callable[[ModelConfig], int] = lambda _: 0
+    """Those of T that each reference adds."""

@@ -44,7 +44,9 @@ class Flux2:
         self._prompts = Prompts(base, ("text",))
         self._unconditional: Tensor | None = None  # (T, E)
 
-    def encode_text(self, instructions: Sequence[str], images: Tensor, *, has_cfg: bool) -> dict[str, Tensor]:
+    def encode_text(
+        self, instructions: Sequence[str], images: Tensor, *, has_cfg: bool, references: Sequence[Tensor] = ()
+    ) -> dict[str, Tensor]:
         """Text embeddings (N, T, E), in the base's dtype; the images play no part.
 
         has_cfg: the empty prompt is encoded too, unless it was before.
@@ -76,9 +78,13 @@ class Flux2:
         return vae.decode(self.pipeline._unpatchify_latents(unpacked * std + mean), return_dict=False)[0]
 
     def _position_ids(self) -> Tensor:
-        """Ids (L + L', 4) of the noisy tokens, then of the condition's, whose first column is 10."""
-        noisy, condition = (torch.empty(1, 1, *grid) for grid in (self.base.grid, self.base.condition_grid))
-        ids = [self.pipeline._prepare_latent_ids(noisy)[0], self.pipeline._prepare_image_ids([condition])[0]]
+        """Ids (L + L', 4) of the noisy tokens, then of the condition's, whose first column is 10, and of the
+        references', 20 and so on.
+        """
+        base = self.base
+        grids = (base.grid, base.condition_grid, *base.reference_grids)
+        noisy, *images = (torch.empty(1, 1, *grid) for grid in grids)
+        ids = [self.pipeline._prepare_latent_ids(noisy)[0], self.pipeline._prepare_image_ids(images)[0]]
         return torch.cat(ids).to(self.base.device)
 
     def velocity(self, transformer: Any, latents: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
@@ -169,6 +175,7 @@ FAMILY = Family(
         beyond=15.0,
         again=15.3,
     ),
+    several=("Flux2Pipeline", "Flux2KleinPipeline"),
     picture_numbers=769,
     block_weights=13,  # 4 of attention, 9 of a gated feed-forward of 3 d
     # of modulation, once for all blocks: of both streams, of the one, and of the output

@@ -33,7 +33,9 @@ class FluxKontext:
         self._text_ids = torch.zeros(base.config.max_text_tokens, 3, device=base.device, dtype=base.dtype)  # (T, 3)
         self._prompts = Prompts(base, ("text", "pooled"))
 
-    def encode_text(self, instructions: Sequence[str], images: Tensor, *, has_cfg: bool) -> dict[str, Tensor]:
+    def encode_text(
+        self, instructions: Sequence[str], images: Tensor, *, has_cfg: bool, references: Sequence[Tensor] = ()
+    ) -> dict[str, Tensor]:
         """Text embeddings (N, T, E) and pooled ones (N, E'), in the base's dtype; the images play no part."""
         return self._prompts(instructions)
 

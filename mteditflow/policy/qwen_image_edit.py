@@ -37,7 +37,7 @@ from mteditflow.transformer.lean_qwen import make_lean
 from mteditflow.types import Condition
 
 NEGATIVE_PROMPT = " "  # of the model cards; the pipelines have none of their own
-PICTURE = "Picture 1: <|vision_start|><|image_pad|><|vision_end|>"  # before an instruction, by the Plus pipeline
+PICTURE = "Picture {}: <|vision_start|><|image_pad|><|vision_end|>"  # of the Plus pipeline, for each image
 VISION_TOKEN = 28  # pixels per side of a vision token of Qwen2.5-VL
 NUM_TEMPLATE_TOKENS = 20  # about, of the template around the instruction
 
@@ -55,8 +55,10 @@ class QwenImageEdit:
         self.pipeline: Any = base.pipeline
         make_lean(self.pipeline.transformer)
         self._is_plus = isinstance(self.pipeline, QwenImageEditPlusPipeline)
-        self._shapes = [(1, *base.grid), (1, *base.condition_grid)]  # frames, rows, columns
-        self.vision_size = self._vision_size()
+        # frames, rows, columns
+        self._shapes = [(1, *grid) for grid in (base.grid, base.condition_grid, *base.reference_grids)]
+        sizes = ((self.config.height, self.config.width), *base.references)
+        self.vision_sizes = [self._vision_size(height, width) for height, width in sizes]
         self.num_text_tokens = self._num_template_tokens() + self.config.max_text_tokens  # T
         # as the pipelines make them: mean, and one over the standard deviation rounded to the base's dtype
         vae = self.pipeline.vae.config
@@ -66,48 +68,51 @@ class QwenImageEdit:
         )
         self._latents_mean, self._latents_scale = mean, 1.0 / std
 
-    def _vision_size(self) -> tuple[int, int]:
-        """Height and width at which the text encoder is given the image, of the edit's aspect."""
+    def _vision_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width at which the text encoder is given an image, of its own aspect."""
         pixels = self.config.vision_pixels or (CONDITION_IMAGE_SIZE if self._is_plus else VAE_IMAGE_SIZE)
-        width, height = calculate_dimensions(pixels, self.config.width / self.config.height)
-        return int(height), int(width)
+        wide, high = calculate_dimensions(pixels, width / height)
+        return int(high), int(wide)
 
     def _num_template_tokens(self) -> int:
         """Tokens of an empty instruction, vision tokens included, without the system's part, which is dropped."""
-        text = self.pipeline.prompt_template_encode.format(PICTURE if self._is_plus else "")
-        height, width = self.vision_size
-        blank = Image.new("RGB", (width, height))
-        tokens = self.pipeline.processor(text=[text], images=[blank], return_tensors="pt")["input_ids"]
+        pictures = "".join(PICTURE.format(n) for n in range(1, 1 + len(self.vision_sizes)))
+        text = self.pipeline.prompt_template_encode.format(pictures if self._is_plus else "")
+        blank = [Image.new("RGB", (width, height)) for height, width in self.vision_sizes]
+        tokens = self.pipeline.processor(text=[text], images=blank, return_tensors="pt")["input_ids"]
         return tokens.shape[1] - self.pipeline.prompt_template_encode_start_idx
 
-    def encode_text(self, instructions: Sequence[str], images: Tensor, *, has_cfg: bool) -> dict[str, Tensor]:
-        """Embeddings (N, T, E) of N instructions on images (N, 3, H, W), in the base's dtype, and their mask.
+    def encode_text(
+        self, instructions: Sequence[str], images: Tensor, *, has_cfg: bool, references: Sequence[Tensor] = ()
+    ) -> dict[str, Tensor]:
+        """Embeddings (N, T, E) of N instructions on images (N, 3, H, W) and references, in the base's dtype, and their
+        mask.
 
         Each is encoded alone, as the pipelines do, so that its bits do not depend on the others; one that is repeated
         with its image, once.
         """
         prompts = [self._cut(instruction) for instruction in instructions]
-        seen = [self._resize(picture) for picture in _pictures(images)]
-        keys = [(prompt, picture.tobytes()) for prompt, picture in zip(prompts, seen, strict=True)]
+        seen = [*zip(*map(self._resize, (images, *references), self.vision_sizes), strict=True)]
+        keys = [(prompt, *(it.tobytes() for it in some)) for prompt, some in zip(prompts, seen, strict=True)]
         unique = {key: row for row, key in enumerate(keys)}
         with encoders_on(self.pipeline, self.base.device):
             encoded = {key: self._encode_row(prompts[row], seen[row], has_cfg) for key, row in unique.items()}
         rows = [encoded[key] for key in keys]
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
-    def _encode_row(self, prompt: str, picture: Image.Image, has_cfg: bool) -> dict[str, Tensor]:
-        text = self._embed(prompt, picture)
+    def _encode_row(self, prompt: str, pictures: Sequence[Image.Image], has_cfg: bool) -> dict[str, Tensor]:
+        text = self._embed(prompt, pictures)
         missing = self.num_text_tokens - len(text)
         assert missing >= 0, (len(text), self.num_text_tokens)
         row = {
             "text": torch.nn.functional.pad(text, (0, 0, 0, missing)),
             "mask": torch.arange(self.num_text_tokens, device=self.base.device) < len(text),
         }
-        return row | ({"negative": self._embed(NEGATIVE_PROMPT, picture)} if has_cfg else {})
+        return row | ({"negative": self._embed(NEGATIVE_PROMPT, pictures)} if has_cfg else {})
 
-    def _embed(self, prompt: str, picture: Image.Image) -> Tensor:
-        """The pipeline's embeddings (T', E) of a prompt on a picture."""
-        image = [picture] if self._is_plus else picture
+    def _embed(self, prompt: str, pictures: Sequence[Image.Image]) -> Tensor:
+        """The pipeline's embeddings (T', E) of a prompt on pictures."""
+        image = [*pictures] if self._is_plus else pictures[0]
         return self.pipeline.encode_prompt(prompt, image=image, device=self.base.device)[0][0]
 
     def is_cut(self, instruction: str) -> bool:
@@ -123,8 +128,8 @@ class QwenImageEdit:
             tokens, cut = tokenizer(prompt)["input_ids"], cut - 1
         return prompt
 
-    def _resize(self, picture: Image.Image) -> Image.Image:
-        return self.pipeline.image_processor.resize(picture, *self.vision_size)
+    def _resize(self, images: Tensor, size: tuple[int, int]) -> list[Image.Image]:
+        return [self.pipeline.image_processor.resize(picture, *size) for picture in _pictures(images)]
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Images rounded to 8 bits and resized; then the mode of the VAE, normalised and packed."""
@@ -197,7 +202,11 @@ def _pictures(images: Tensor) -> list[Image.Image]:
 
 def _num_text_tokens(model: ModelConfig) -> int:
     """With the image's vision tokens, at -2509's size where the config leaves it open."""
-    return model.max_text_tokens + (model.vision_pixels or 384**2) // VISION_TOKEN**2 + NUM_TEMPLATE_TOKENS
+    return model.max_text_tokens + _num_vision_tokens(model) + NUM_TEMPLATE_TOKENS
+
+
+def _num_vision_tokens(model: ModelConfig) -> int:
+    return (model.vision_pixels or 384**2) // VISION_TOKEN**2
 
 
 FAMILY = Family(
@@ -214,6 +223,7 @@ FAMILY = Family(
         beyond=6.75,
         again=4.7,
     ),
+    several=("QwenImageEditPlusPipeline",),
     picture_numbers=1731,
     block_weights=12,  # 4 of attention, 8 of a feed-forward of 4 d
     # of modulation: of both streams in each block, and of the output
@@ -229,4 +239,5 @@ FAMILY = Family(
     is_text_of_image=True,
     packages=("torchvision",),  # transformers loads the processor's class with it only
     num_text_tokens=_num_text_tokens,
+    text_tokens_of_image=_num_vision_tokens,
 )

@@ -16,9 +16,10 @@ from contextlib import ExitStack
 from typing import Self
 
 from mteditflow.config import Config
+from mteditflow.data import count_references
 from mteditflow.plan.duration import batch_plan
-from mteditflow.plan.flops import ForwardFlops, forward_flops, matmul_ceiling
-from mteditflow.plan.memory import num_passes
+from mteditflow.plan.flops import ForwardFlops, forward_flops, matmul_ceiling, mean_flops
+from mteditflow.plan.memory import num_passes, num_text_tokens
 from mteditflow.policy import Policy
 from mteditflow.profile.gpu import open_meter
 from mteditflow.record.clock import ROLLOUT, STEP, Clock
@@ -29,11 +30,17 @@ TRAINING = "forward, backward"
 
 
 def row_flops(config: Config, policy: Policy) -> ForwardFlops:
-    """Count the forward pass of one row of the policy, guidance aside."""
-    return forward_flops(
-        policy.family, policy.pipeline.transformer.config, text_tokens=policy.family.num_text_tokens(config.model),
-        image_tokens=policy.num_tokens + policy.num_condition_tokens,
-    )  # fmt: skip
+    """Count the forward pass of one row of the policy, guidance aside, of the mean size of pictures."""
+    mean, _ = count_references(config)
+    text_tokens = num_text_tokens(config.model, policy.family, mean)
+
+    def count(size: tuple[int, int]) -> ForwardFlops:
+        alike = policy.at((size,))
+        image_tokens = alike.num_tokens + round((1 + mean) * alike.num_condition_tokens)
+        transformer = policy.pipeline.transformer.config
+        return forward_flops(policy.family, transformer, text_tokens=text_tokens, image_tokens=image_tokens)
+
+    return mean_flops(count, config)
 
 
 def count_work(config: Config, row: ForwardFlops, num_transitions: float, num_ranks: int = 1) -> dict[str, float]:

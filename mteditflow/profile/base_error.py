@@ -54,6 +54,7 @@ class BaseError:
 @torch.no_grad()
 def measure_base_error(policy: Policy, objective: Objective, task: EditTask, config: Config) -> BaseError:
     """Measure it on a task; needs `policy.originals`, and lets them go."""
+    policy = policy.at(task.shape)
     sigmas = policy.sigmas(config.rollout.num_steps)
     with policy.adapters.use("off"), torch.compiler.set_stance("force_eager"):
         rollout = roll_out(

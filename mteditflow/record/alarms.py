@@ -17,7 +17,7 @@ from torch import Tensor
 from mteditflow.distributed import Ranks
 from mteditflow.record.drift import KINDS, measure_rollout
 from mteditflow.record.figures import finite
-from mteditflow.types import Rollout, Scores
+from mteditflow.types import Rollout, Rollouts, Scores
 
 NO_EDIT = 0.08  # of a pixel's range: the miniature's autoencoder alone moves no block of a picture by more
 OVER_EDIT = 0.7  # consistency below which a turn has changed what it should have left alone
@@ -72,12 +72,16 @@ def _measure(rollout: Rollout) -> Tensor:
 
 
 def rollout_figures(
-    rollout: Rollout, scores: Scores, ranks: Ranks, group: Tensor | None = None, advantages: Tensor | None = None
+    rollout: Rollout | Rollouts,
+    scores: Scores,
+    ranks: Ranks,
+    group: Tensor | None = None,
+    advantages: Tensor | None = None,
 ) -> dict[str, float]:
     """Measure the finite pictures of all ranks' trajectories, the consistency that is scored and, given the groups (N,)
     and the advantages (N, K), what these say of drift. All but the rollout: of all ranks.
     """
-    rows = ranks.gather(_measure(rollout))
+    rows = ranks.gather(torch.cat([_measure(part) for part in rollout.parts]))
     num_turns = rows.shape[1] // (len(KINDS) + 1)
     is_finite = rows[:, -1] > 0
     drift, unedited, _ = rows[is_finite].split([len(KINDS) * num_turns, num_turns, 1], dim=1)

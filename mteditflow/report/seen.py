@@ -13,6 +13,7 @@ A line of `judge/training.jsonl` has the sessions of an iteration, counted as in
 edits side by side, lie beside, of the newest NUM_KEPT lines.
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,7 +29,7 @@ from mteditflow.record.files import read_json, write_json
 from mteditflow.record.metrics import append_line, read_lines
 from mteditflow.report.charts import data_uri
 from mteditflow.report.strips import draw_tiles
-from mteditflow.types import FAULTS, Rollout, Scores
+from mteditflow.types import FAULTS, Rollout, Rollouts, Scores
 
 COMPARED = "compared.json"
 MAX_JUDGED = 64  # the most that run.num_judged may be
@@ -70,12 +71,15 @@ def seen_sessions(rollout: Rollout, scores: Scores) -> list[Seen]:
     return [_see(rollout, scores, n, 0, claims[n]) for n in range(len(rollout.group))]
 
 
-def _see(rollout: Rollout, scores: Scores, n: int, first: int, claims: Mapping[str, float]) -> Seen:
+def _see(rollout: Rollout | Rollouts, scores: Scores, n: int, first: int, claims: Mapping[str, float]) -> Seen:
     """Put together trajectory `n` of a rollout, whose first is the `first` in the scores; words are the rollout's."""
-    task, turns, place = rollout.tasks[int(rollout.group[n])], rollout.turns, first + n
+    part, row = next(
+        itertools.islice(((part, row) for part in rollout.parts for row in range(len(part.group))), n, None)
+    )
+    task, turns, place = part.tasks[int(part.group[row])], part.turns, first + n
     return Seen(
-        task=task.id, member=int(rollout.member[n]), instructions=task.instructions[: len(turns)],
-        pictures=(task.source, *(turn.image[n] for turn in turns)),
+        task=task.id, member=int(part.member[row]), instructions=task.instructions[: len(turns)],
+        pictures=(task.source, *(turn.image[row] for turn in turns)),
         rewards={name: values[place].tolist() for name, values in scores.rewards.items()},
         truth=None if scores.truth is None else scores.truth[place].tolist(),
         words=scores.words[n] if n < len(scores.words) else "",
@@ -116,7 +120,7 @@ def choose(sessions: Sequence[Seen], num: int) -> list[Seen]:
     return [_keep(ordered[place], why) for place, why in chosen.items()]
 
 
-def choose_of_all(rollout: Rollout, scores: Scores, num: int, ranks: Ranks) -> list[Seen]:
+def choose_of_all(rollout: Rollout | Rollouts, scores: Scores, num: int, ranks: Ranks) -> list[Seen]:
     """Choose at most `num` of the trajectories of all ranks, whose scores every rank has; what another rank made comes
     to the main one, and the others are given nothing.
     """

@@ -39,8 +39,9 @@ def draw_sessions(tasks: list[EditTask], edits: Mapping[str, Edits], sessions: I
     """Draw source and turns of sessions, a row for each editor; `edits` by its name."""
     rows, captions, marks = [], [], []
     for n in sessions:
+        height, width = tasks[n].source.shape[1:]
         for name, found in edits.items():
-            images = found.images[:, n]
+            images = found.images[:, n, :, :height, :width]
             rows.append([_shrink(image) for image in (tasks[n].source, *images)])
             captions.append([name, *tasks[n].instructions[: len(images)]])
             verdict = found.verdict[n].tolist() if found.valid[n] else [None] * len(images)

@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from itertools import groupby
 from typing import Any, Self
 
 import torch
@@ -27,7 +28,7 @@ from mteditflow.config.reward import RewardConfig
 from mteditflow.record import ending
 from mteditflow.record.clock import phase
 from mteditflow.reward import Reward, Rewards
-from mteditflow.types import Condition, Rollout, Score, Scores, Turn
+from mteditflow.types import Condition, Rollout, Rollouts, Score, Scores, Turn
 
 PRIORITY = -1
 NUM_REMOTE = 64  # waves on their way to a server at most; `reward.num_parallel` bounds the questions
@@ -74,7 +75,7 @@ class Overlap:
 
         return wait
 
-    def gather(self, waves: Iterable[Rollout]) -> Rollout:
+    def gather(self, waves: Iterable[Rollout]) -> Rollout | Rollouts:
         """Hand in every wave as it is made, and join them. What a judge raises is raised here, within a wave."""
         made = []
         for wave in waves:
@@ -134,9 +135,14 @@ class Overlap:
                     future.result()
 
 
-def join(waves: Iterable[Rollout]) -> Rollout:
-    """One rollout of all waves."""
-    first, *others = waves = list(waves)
+def join(waves: Iterable[Rollout]) -> Rollout | Rollouts:
+    """One rollout of all waves, in parts where their shape changes."""
+    parts = tuple(_join_alike(list(alike)) for _, alike in groupby(waves, key=lambda wave: wave.shape))
+    return parts[0] if len(parts) == 1 else Rollouts(parts=parts)
+
+
+def _join_alike(waves: list[Rollout]) -> Rollout:
+    first, *others = waves
     if not others:
         return first
     turns = [

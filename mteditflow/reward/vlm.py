@@ -48,7 +48,7 @@ DIRECT = "Do not explain. Write the scores at once, each X a whole number from 1
 class Question:
     """What the judge is asked about one trajectory."""
 
-    images: tuple[Tensor, ...]  # K + 1 of (3, h, w) uint8 on the host: the source, then the edits
+    images: tuple[Tensor, ...]  # (3, h, w) uint8 on the host: the source, references if any, then the K edits
     instructions: tuple[str, ...]  # K
     readout: str  # as in RewardConfig
     key: Tensor  # (5,) int64: what the sampling of the answer depends on
@@ -58,7 +58,11 @@ class Question:
     def parts(self) -> list[str | Tensor]:
         """The user's message: text and images in their order."""
         parts: list[str | Tensor] = ["Source image:", self.images[0]]
-        for turn, (instruction, image) in enumerate(zip(self.instructions, self.images[1:], strict=True), start=1):
+        num_references = len(self.images) - 1 - len(self.instructions)
+        references, edits = self.images[1 : 1 + num_references], self.images[1 + num_references :]
+        for number, image in enumerate(references, start=2):
+            parts += [f"Reference image, which instructions may call image {number}:", image]
+        for turn, (instruction, image) in enumerate(zip(self.instructions, edits, strict=True), start=1):
             parts += [f"Turn {turn}. Instruction: {instruction}\nImage after turn {turn}:", image]
         return [*parts, f"{THINKING if self.readout == 'thinking' else DIRECT}\n{form_of(len(self.instructions))}"]
 
@@ -130,10 +134,10 @@ def rubric_of(config: RewardConfig, num_turns: int) -> str:
 
 def sample_question(task: EditTask, num_turns: int, config: RewardConfig) -> Question:
     """A question about a task whose edits are all its source, to try a judge with before there is a rollout."""
-    source = to_judge_size(task.source[None], IMAGE_SIZE)[0]
+    given = _given(task)
     instructions = [task.instructions[turn % len(task.instructions)] for turn in range(num_turns)]
     return Question(
-        images=(source,) * (num_turns + 1),
+        images=(*given, *[given[0]] * num_turns),
         instructions=tuple(instructions),
         readout=config.readout,
         key=torch.zeros(5, dtype=torch.int64),
@@ -155,6 +159,11 @@ def to_judge_size(pictures: Tensor, size: int) -> Tensor:
         height, width = (max(1, round(side * size / longest)) for side in pictures.shape[-2:])
         pictures = interpolate(pictures, (height, width), mode="bicubic", antialias=True)
     return to_uint8(pictures).cpu()
+
+
+def _given(task: EditTask) -> list[Tensor]:
+    """Source and references of a task as the judge sees them."""
+    return [to_judge_size(image[None], IMAGE_SIZE)[0] for image in (task.source, *task.references)]
 
 
 class VlmJudge:
@@ -198,11 +207,11 @@ class VlmJudge:
     def _questions(self, rollout: Rollout, rows: list[int], attempt: int) -> list[Question]:
         keys = rollout.keys(turn=0, place=Place.VLM_QUESTION, number=attempt)
         group = rollout.group.tolist()
-        sources = {g: to_judge_size(rollout.tasks[g].source[None], IMAGE_SIZE)[0] for g in {group[row] for row in rows}}
+        given = {g: _given(rollout.tasks[g]) for g in {group[row] for row in rows}}
         edits = [to_judge_size(picture[rows], IMAGE_SIZE) for picture in rollout.pictures]
         return [
             Question(
-                images=(sources[group[row]], *(edit[place] for edit in edits)),
+                images=(*given[group[row]], *(edit[place] for edit in edits)),
                 instructions=rollout.tasks[group[row]].instructions[: len(edits)],
                 readout=self.config.readout,
                 key=keys[row],

@@ -28,8 +28,9 @@ OPTIONS: dict[str, Any] = {"emulate_precision_casts": True}
 STREAMS = ("hidden_states", "encoder_hidden_states")  # what flows from block to block, as diffusers names it
 TIMED = ("_compile.compile_inner", "backward._backward_impl")  # the names under which torch keeps its seconds
 MAX_GRAPHS = 64
-"""Graphs of a class of block, beyond which torch gives up: two for each number of rows, and each again for the negative
-text of true guidance. Rollouts and evaluations have at most two numbers of rows each; torch's own limit is 8."""
+"""Graphs of a class of block for sessions of one shape, beyond which torch gives up: two for each number of rows, and
+each again for the negative text of true guidance. Rollouts and evaluations have at most two numbers of rows each;
+torch's own limit is 8."""
 
 
 def is_compiled(model: ModelConfig, lora: LoraConfig, device: torch.device) -> bool:
@@ -45,9 +46,15 @@ def is_compiled(model: ModelConfig, lora: LoraConfig, device: torch.device) -> b
 def compile_blocks(transformer: Any) -> None:
     """Compile the repeated blocks of a transformer with its adapters. Graphs are made when a block is first called."""
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(_cache_folder()))
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_GRAPHS)
+    allow_graphs(1)
     for block, is_trained in _repeated_blocks(transformer):
         block.forward = _compiled(block, is_trained)
+
+
+def allow_graphs(num_shapes: int) -> None:
+    """Let torch make as many graphs as sessions of so many shapes need."""
+    dynamo_config = torch._dynamo.config
+    dynamo_config.recompile_limit = max(dynamo_config.recompile_limit, MAX_GRAPHS * num_shapes)
 
 
 def run_blocks_eagerly(transformer: Any) -> None:

@@ -88,5 +88,5 @@ def make_lean(transformer: nn.Module) -> None:
     for module in transformer.modules():
         if type(module) is RMSNorm:
             module.__class__ = LeanRMSNorm
-        if isinstance(module, QwenImageTransformerBlock):
+        if isinstance(module, QwenImageTransformerBlock) and "_modulate" not in vars(module):  # or it is lean already
             module._modulate = _modulation(module._modulate)  # pyright: ignore[reportAttributeAccessIssue]
