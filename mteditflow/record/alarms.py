@@ -109,9 +109,10 @@ def credit_figures(drift: Tensor, group: Tensor, advantages: Tensor) -> dict[str
     """Correlate the advantages (N, K) of every turn with the drift (N, K, 6) that the turn added, within groups (N,):
     below 0 where training is told to add less. NaN where one of the two has no spread.
 
-    A drift's size is the root of its squares in thresholds; what a turn adds is its size less that of the turn before.
+    A drift's size is the root of its squares in thresholds, grain aside, which is often unknown; what a turn adds is
+    its size less that of the turn before.
     """
-    size = (drift / torch.tensor(list(LIMITS.values()))).square().sum(-1).sqrt()  # (N, K)
+    size = (drift / torch.tensor(list(LIMITS.values())))[..., : KINDS.index("grain")].square().sum(-1).sqrt()  # (N, K)
     added, figures = size.diff(dim=1, prepend=torch.zeros(len(size), 1)), dict[str, float]()
     for turn, columns in enumerate(zip(added.T, advantages.to(size).T, strict=True), start=1):
         is_known = ~columns[0].isnan()
