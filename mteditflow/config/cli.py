@@ -338,8 +338,9 @@ def _check_kind(setting: Setting, value: Any, where: str) -> None:
     is_right, wanted = isinstance(value, str) or setting.type is not str, "a text, in quotes"
     if isinstance(value, list):
         takes_lists = tuple in (get_origin(setting.type), *map(get_origin, get_args(setting.type)))
-        is_right = takes_lists and all(isinstance(text, str) for text in value)
-        wanted = "a list of texts" if takes_lists else "one value"
+        is_of_numbers = setting.type == tuple[int, ...]
+        is_right = takes_lists and all(type(part) is (int if is_of_numbers else str) for part in value)
+        wanted = f"a list of {'whole numbers' if is_of_numbers else 'texts'}" if takes_lists else "one value"
     if not is_right:
         raise ValueError(f"{key} is {show(value)}{where}: must be {wanted}")
 

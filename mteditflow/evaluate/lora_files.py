@@ -37,7 +37,7 @@ class Subject:
     def fingerprint(self) -> str:
         """Hash of all numbers of the adapter."""
         content = {f"{name}.{half}": value for name, it in self.lora.items() for half, value in vars(it).items()}
-        tensors = {key: torch.as_tensor(value).contiguous() for key, value in content.items()}
+        tensors = {key: torch.as_tensor(value).clone() for key, value in content.items()}
         return hashlib.sha256(safetensors.torch.save(tensors)).hexdigest()
 
 
