@@ -21,13 +21,13 @@ from mteditflow.evaluate.comparison_page import final_table
 from mteditflow.evaluate.edival import Evaluation, compare, metrics, point_metrics, summary
 from mteditflow.evaluate.held_out import (
     evaluate,
-    is_comparable,
     load_evaluation,
     load_verdicts,
     save_comparison,
     save_evaluation,
     save_verdicts,
 )
+from mteditflow.evaluate.kept import problem_of
 from mteditflow.policy import build_policy
 from mteditflow.record.figures import METRICS
 from mteditflow.reward.overlap import Overlap
@@ -154,12 +154,15 @@ def test_files_round_trip(tmp_path: Path) -> None:
 def test_an_evaluation_of_other_settings_is_not_taken_for_this_one() -> None:
     wanted = EvaluationConfig(num_sessions=2, num_sessions_short=2, num_strips=1, num_steps=3)
     config = Config(data=DataConfig(num_turns=2), evaluation=wanted)
-    evaluation = replace(make(torch.zeros(2, 2)), drift=torch.zeros(2, 2, 6))
-    assert is_comparable(evaluation, config)
-    others: list[dict[str, Any]] = [{"num_sessions": 3}, {"num_steps": 4}, {"num_strips": 2}, {"num_turns": 3}]
-    assert not any(is_comparable(evaluation, replace(config, evaluation=replace(wanted, **other))) for other in others)
+
+    def problem(config: Config) -> str:
+        return problem_of(held_out_tasks(config), config, {})
+
+    others: list[dict[str, Any]] = [{"num_sessions": 3}, {"num_steps": 4}, {"num_turns": 3}, {"has_true_inputs": True}]
+    changed = [problem(replace(config, evaluation=replace(wanted, **other))) for other in others]
+    assert len({problem(config), *changed}) == 1 + len(others)
     trained_on_one = replace(config, data=DataConfig(num_turns=1), evaluation=replace(wanted, num_turns=2))
-    assert is_comparable(evaluation, trained_on_one)
+    assert problem(trained_on_one) == problem(replace(config, evaluation=replace(wanted, num_turns=2)))
 
 
 def test_evaluation_is_deterministic_and_sees_the_adapter(tiny_pipeline_folder: Path) -> None:
@@ -172,7 +175,7 @@ def test_evaluation_is_deterministic_and_sees_the_adapter(tiny_pipeline_folder: 
     )
     policy, tasks = build_policy(config.model, config.lora, 0, has_old=False), held_out_tasks(config)
     base, again = evaluate(policy, tasks, config, "off", ONE_RANK), evaluate(policy, tasks, config, "ema", ONE_RANK)
-    assert base.images.shape == (2, 2, 3, 64, 64) and base.verdict.shape == (3, 2) and is_comparable(base, config)
+    assert base.images.shape == (2, 2, 3, 64, 64) and base.verdict.shape == (3, 2)
     assert torch.equal(base.images, again.images)  # B is 0: the same noise, the same pictures
     policy.adapters.load("ema", {key: weight + 0.1 for key, weight in policy.adapters.state("ema").items()})
     moved = evaluate(policy, tasks, config, "ema", ONE_RANK)
@@ -241,5 +244,5 @@ def test_tasks_without_truth_are_judged_by_the_reward(
         monkeypatch.setattr("mteditflow.evaluate.held_out.MAX_INVALID_SHARE", 0.3)
         with pytest.raises(ValueError, match=r"^2 of 6 held-out sessions could not be scored, .* 30%: look at the rew"):
             evaluate(policy, tasks, config, "off", ONE_RANK, judge)
-    assert evaluation.valid.tolist() == [False, True, True, False, True, True] and is_comparable(evaluation, config)
+    assert evaluation.valid.tolist() == [False, True, True, False, True, True]
     assert point_metrics(evaluation)[:3].tolist() == [[25, 25], [25, 0], [50, 50]]

@@ -19,7 +19,7 @@ from mteditflow.distributed import Ranks
 from mteditflow.evaluate.comparison_page import terminal_table
 from mteditflow.evaluate.edival import Evaluation, compare, summary
 from mteditflow.evaluate.exposure import evaluate_editor, num_sessions, true_input_tasks
-from mteditflow.evaluate.held_out import evaluate, is_comparable, load_verdicts, part_folder, save_verdicts
+from mteditflow.evaluate.held_out import evaluate, load_verdicts, part_folder, save_verdicts
 from mteditflow.policy import Policy
 from mteditflow.reward.overlap import Overlap
 from mteditflow.rollout import Sampler
@@ -108,9 +108,7 @@ def test_it_is_kept_in_files(policies: list[Policy], config: Config, tmp_path: P
     (found,) = evaluated(policies, config, 1, is_user=True)
     save_verdicts(tmp_path / "some.safetensors", found)
     again = load_verdicts(tmp_path / "some.safetensors")
-    assert bits(again) == bits(found) and is_comparable(again, config)
-    assert not is_comparable(again, change(config, "evaluation", has_true_inputs=False))
-    assert not is_comparable(replace(again, drift=None), config)  # of before it was measured
+    assert bits(again) == bits(found)
 
 
 def test_ranks_and_a_kill_change_nothing(

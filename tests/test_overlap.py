@@ -93,7 +93,7 @@ def test_a_row_is_the_same_in_every_wave(
     for wave_size in (0, 1, 4):
         cut = change(config, "rollout", wave_size=wave_size)
         waves = list(sample_waves(policy, build_objective(config), tasks, cut, 0, ranks))
-        made = join(waves)
+        (made,) = join(waves).parts
         assert len(waves) > 1 or (wave_size != 1 and num_ranks == 3)
         assert torch.equal(made.group + tasks[0].id, whole.group[mine]) and torch.equal(made.member, whole.member[mine])
         for turn, expected in zip(made.turns, whole.turns, strict=True):
@@ -122,7 +122,8 @@ def test_the_autoencoder_takes_no_more_than_a_microbatch(
 def test_scores_come_in_the_order_of_the_waves(overlap: Any, is_remote: bool) -> None:
     judge, waves = Judge(is_remote, most_s=0.03), [wave_of(2, first) for first in range(0, 12, 2)]
     with Overlap(rewards_of(judge), RewardConfig(overlap=overlap), CPU) as beside:
-        assert torch.equal(beside.gather(waves).member, torch.arange(12))
+        (gathered,) = beside.gather(waves).parts
+        assert torch.equal(gathered.member, torch.arange(12))
         scores = list(beside.scores())
         again = beside.start(waves[1])()
     found = torch.cat([score.instruction[:, 0] for score in [*scores, again]])

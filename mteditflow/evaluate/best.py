@@ -127,7 +127,7 @@ def _bare(evaluation: Evaluation, num_sessions: int | None = None) -> Evaluation
     return _mark({name: getattr(evaluation, name)[:num_sessions] for name in TABLES})
 
 
-def _mark(tables: dict[str, Tensor]) -> Evaluation:
+def _mark(tables: dict[str, Any]) -> Evaluation:
     return Evaluation(**tables, edit_types=[], images=torch.zeros(0), num_steps=0)
 
 

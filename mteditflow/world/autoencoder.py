@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -99,7 +100,7 @@ def _train(vae: AutoencoderKL, trained: torch.nn.Module, loss: Loss, num_batches
             seconds = (time.monotonic() - start) / (batch + 1 - first)
             line = f"{state.stem} {batch + 1}/{num_batches}: squared error {smooth:.5f}, {seconds:.2f} s/batch"
             print(line, flush=True)
-            parts = {"vae": vae.state_dict(), "optimizer": optimizer.state_dict()}
+            parts: dict[str, Any] = {"vae": vae.state_dict(), "optimizer": optimizer.state_dict()}
             save_state(parts | {"batch": batch + 1, "smooth": smooth}, state)
     vae.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
 
@@ -113,7 +114,7 @@ def optimizer_step(optimizer: torch.optim.Optimizer, learning_rate: float) -> No
     optimizer.zero_grad()
 
 
-def save_state(state: dict[str, object], file: Path) -> None:
+def save_state(state: dict[str, Any], file: Path) -> None:
     """Write a state to go on from, whole or not."""
     file.parent.mkdir(parents=True, exist_ok=True)
     torch.save(state, file.with_suffix(".new"))
