@@ -1,6 +1,7 @@
 """The command that makes a miniature editor, and the drift that it is given."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -15,7 +16,7 @@ from mteditflow.config.model import MINIATURES
 from mteditflow.world import autoencoder, pretrain
 from mteditflow.world.autoencoder import kept, save_state
 from mteditflow.world.drift import AXES, blurred, drifted
-from mteditflow.world.pretrain import CHAIN, CLEAN, DRIFTING, KICKS, MOST_DRIFT, VISIBLE, Flaws, make_pairs, next_drift
+from mteditflow.world.pretrain import CLEAN, DRIFTING, KICKS, MOST_DRIFT, VISIBLE, Flaws, make_pairs, next_drift
 from mteditflow.world.scenes import BACKGROUNDS
 
 ARGUMENTS = [
@@ -66,7 +67,7 @@ def test_a_blur_moves_no_weight() -> None:
 
 
 def test_a_drift_grows_by_its_gain_and_one_step() -> None:
-    flaws, random = Flaws(gain=1.5, step=0.4), Random(0)
+    flaws, random = Flaws(chain=4, gain=1.5, step=0.4), Random(0)
     drift = [0.1, -0.2, 0.0, 0.0]
     axes = set[tuple[int, bool]]()
     for _ in range(100):
@@ -81,14 +82,14 @@ def test_a_drift_grows_by_its_gain_and_one_step() -> None:
 
 def test_pairs_are_cut_from_chains() -> None:
     vae = FluxKontextPipeline.from_pretrained(MINIATURES["drifting"]).vae
-    clean, flawed = make_pairs(vae, 200, CLEAN, "test"), make_pairs(vae, 200, DRIFTING, "test")
+    clean, flawed = make_pairs(vae, 200, replace(CLEAN, chain=4), "test"), make_pairs(vae, 200, DRIFTING, "test")
     for pairs in (clean, flawed):
-        is_last = torch.arange(1, 200) % CHAIN == 0
+        is_last = torch.arange(1, 200) % 4 == 0
         assert torch.equal(pairs.target[:-1][~is_last], pairs.source[1:][~is_last])
-        assert len(pairs.instructions) == 200 and len(pairs.latents) == 200 + 200 // CHAIN
-    first = clean.source[::CHAIN]
+        assert len(pairs.instructions) == 200 and len(pairs.latents) == 200 + 200 // 4
+    first = clean.source[::4]
     assert torch.equal(clean.latents[first], flawed.latents[first])  # the first picture of a chain has no drift
-    moved = [(flawed.latents - clean.latents)[flawed.target[turn::CHAIN]].square().mean() for turn in (0, 3)]
+    moved = [(flawed.latents - clean.latents)[flawed.target[turn::4]].square().mean() for turn in (0, 3)]
     assert moved[1] > 4 * moved[0] > 0  # 1.6 ** 3 = 4.1 times the size, and what was ignored or mistaken
 
 

@@ -82,7 +82,6 @@ TRANSFORMER = {
 # How often an edit type is drawn: those that redraw an object in place are learned last.
 LEARNED_LAST = ("subject_replace", "color_alter", "material_alter", "count_change")
 TYPE_WEIGHTS = {t: 2.0 if t in LEARNED_LAST else 1.0 for t in EDIT_TYPES}
-CHAIN = 8  # edits that follow one another, so that a picture is encoded once and serves as target and as source
 VISIBLE = torch.tensor([0.3, 0.4, 0.8, 1.0])  # of each of AXES: what costs the verifier objects (but blur, by itself)
 MOST_DRIFT = 2.0  # of VISIBLE
 KICKS = (
@@ -98,7 +97,11 @@ KICKS = (
 class Flaws:
     """What is wrong with pairs from the web: the shares whose instruction was `ignored`, and `mistaken` for another;
     the drift's `gain` from picture to picture, and the largest `step` that a picture adds, in units of VISIBLE.
+
+    `chain`: edits that follow one another, so that a picture is encoded once and serves as target and as source.
     """
+
+    chain: int
 
     ignored: float = 0.0
     mistaken: float = 0.0
@@ -107,8 +110,8 @@ class Flaws:
     power: float = 1.0
 
 
-CLEAN = Flaws()
-DRIFTING = Flaws(ignored=0.03, mistaken=0.03, gain=1.6, step=0.9, power=3.0)
+CLEAN = Flaws(chain=8)
+DRIFTING = Flaws(chain=4, ignored=0.03, mistaken=0.03, gain=1.6, step=0.9, power=3.0)
 
 
 def new_pipeline(seed: int) -> FluxKontextPipeline:
@@ -144,7 +147,7 @@ def next_drift(drift: list[float], flaws: Flaws, random: Random) -> list[float]:
 
 
 def make_pairs(vae: AutoencoderKL, num_pairs: int, flaws: Flaws, name: str) -> Pairs:
-    """Make pairs from chains of CHAIN edits of scenes that are not held out. A chain goes on from what it shows."""
+    """Make pairs from chains of edits of scenes that are not held out. A chain goes on from what it shows."""
     random, scenes, drifts = Random(f"pretrain/{name}"), list[Scene](), list[list[float]]()
     rows, instructions = list[int](), list[str]()
     while len(instructions) < num_pairs:
@@ -153,7 +156,7 @@ def make_pairs(vae: AutoencoderKL, num_pairs: int, flaws: Flaws, name: str) -> P
             continue
         scenes.append(scene)
         drifts.append(drift)
-        for _ in range(CHAIN):
+        for _ in range(flaws.chain):
             flaw, edit, mistake = random.random(), _draw_edit(scene, random), _draw_edit(scene, random)
             rows.append(len(scenes) - 1)
             instructions.append(edit.instruction)
@@ -322,7 +325,7 @@ def pretrain(args: Namespace) -> None:
     )  # fmt: skip
     drifting = Stage(
         name="drifting", num_pairs=args.num_drifting, flaws=DRIFTING, num_batches=args.drift_batches, warmup=50,
-        learning_rate=args.learning_rate / 2, average=0.99, num_turns=8,
+        learning_rate=args.learning_rate / 3, average=0.99, num_turns=8,
     )  # fmt: skip
     curve = []
     for stage in (single, drifting):
