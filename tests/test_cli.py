@@ -78,7 +78,7 @@ WRONG_COMMANDS = {
     "evaluate": "SUBJECT is missing: a run's folder",
     "evaluate base --ouf x": "--ouf is no argument: did you mean --out?",
     "evaluate base --evaluation.num_steps 0": "evaluation.num_steps is 0: must lie in [1, 1000]",
-    "export": "RUN is missing: the run's folder",
+    "export": "RUN is missing: a run's folder",
     "export run --format zip": "--format is 'zip': must be one of diffusers, comfyui, merged",
     "export run --dtype float": "--dtype is 'float': must be one of float32, bfloat16",
     "study": "STUDY is missing: YAML file",

@@ -109,4 +109,5 @@ def test_a_mac_says_that_it_is_the_cpu(
 ) -> None:
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert command.train(arguments(tmp_path / "run", run__num_iterations=1, evaluation__every=0)) == 0
-    assert "training runs on the CPU: Apple's GPU (MPS) is not used" in capsys.readouterr().out.replace("\n", " ")
+    said = "".join(capsys.readouterr()).replace("\n", " ")  # on stdout or stderr
+    assert "training runs on the CPU: Apple's GPU (MPS) is not used" in said
