@@ -14,8 +14,8 @@ So what the editor has is exposure bias by its data: at the first turn the drift
 compounds. Which kick it is, is the noise's: half of them are casts of either sign, which no offset mends; only undoing
 what the input brings does.
 
-The folder `editor` in FOLDER is what ships as mteditflow/world/drifting; docs/miniature.md has the command, the time,
-the curve and the measurements.
+docs/miniature.md has what is known of it so far.
+
 """
 
 import sys
@@ -111,7 +111,7 @@ class Flaws:
 
 
 CLEAN = Flaws(chain=8)
-DRIFTING = Flaws(chain=4, ignored=0.03, mistaken=0.03, gain=1.6, step=0.9, power=3.0)
+DRIFTING = Flaws(chain=4, ignored=0.03, mistaken=0.03, gain=1.5, step=0.7, power=2.0)
 
 
 def new_pipeline(seed: int) -> FluxKontextPipeline:
@@ -325,7 +325,7 @@ def pretrain(args: Namespace) -> None:
     )  # fmt: skip
     drifting = Stage(
         name="drifting", num_pairs=args.num_drifting, flaws=DRIFTING, num_batches=args.drift_batches, warmup=50,
-        learning_rate=args.learning_rate / 3, average=0.99, num_turns=8,
+        learning_rate=args.learning_rate / 2, average=0.995, num_turns=8,
     )  # fmt: skip
     curve = []
     for stage in (single, drifting):
