@@ -51,12 +51,6 @@ def test_stock_pipeline_loads_it_and_edits() -> None:
     assert stock_success("embedded", held_out(24), num_steps=8)[0] >= 0.5
 
 
-def test_stock_pipeline_breaks_on_its_own_output() -> None:
-    """Of 48 sessions of five turns: docs/miniature.md has the shares of 512, three standard errors are 0.2."""
-    shares = stock_success("drifting", held_out(48, num_turns=5), num_steps=4)
-    assert shares[0] >= 0.65 and shares[4] <= 0.55 and shares[0] - shares[4] >= 0.25
-
-
 def test_verifier_reads_through_the_autoencoder() -> None:
     """True renders of edits, once through encoder, decoder and 8 bits, still pass: what fails is the editor's doing."""
     policy = build_policy(ModelConfig(), LoraConfig(), seed=0, has_old=False)

@@ -15,7 +15,6 @@ compounds. Which kick it is, is the noise's: half of them are casts of either si
 what the input brings does.
 
 docs/miniature.md has what is known of it so far.
-
 """
 
 import sys
