@@ -21,7 +21,7 @@ from PIL import Image
 
 from mteditflow.config import Config, DataConfig, LoraConfig, ModelConfig, RewardConfig, cli, command
 from mteditflow.export import card
-from mteditflow.record.figures import METRICS, figure
+from mteditflow.record.figures import METRICS, figure, turns_of
 from mteditflow.record.files import read_json
 
 ROOT = Path(__file__).parent.parent
@@ -45,7 +45,7 @@ def test_card_of_a_run(name: str, tmp_path: Path, request: pytest.FixtureRequest
         read_json(run / f"{file}.json") for file in ("evaluation_before", "evaluation_after", "comparison")
     )
     for metric in METRICS:
-        for old, new, change in zip(before["turns"], after["turns"], gain["turns"], strict=True):
+        for old, new, change in zip(*map(turns_of, (before, after, gain)), strict=True):
             cells = figure(old, metric), figure(new, metric), figure(change, f"{metric}_gain")
             assert f"| {metric} | {old['turn']} | {' | '.join(map(str, cells))} |" in text
     assert f"{before['num_sessions']} held-out sessions" in text and "iteration 2 of 2" in text

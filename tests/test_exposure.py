@@ -163,7 +163,7 @@ def test_figures_by_hand() -> None:
     after = evaluation([[1, 1], [1, 1], [1, 1], [1, 0]], [[1, 1], [1, 1], [1, float("nan")], [1, 0]])
     assert summary(after)["turns"][1]["MT_true"] == 66.67 and summary(after)["turns"][1]["compounding"] == 0
     caption = terminal_table({"base": summary(before)}, {}).caption
-    assert isinstance(caption, str) and caption.startswith("base, turn 2: 75.0 % on true inputs, 50.0 [")
+    assert isinstance(caption, str) and caption.startswith("base, turn 2: 75.0 % on true inputs, 50.0 points")
     change = compare(before, after)["turns"][1]
     assert change["compounding_change"] == pytest.approx(-33.33) and change["cast_size_change"] == 0
     assert before.drift is not None

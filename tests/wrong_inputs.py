@@ -297,7 +297,8 @@ def wrong_types() -> Iterator[Case]:
             for value in ("3", "maybe"):
                 yield ["train", f"--{key}", value], f"{key} is '{value}': must be true or false"
         elif kind is tuple:
-            yield ["train", f"--{key}", "3"], f"{key} is '3': must be a list of texts"
+            items = "whole numbers" if key == "rollout.window_range" else "texts"
+            yield ["train", f"--{key}", "3"], f"{key} is '3': must be a list of {items}"
 
 
 def out_of_range() -> Iterator[Case]:

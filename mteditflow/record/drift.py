@@ -39,7 +39,7 @@ KEPT_NOISE = 0.621  # variance of white noise in the KEPT_SHARE of the pixels th
 ROW = BINOMIAL.sum(1)  # B is its outer product
 _CENTRE, REACH = BINOMIAL.max(), len(ROW) // 2
 NOISE_GAIN = (KEPT_NOISE * (1 - _CENTRE) ** 2 + BINOMIAL.square().sum() - _CENTRE**2).sqrt().item()
-CHUNK = 8  # pictures at a time, the last ones filled up: beside others a picture's figures have other bits
+CHUNK = 1  # pictures at a time: at another place in memory a picture's sums may have other bits
 
 
 def measure_drift(sources: Tensor, pictures: Tensor, untouched: Tensor) -> Tensor:
