@@ -323,7 +323,7 @@ def test_a_run_on_pictures_of_several_sizes(
 ) -> None:
     """From the files to strips, report and a LoRA whose card says the sizes; GRPO's first ratio is 1."""
     monkeypatch.setattr("mteditflow.run.build_reward", lambda config: GivenRewards(redness))
-    monkeypatch.setattr("mteditflow.run.check_judge", lambda config: None)
+    monkeypatch.setattr("mteditflow.evaluate.compare_editors.check_judge", lambda config: None)
     values = {
         "model.path": tiny_pipeline_folder, "model.max_text_tokens": 8, "lora.rank": 2, "data.path": photographs,
         "data.buckets": "[80x48, 48x80]", "data.num_turns": 2, "rollout.num_tasks": 4,
