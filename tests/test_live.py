@@ -45,7 +45,7 @@ def test_a_run_at_every_stage(lora_run: Path, tmp_path: Path) -> None:
     (tmp_path / "evaluating_before").mkdir()
     (tmp_path / "evaluating_before" / "part-000000.safetensors").write_text("")
     assert "which evaluates the base; parts that are there: 1." in page_of(tmp_path).text
-    begin(lora_run, tmp_path, 1, **{"alarm/edge_density_drift": 0.5, "alarm/no_edit_share": 0.5})
+    begin(lora_run, tmp_path, 1, **{"alarm/cast_drift": 0.5, "alarm/no_edit_share": 0.5})
     (tmp_path / "strips").mkdir()
     for n in (0, 1):
         to_pil(torch.full((3, 4, 4), float(n))).save(tmp_path / "strips" / f"iteration-{n:06d}.png")
@@ -53,7 +53,7 @@ def test_a_run_at_every_stage(lora_run: Path, tmp_path: Path) -> None:
     assert "1 of 2 iterations in 1.0 minutes" in page.text and "about 7 min are left" in page.text
     assert 'style="width: 50.0%"' in page.html and "turn 1, iteration 0: 40</title>" in page.html
     assert len(page.references) == 2 and "After iteration 1" in page.text and "Before training" not in page.text
-    assert "Edge density" in page.text and "since iteration 1" in page.text and "No edit" not in page.text
+    assert "Cast drifts more" in page.text and "since iteration 1" in page.text and "No edit" not in page.text
     (tmp_path / "lock").write_text("999999999\n")
     assert "No process of this machine is at work here" in page_of(tmp_path).text
 
