@@ -79,9 +79,9 @@ def test_a_size_is_rolled_out_as_if_it_were_the_only_one(config: Config, objecti
     assert [part.group.tolist() for part in mixed.parts] == [[0, 0], [0, 0, 1, 1], [0, 0]]
     for part, places in zip(mixed.parts, ([0], [1, 2], [3]), strict=True):
         (height, width), *_ = part.shape
-        own = at(config, (height, width))
+        sized = at(config, (height, width))
         alone_tasks = [tasks[n] for n in places]
-        single = sample_rollout(build(own), build_objective(own), alone_tasks, own, 0)
+        single = sample_rollout(build(sized), build_objective(sized), alone_tasks, sized, 0)
         assert_equal(part, single)
         assert [tuple(turn.image.shape[2:]) for turn in part.turns] == [(height, width)] * 2
         num_tokens = height * width // 256
@@ -126,14 +126,14 @@ def test_an_update_is_that_of_all_sizes_together(config: Config, objective: str)
     config = change(config, "rollout", num_tasks=2)
     gradients = []
     for chosen in (tasks, tasks[:1], tasks[1:]):
-        policy, own = build(config), change(config, "rollout", num_tasks=len(chosen))
+        policy, sized = build(config), change(config, "rollout", num_tasks=len(chosen))
         first = 0 if chosen is not tasks[1:] else 2
         advantage = ADVANTAGE if len(chosen) == 2 else ADVANTAGE[:2] if chosen[0] is tasks[0] else ADVANTAGE[2:]
-        figures, (gradient,) = step(policy, made(policy, own, chosen), advantage, own)  # pyright: ignore[reportArgumentType]
+        figures, (gradient,) = step(policy, made(policy, sized, chosen), advantage, sized)  # pyright: ignore[reportArgumentType]
         gradients.append(gradient)
         if objective == "grpo":
             assert figures["update/first_ratio_error"] == 0
-        assert figures["update/num_transitions"] == 2 * len(chosen) * 2 * build_objective(own).num_draws, first
+        assert figures["update/num_transitions"] == 2 * len(chosen) * 2 * build_objective(sized).num_draws, first
     both, wide, tall = gradients
     # sums of 2 to 8 microbatches' gradients in another order, each of some 1e3 terms
     assert_near(both, (wide + tall) / 2, 100)

@@ -33,11 +33,11 @@ def test_original_names(family: str, form: str, tmp_path: Path) -> None:
     lora = read(family, save(FORMS[form](drawn), tmp_path / "lora.safetensors"))
     assert lora.keys() == found.keys()
     for name, part in found.items():
-        it = drawn[part.original]
-        up = it.up[part.first : part.first + part.num_rows]
+        whole = drawn[part.original]
+        up = whole.up[part.first : part.first + part.num_rows]
         if part.original == ADA:
             up = torch.cat([up[len(up) // 2 :], up[: len(up) // 2]])
-        assert torch.equal(lora[name].down, it.down) and torch.equal(lora[name].up, up), name
+        assert torch.equal(lora[name].down, whole.down) and torch.equal(lora[name].up, up), name
         assert lora[name].scale == (1.0 if form == "ai-toolkit" else 2.0)
 
 

@@ -17,7 +17,6 @@ pixels with a neighbour, within B, that was touched. A source without contrast, 
 loses them: RIDGE pulls what is not known to 0. All are cut to [-1, 1]: a picture that has nothing of its source left.
 """
 
-import math
 from collections.abc import Iterator
 
 import torch
@@ -39,16 +38,16 @@ KEPT_NOISE = 0.621  # variance of white noise in the KEPT_SHARE of the pixels th
 ROW = BINOMIAL.sum(1)  # B is its outer product
 _CENTRE, REACH = BINOMIAL.max(), len(ROW) // 2
 NOISE_GAIN = (KEPT_NOISE * (1 - _CENTRE) ** 2 + BINOMIAL.square().sum() - _CENTRE**2).sqrt().item()
-CHUNK = 1  # pictures at a time: at another place in memory a picture's sums may have other bits
 
 
 def measure_drift(sources: Tensor, pictures: Tensor, untouched: Tensor) -> Tensor:
     """Measure the drift (N, 6), in the order of KINDS, of pictures (N, 3, H, W) in [-1, 1] from their sources, over the
     pixels where `untouched` (N, H, W) bool; NaN where these are too few, or a picture is not finite.
+
+    One by one, each at the beginning of its memory: beside others the sums of a picture may have other bits.
     """
-    rows = torch.arange(math.ceil(len(pictures) / CHUNK) * CHUNK, device=pictures.device).clamp(max=len(pictures) - 1)
-    parts = [_measure(sources[part], pictures[part], untouched[part]) for part in rows.split(CHUNK)]
-    return torch.cat(parts)[: len(pictures)]
+    one_by_one = zip(sources.split(1), pictures.split(1), untouched.split(1), strict=True)
+    return torch.cat([_measure(*(value.clone() for value in one)) for one in one_by_one])
 
 
 def measure_rollout(rollout: Rollout) -> Tensor:

@@ -1,4 +1,4 @@
-"""Makes the miniature editors from nothing: `mteditflow pretrain --output FOLDER`.
+"""Makes a miniature editor from nothing: `mteditflow pretrain --output FOLDER`.
 
 Three stages, each with a state to go on from, so that the same command goes on after a kill:
 
@@ -83,12 +83,7 @@ LEARNED_LAST = ("subject_replace", "color_alter", "material_alter", "count_chang
 TYPE_WEIGHTS = {t: 2.0 if t in LEARNED_LAST else 1.0 for t in EDIT_TYPES}
 VISIBLE = torch.tensor([0.3, 0.4, 0.8, 1.0])  # of each of AXES: what costs the verifier objects (but blur, by itself)
 MOST_DRIFT = 2.0  # of VISIBLE
-KICKS = (
-    ("cast", 1),
-    ("cast", -1),
-    ("fade", 1),
-    ("saturation", 1),
-)
+KICKS = (("cast", 1), ("cast", -1), ("fade", 1), ("saturation", 1))
 """Warm, cold, faded, grey: what the autoencoder keeps."""
 
 
@@ -101,7 +96,6 @@ class Flaws:
     """
 
     chain: int
-
     ignored: float = 0.0
     mistaken: float = 0.0
     gain: float = 0.0
