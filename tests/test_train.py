@@ -145,7 +145,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(
     [
         ("mteditflow.rollout.denoise", signal.SIGUSR1, 1),  # in the second iteration, as the next
         ("mteditflow.update.step", signal.SIGTERM, 1),  # between two updates: weights are no iteration's
-        ("mteditflow.run.evaluate", signal.SIGINT, 2),  # of the third iteration
+        ("mteditflow.run.evaluate_editor", signal.SIGINT, 2),  # of the third iteration
     ],
     ids=lambda value: getattr(value, "name", value),
 )
