@@ -119,9 +119,10 @@ def test_killed_after_every_state_it_makes_the_same_folder(tmp_path: Path, monke
         with pytest.raises(Killed):
             make("stopped")
     assert make("stopped") == 0  # nothing is left to save
-    files = {path.relative_to(tmp_path / "whole"): path for path in (tmp_path / "whole" / "editor").rglob("*.*")}
-    assert len(files) > 8
+    files = {path.relative_to(tmp_path / "whole"): path for path in (tmp_path / "whole").rglob("*/*.*")}
+    assert len(files) > 16 and {name.parts[0] for name in files} == set(MINIATURES)
     for name, path in files.items():
         assert path.read_bytes() == (tmp_path / "stopped" / name).read_bytes(), name
-    told = json.loads((tmp_path / "whole" / "editor" / "pretraining.json").read_text())
-    assert [line["batch"] for line in told["curve"]] == [1, 2, 1, 2, 3] and told["arguments"]["seed"] == 0
+    for name, batches in (("embedded", [1, 2]), ("drifting", [1, 2, 1, 2, 3])):
+        told = json.loads((tmp_path / "whole" / name / "pretraining.json").read_text())
+        assert [line["batch"] for line in told["curve"]] == batches and told["arguments"]["seed"] == 0

@@ -1,6 +1,7 @@
 """The intervals of a study against closed forms, and its verdicts."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import yaml
 
 from mteditflow.evaluate.edival import Evaluation
 from mteditflow.evaluate.held_out import save_evaluation
+from mteditflow.record.alarms import LIMITS
 from mteditflow.study.cells import read_study, runs_of
 from mteditflow.study.statistics import Estimate, Outcome, Outcomes, estimate, spreads, verdict
 from mteditflow.study.study_page import write_study
@@ -64,20 +66,42 @@ def test_interval_adds_sessions_and_seeds_in_quadrature() -> None:
     assert [sessions.low, sessions.high] == pytest.approx(np.quantile(samples, [0.025, 0.975]), abs=0.01)
 
 
-def outcome(overall: float, samples: list[float]) -> Outcome:
-    return Outcome(point=np.array([0, 0, 0, overall]), samples=np.array(samples), rewards=(0.0, 0.0))
+def outcome(
+    overall: float, samples: Sequence[float] = (50,) * 2000, drift: float = 1.0, credit: Sequence[float] = (0.0,)
+) -> Outcome:
+    return Outcome(
+        point=np.array([0, 0, 0, overall]), samples=np.array(samples), rewards=(0.0, 0.0), success=np.array([50.0]),
+        drift=np.array([drift]), credit=np.array(credit),
+    )  # fmt: skip
+
+
+BASE = Evaluation(
+    verdict=torch.ones(4, 1, dtype=torch.bool), consistency=torch.full((4, 1), 0.25),
+    valid=torch.ones(4, dtype=torch.bool), edit_types=[("a",)] * 4,
+    images=torch.zeros(1, 1, 3, 2, 2), num_steps=1,
+)  # fmt: skip
 
 
 def make_outcomes() -> Outcomes:
     """Base O is sqrt(1 * 1/4) = 50 %, in every sample."""
-    base = Evaluation(
-        verdict=torch.ones(4, 1, dtype=torch.bool), consistency=torch.full((4, 1), 0.25),
-        valid=torch.ones(4, dtype=torch.bool), edit_types=[("a",)] * 4,
-        images=torch.zeros(1, 1, 3, 2, 2), num_steps=1,
-    )  # fmt: skip
     a = {0: outcome(60, [58, 62] * 1000), 1: outcome(64, [62, 66] * 1000)}
     b = {0: outcome(57, [55, 59] * 1000), 1: outcome(61, [59, 63] * 1000), 2: outcome(90, [90] * 2000)}
-    return Outcomes(base, {"a": a, "b": b, "once": {0: outcome(70, [70] * 2000)}})
+    return Outcomes(BASE, {"a": a, "b": b, "once": {0: outcome(70, [70] * 2000)}})
+
+
+def test_prediction_is_the_rank_correlation_over_cells() -> None:
+    """Cells whose mean credit is -.4 to -.1 leave drifts in that order but for two neighbours: 1 - 6 * 2 / (5 * 24) =
+    0.9. A cell whose credit is unknown has no part; four cells are too few.
+    """
+    drifts = [0.1, 0.3, 0.2, 0.8, 2.0]
+    cells = {
+        str(i): {seed: outcome(50, drift=drift + seed, credit=(-0.5 + 0.1 * i, -0.3 + 0.1 * i)) for seed in (0, 1)}
+        for i, drift in enumerate(drifts)
+    }
+    unknown = {"unknown": {0: outcome(50, drift=9.0, credit=(np.nan,))}}
+    assert Outcomes(BASE, cells | unknown).prediction() == {"rank_correlation": 0.9, "num_cells": 5}
+    del cells["0"]
+    assert Outcomes(BASE, cells | unknown).prediction() is None
 
 
 def test_differences_are_paired_by_session_and_seed() -> None:
@@ -118,11 +142,12 @@ def test_verdict(claims: list[Estimate | None], expected: str) -> None:
 
 
 def made(success: float) -> Evaluation:
-    """Twenty sessions of one turn, of which a share succeeds."""
+    """Twenty sessions of one turn, of which a share succeeds, with a cast of two thresholds."""
     verdict = (torch.arange(20) < 20 * success)[:, None]
+    drift = torch.tensor([2 * LIMITS["cast"], 0, 0, 0, 0, torch.nan]).expand(20, 1, 6)
     return Evaluation(
         verdict=verdict, consistency=torch.ones(20, 1), valid=torch.ones(20, dtype=torch.bool),
-        edit_types=[("a",)] * 20, images=torch.zeros(1, 1, 3, 2, 2), num_steps=1,
+        edit_types=[("a",)] * 20, images=torch.zeros(1, 1, 3, 2, 2), num_steps=1, drift=drift,
     )  # fmt: skip
 
 
@@ -141,7 +166,8 @@ def test_each_comparison_is_held_against_its_own_editor(tmp_path: Path) -> None:
         run.folder.mkdir(parents=True)
         save_evaluation(run.folder, "before", made(before))
         save_evaluation(run.folder, "after", made(after if run.config.data.num_turns == 2 else before))
-        (run.folder / "metrics.jsonl").write_text('{"iteration": 0, "reward/instruction": 0.5}\n')
+        line = {"iteration": 0, "reward/instruction": 0.5, "drift/credit_1": -0.25, "drift/credit_2": None}
+        (run.folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
     how = {"command": "study", "commits": ["unknown"], "num_finished": 6, "num_runs": 8}
     page = write_study(tmp_path, found, runs, how).read_text()
     contents = json.loads((tmp_path / "study.json").read_text())
@@ -154,5 +180,6 @@ def test_each_comparison_is_held_against_its_own_editor(tmp_path: Path) -> None:
     assert there["rows"][0]["gain"]["value"] == pytest.approx(gain[2] - gain[3], abs=0.01)
     assert "There? On elsewhere. **No order expected" in page and f"Here? On {here['editor']}." in page
     assert "elsewhere **nothing for the seeds**" in page and "None" not in page and "Undefined" not in page
+    assert "| before | 60 | 2.00 | |" in page and "| K=2 | 80 | 2.00 | \N{MINUS SIGN}0.25, unknown |" in page
     only = write_study(tmp_path, found, [run for run in runs if run.config.model.path != "elsewhere"], how)
     assert "| K=1 | not there yet |" in only.read_text()  # of an editor with no finished run

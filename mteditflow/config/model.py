@@ -9,17 +9,17 @@ from mteditflow.config.ranges import Count, Pixels, Range, check_ranges, require
 
 EMBEDDED = "embedded"
 _WORLD = Path(__file__).parent.parent / "world"
-MINIATURES = {EMBEDDED: _WORLD / "editor"}
-"""Editors that ship with the package, by `model.path`."""
+MINIATURES = {name: _WORLD / name for name in ("drifting", EMBEDDED)}
+"""Editors that ship with the package, by `model.path`: one that breaks on its own output, one that hardly does."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The editor to train."""
 
-    path: str = EMBEDDED
-    """Folder or hub name of a diffusers pipeline of a family in docs/models; 'embedded' is the miniature that ships
-    with the package."""
+    path: str = "drifting"
+    """Folder or hub name of a diffusers pipeline of a family in docs/models; 'drifting' and 'embedded' are miniatures
+    that ship with the package: the first breaks on its own output, as real editors do (docs/miniature.md)."""
     height: Pixels = 64
     """Height of source and edit, pixels; a multiple of 16."""
     width: Pixels = 64

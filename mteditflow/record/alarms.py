@@ -105,14 +105,17 @@ def _drift_figures(drift: Tensor) -> Iterator[tuple[str, float]]:
             yield from ((f"drift/{kind}{suffix}_{turn}", value) for kind, value in zip(KINDS, row, strict=True))
 
 
-def credit_figures(drift: Tensor, group: Tensor, advantages: Tensor) -> dict[str, float]:
-    """Correlate the advantages (N, K) of every turn with the drift (N, K, 6) that the turn added, within groups (N,):
-    below 0 where training is told to add less. NaN where one of the two has no spread.
+def drift_size(drift: Tensor) -> Tensor:
+    """Sum up a drift (..., 6) as the root of its squares in thresholds, grain aside, which is often unknown: (...)."""
+    return (drift / torch.tensor(list(LIMITS.values())))[..., : KINDS.index("grain")].square().sum(-1).sqrt()
 
-    A drift's size is the root of its squares in thresholds, grain aside, which is often unknown; what a turn adds is
-    its size less that of the turn before.
+
+def credit_figures(drift: Tensor, group: Tensor, advantages: Tensor) -> dict[str, float]:
+    """Correlate the advantages (N, K) of every turn with the drift (N, K, 6) that the turn added, the size after it
+    less that before it, within groups (N,): below 0 where training is told to add less. NaN where one of the two has
+    no spread.
     """
-    size = (drift / torch.tensor(list(LIMITS.values())))[..., : KINDS.index("grain")].square().sum(-1).sqrt()  # (N, K)
+    size = drift_size(drift)
     added, figures = size.diff(dim=1, prepend=torch.zeros(len(size), 1)), dict[str, float]()
     for turn, columns in enumerate(zip(added.T, advantages.to(size).T, strict=True), start=1):
         is_known = ~columns[0].isnan()

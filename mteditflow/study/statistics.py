@@ -23,17 +23,20 @@ Without a cell of several seeds the interval is of the sessions alone, and the p
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from mteditflow.evaluate.edival import Evaluation, Floats, point_metrics, resampled_metrics
 from mteditflow.evaluate.held_out import load_evaluation
-from mteditflow.record.figures import METRICS
+from mteditflow.record.alarms import drift_size
+from mteditflow.record.figures import METRICS, finite
 from mteditflow.record.metrics import FILE, read_lines
 
 T_DRAWS = 50  # per bootstrap sample: 100,000 in all put the ends of the interval within about 1 % of its width
 NUM_LAST = 5  # iterations over which the training reward at the start and at the end is taken
-OVERALL = list(METRICS).index("O")
+MIN_CELLS = 5  # that a rank correlation is told of
+MARGINAL, OVERALL = list(METRICS).index("MT"), list(METRICS).index("O")
 
 Points = Mapping[str, Mapping[int, float]]
 """O in percent by cell and seed."""
@@ -42,12 +45,17 @@ Points = Mapping[str, Mapping[int, float]]
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
     """A run at the last held-out turn: MT, IF, CC, O in percent (4,), O of the bootstrap samples (B,), and the mean
-    training reward of the first and of the last iterations.
+    training reward of the first and of the last iterations. Of every held-out turn success MT, in percent, and the
+    mean size of the drift, in thresholds of its alarms. Of every training turn `credit`: the correlation of its
+    advantages with the drift that it added, over the first iterations, when all cells have the same editor.
     """
 
     point: Floats
     samples: Floats
     rewards: tuple[float, float]
+    success: Floats
+    drift: Floats
+    credit: Floats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,10 +116,30 @@ def read_outcome(folder: Path) -> Outcome:
     """Read the outcome of a finished run."""
     after = load_evaluation(folder, "after")
     assert after is not None
-    lines = [line["reward/instruction"] for line in read_lines(folder / FILE)]
-    rewards = [value for value in lines if value is not None]
+    lines = read_lines(folder / FILE)
+    rewards = [value for line in lines if (value := line["reward/instruction"]) is not None]
     ends = float(np.mean(rewards[:NUM_LAST])), float(np.mean(rewards[-NUM_LAST:]))
-    return Outcome(point=point_metrics(after)[:, -1], samples=resampled_metrics(after)[OVERALL, :, -1], rewards=ends)
+    return Outcome(
+        point=point_metrics(after)[:, -1], samples=resampled_metrics(after)[OVERALL, :, -1], rewards=ends,
+        success=point_metrics(after)[MARGINAL], drift=mean_drift(after), credit=_mean_credit(lines[:NUM_LAST]),
+    )  # fmt: skip
+
+
+def mean_drift(evaluation: Evaluation) -> Floats:
+    """Average the size of the drift over the sessions, per turn (K,); NaN where it was not measured."""
+    if evaluation.drift is None:
+        return np.full(evaluation.verdict.shape[1], np.nan)
+    return drift_size(evaluation.drift[evaluation.valid]).double().nanmean(0).numpy()
+
+
+def _mean_credit(lines: Sequence[Mapping[str, Any]]) -> Floats:
+    """Average `drift/credit_k` over iterations, per turn (K,), NaN where it is known in none."""
+    by_turn, turn = list[float](), 1
+    while any(f"drift/credit_{turn}" in line for line in lines):
+        found = [value for line in lines if (value := finite(line.get(f"drift/credit_{turn}"))) is not None]
+        by_turn.append(float(np.mean(found)) if found else np.nan)
+        turn += 1
+    return np.array(by_turn)
 
 
 class Outcomes:
@@ -122,6 +150,7 @@ class Outcomes:
     def __init__(self, base: Evaluation, by_cell: dict[str, dict[int, Outcome]]) -> None:
         self.by_cell = by_cell
         self.base_point, self.base_samples = point_metrics(base)[:, -1], resampled_metrics(base)[OVERALL, :, -1]
+        self.base_success, self.base_drift = point_metrics(base)[MARGINAL], mean_drift(base)
         overall = {c: {s: float(run.point[OVERALL]) for s, run in by_seed.items()} for c, by_seed in by_cell.items()}
         self.alone, self.paired = spreads(overall)
 
@@ -129,6 +158,21 @@ class Outcomes:
         """Select a cell's outcomes at those of the seeds that are finished."""
         by_seed = self.by_cell.get(cell, {})
         return {seed: by_seed[seed] for seed in seeds if seed in by_seed}
+
+    def prediction(self) -> dict[str, float | int] | None:
+        """Correlate, by rank over the cells, the mean `credit` of all turns with the drift that is left at the last
+        held-out turn: above 0 where the cells whose advantages speak most against drift end with least. None of fewer
+        than MIN_CELLS cells.
+        """
+        pairs = [
+            (np.mean([run.credit.mean() for run in runs.values()]), np.mean([run.drift[-1] for run in runs.values()]))
+            for runs in self.by_cell.values()
+        ]
+        known = np.array([pair for pair in pairs if np.isfinite(pair).all()])
+        if len(known) < MIN_CELLS:
+            return None
+        ranks = known.argsort(0).argsort(0)
+        return {"rank_correlation": round(float(np.corrcoef(ranks.T)[0, 1]), 2), "num_cells": len(known)}
 
     def gain(self, cell: str, seeds: Iterable[int]) -> Estimate | None:
         """Estimate the mean over the seeds of O after training less O before; None where no seed is finished."""

@@ -1,5 +1,6 @@
 """The page of a study: study.json, study.md and a figure per comparison, from the folders of finished runs."""
 
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,20 @@ def _describe_editor(model: ModelConfig, outcomes: Outcomes) -> dict[str, Any]:
         "before": _name_metrics(outcomes.base_point),
         "seed_std": {"value": round(outcomes.alone.mean_square**0.5, 2), "dof": round(outcomes.alone.dof, 1)},
         "paired_seed_std": {"value": round(outcomes.paired.mean_square**0.5, 2), "dof": outcomes.paired.dof},
+        "success": _round(outcomes.base_success, 1),
+        "drift": _round(outcomes.base_drift, 3),
+        "prediction": outcomes.prediction(),
     }
+
+
+def _round(values: Floats, digits: int) -> list[float | None]:
+    """Round values (K,), None for NaN."""
+    return [round(value, digits) + 0.0 if np.isfinite(value) else None for value in values.tolist()]
+
+
+def _mean(runs: Iterable[Outcome], name: str, digits: int) -> list[float | None]:
+    """Average a figure (K,) of runs."""
+    return _round(np.mean([getattr(run, name) for run in runs], axis=0), digits)
 
 
 def _name_metrics(point: Floats) -> dict[str, float]:
@@ -107,6 +121,9 @@ def _describe_cell(name: str, comparison: Comparison, outcomes: Outcomes | None)
         "gain_by_seed": [round(float(gain), 2) + 0.0 for gain in gains],
         "gain": _as_dict(outcomes.gain(cell.key, comparison.seeds)),
         "difference": _as_dict(difference),
+        "success": _mean(runs, "success", 1),
+        "drift": _mean(runs, "drift", 3),
+        "credit": _mean(runs, "credit", 3),
         "training_reward": [round(float(np.mean(ends)), 4) for ends in zip(*(r.rewards for r in runs), strict=True)],
     }
 
