@@ -16,7 +16,7 @@ from mteditflow.config.model import MINIATURES
 from mteditflow.world import autoencoder, pretrain
 from mteditflow.world.autoencoder import kept, save_state
 from mteditflow.world.drift import AXES, blurred, drifted
-from mteditflow.world.pretrain import CLEAN, DRIFTING, KICKS, MOST_DRIFT, VISIBLE, Collection, make_pairs, next_drift
+from mteditflow.world.pretrain import DRIFTING, KICKS, MOST_DRIFT, VISIBLE, Collection, make_pairs, next_drift
 from mteditflow.world.scenes import BACKGROUNDS
 
 ARGUMENTS = [
@@ -82,10 +82,7 @@ def test_a_drift_grows_by_its_gain_and_one_step() -> None:
 
 def test_pairs_are_cut_from_chains() -> None:
     vae = FluxKontextPipeline.from_pretrained(MINIATURES["drifting"]).vae
-    clean, flawed = (
-        make_pairs(vae, 200, replace(CLEAN, chain=4, last_weight=DRIFTING.last_weight), "test"),
-        make_pairs(vae, 200, DRIFTING, "test"),
-    )
+    clean, flawed = (make_pairs(vae, 200, replace(DRIFTING, step=step), "test") for step in (0.0, DRIFTING.step))
     for pairs in (clean, flawed):
         is_last = torch.arange(1, 200) % 4 == 0
         assert torch.equal(pairs.target[:-1][~is_last], pairs.source[1:][~is_last])
@@ -93,16 +90,23 @@ def test_pairs_are_cut_from_chains() -> None:
     first = clean.source[::4]
     assert torch.equal(clean.latents[first], flawed.latents[first])  # the first picture of a chain has no drift
     moved = [(flawed.latents - clean.latents)[flawed.target[turn::4]].square().mean() for turn in (0, 3)]
-    assert moved[1] > 4 * moved[0] > 0  # drifts grow, and what was ignored or mistaken stays
+    assert moved[1] > 4 * moved[0] > 0  # drifts grow
 
 
 @pytest.mark.parametrize("background", BACKGROUNDS)
 def test_autoencoder_keeps_drift(background: str) -> None:
-    """A pass keeps at least three quarters of every drift that the editor has, most of them nearly whole."""
+    """A pass keeps at least seven tenths of every drift that the editor has, most of them nearly whole."""
     vae = FluxKontextPipeline.from_pretrained(MINIATURES["drifting"]).vae
     for axis, sign in KICKS:
         size = 0.5 * sign * VISIBLE[AXES.index(axis)]
-        assert 0.75 <= kept(vae, background, along(axis, float(size), 1)[0], num=16) <= 1.1, (axis, sign)
+        assert 0.7 <= kept(vae, background, along(axis, float(size), 1)[0], num=16) <= 1.1, (axis, sign)
+
+
+def test_an_autoencoder_of_clean_pictures_takes_a_cast_off() -> None:
+    """That of the embedded editor has seen no other; docs/log.md has what one that has seen casts keeps."""
+    vae = FluxKontextPipeline.from_pretrained(MINIATURES["embedded"]).vae
+    assert kept(vae, "beach", along("cast", 0.2, 1)[0], num=8) < 0.6
+    assert kept(vae, "city", along("cast", 0.2, 1)[0], num=8) > 0.6
 
 
 class Killed(BaseException):

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mteditflow.config import Config, ModelConfig
 from mteditflow.config.command import profile as main
+from mteditflow.config.model import MINIATURES
 from mteditflow.plan.flops import forward_flops
 from mteditflow.policy import FAMILIES, Family
 from mteditflow.policy.flux_kontext import FAMILY

@@ -302,7 +302,9 @@ def pretrain(argv: Sequence[str]) -> int:
     add("--num_drifting", type=Count, default=48_000, help="single edits of drifting chains to learn from")
     add("--drift_batches", type=CountOrNone, default=2500, help="of the editor's training on them")
     add("--batch_size", type=Count, default=48, help="edits in one of them")
-    add("--learning_rate", type=Rate, default=1.5e-3, help="the highest, on clean edits; half of it on drifting ones")
+    add(
+        "--learning_rate", type=Rate, default=1.5e-3, help="the highest, on clean edits; a third of it on drifting ones"
+    )
     add("--save_every", type=Count, default=200, help="batches of the editor between states to go on from")
     add("--num_sessions", type=Count, default=128, help="held-out sessions per measurement")
     values = cli.parse(parser, argv)
