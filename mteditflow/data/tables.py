@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.utils import logging as hub_logging
+
 from mteditflow.data.published import TURN_FIELDS, Row, group_turns, turn_record
 from mteditflow.data.rows import find_unused
 from mteditflow.data.sessions import FIELDS, Entry, Folder, RowError, Sessions, image_name, make_sessions, read_each
@@ -26,6 +28,7 @@ def _datasets() -> Any:
         raise ValueError("needs the datasets library: pip install 'mteditflow[data]'") from None
     datasets.disable_progress_bars()
     datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)  # what is wrong is said once, by us
+    hub_logging.set_verbosity_error()
     return datasets
 
 
@@ -35,8 +38,22 @@ def read_parquet(files: Sequence[Path], name: str, folder: Folder) -> Sessions:
     try:
         table = datasets.Dataset.from_parquet([str(file) for file in files])
     except ValueError as error:  # pyarrow's and datasets' own are ValueErrors of many lines
-        raise ValueError(f"is no parquet file that can be read: {str(error).splitlines()[0]}") from None
+        damaged = _first_damaged(files) if len(files) > 1 else None
+        called = f"has {damaged.name}, which is" if damaged else "is"
+        raise ValueError(f"{called} no parquet file that can be read: {str(error).splitlines()[0]}") from None
     return _read_table(table, name, folder)
+
+
+def _first_damaged(files: Sequence[Path]) -> Path | None:
+    """Find the first parquet file whose schema cannot be read; None where all can."""
+    from pyarrow import parquet
+
+    for file in files:
+        try:
+            parquet.read_schema(file)
+        except (OSError, ValueError):
+            return file
+    return None
 
 
 def read_shards(files: Sequence[Path], split: str, folder: Folder) -> Sessions:
