@@ -244,7 +244,7 @@ def test_the_first_line_of_a_csv_that_names_no_fields(text: str, tmp_path: Path)
 
 
 def test_a_csv_of_several_images_and_of_a_quote_that_is_not_closed(tmp_path: Path) -> None:
-    """A list of images in a cell; names of columns after blanks. An open quote takes in all that follows: no session."""
+    """A list of images in a cell; names of columns after blanks. An open quote takes in what follows: no session."""
     several = '"[""photos/coffee.png"", ""photos/chelsea.png""]"'
     (tmp_path / "a.csv").write_text(f'images, prompt\n{several},a\n"[""photos/coffee.png""]","open\n[],b\n')
     sessions = read_sessions(str(tmp_path / "a.csv"))
