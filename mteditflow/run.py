@@ -90,7 +90,8 @@ class Run:
 
     def _start(self, stack: ExitStack) -> None:
         config = self.config
-        # first: a judge that is not there is found at once
+        self.tasks = held_out_tasks(config)  # whose pictures are read: where too few are whole, nothing is loaded first
+        # before the editor: a judge that is not there is found at once
         self.judge = Overlap(build_reward(config), config.reward, self.ranks.device)
         stack.enter_context(self.judge)
         if self.ranks.is_main:
@@ -161,7 +162,6 @@ class Run:
     def _evaluate_before(self, *, is_resumed: bool) -> None:
         """Evaluate what training starts from, where that was not done before."""
         config = self.config
-        self.tasks = held_out_tasks(config)
         if self.policy.originals:
             error = measure_base_error(self.policy, self.objective, self.tasks[0], config)
             self.base_error = error.figures

@@ -194,6 +194,27 @@ def test_too_much_damage_stops_with_one_line(
         training_tasks(nothing, 0, ranks())
 
 
+def test_too_few_whole_pictures_held_out_stop_a_run_before_anything_is_loaded(
+    make: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The check of counts does not read pictures; the run does, before judge and editor."""
+    monkeypatch.setattr("mteditflow.data.userdata.MAX_BAD_SHARE", 1.0)
+    torn = photo("china.jpg").read_bytes()[:30_000]
+    for name in HELD_OUT:
+        (tmp_path / "photos" / name).write_bytes(torn)
+    config = make(RECORDS)
+    check_data(config, is_speaking=False)
+    for loader in ("build_reward", "build_policy"):
+        monkeypatch.setattr(f"mteditflow.run.{loader}", lambda *_, **__: pytest.fail("loaded before pictures are read"))
+    words = [f"--{name}={value}" for name, value in cli.changed_fields(config).items()]
+    with pytest.raises(SystemExit):
+        train([*words, f"--run.folder={tmp_path / 'run'}", "--model.path=embedded", "--reward.judge=vlm",
+               "--reward.consistency=none", "--advantage.consistency_weight=0"])  # fmt: skip
+    (line,) = [it for it in capsys.readouterr().err.splitlines() if "num_sessions" in it]
+    num = 3 * len(HELD_OUT)
+    assert f"has 0 held-out sessions of 2 turns beside {num} with damaged pictures; lower it" in line
+
+
 def test_check_and_a_run_find_the_same_faults(
     make: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
