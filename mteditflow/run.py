@@ -19,7 +19,7 @@ from rich.console import Console
 from mteditflow.config import Config
 from mteditflow.config.cli import to_yaml
 from mteditflow.config.rubric import read_rubric
-from mteditflow.data import all_instructions, held_out_tasks, training_tasks
+from mteditflow.data import all_instructions, cut_lines, held_out_tasks, training_tasks
 from mteditflow.distributed import Ranks
 from mteditflow.evaluate.best import Best
 from mteditflow.evaluate.compare_editors import compare_sessions
@@ -147,12 +147,8 @@ class Run:
 
     def _cut(self) -> list[str]:
         """Say how many instructions of a user's data are longer than the text encoder reads."""
-        texts, limit = all_instructions(self.config), self.config.model.max_text_tokens
-        num = sum(map(self.policy.editor.is_cut, texts))
-        cut = (
-            f"{num} of {len(texts)} instructions are longer than model.max_text_tokens {limit}: their ends are not read"
-        )
-        return [cut] if num else []
+        count = self.policy.family.count_tokens(self.policy.pipeline)
+        return cut_lines(all_instructions(self.config), count, self.config.model.max_text_tokens)
 
     def _say(self, line: str) -> None:
         """Print a line for the user, on the main rank."""

@@ -322,8 +322,8 @@ def _moves(pool: Pool) -> list[tuple[Thing, str, Thing]]:
 
 
 def _is_there(old: Thing, place: str, at: Thing) -> bool:
-    """Say whether `old` is at that side of `at` already, by an edit, or by the centres of the boxes, where both are known:
-    an instruction that asks for what is there asks for nothing.
+    """Say whether `old` is at that side of `at` already, by an edit, or by the centres of the boxes, where both are
+    known: to ask for what is there is to ask for nothing.
     """
     if old.beside == (place, at.kind) or at.beside == (OPPOSITE[place], old.kind):
         return True
