@@ -1,4 +1,4 @@
-"""The embedded editor: a stock pipeline folder that edits, and the command that makes one."""
+"""The miniature editors: stock pipeline folders that edit, one of which breaks on its own output."""
 
 import pytest
 import torch
@@ -12,8 +12,6 @@ from mteditflow.policy import build_policy
 from mteditflow.types import EditTask
 from mteditflow.world.render import render
 from mteditflow.world.verify import grade, read
-
-FOLDER = MINIATURES["embedded"]
 
 
 def held_out(num_sessions: int, num_turns: int = 1) -> list[EditTask]:
@@ -49,6 +47,12 @@ def test_folder_is_small_enough_to_ship(name: str) -> None:
 def test_stock_pipeline_loads_it_and_edits() -> None:
     """At least half of 24 first edits pass the verifier: 75 % did at release, and 12 of 24 at 75 % is 3 sigma off."""
     assert stock_success("embedded", held_out(24), num_steps=8)[0] >= 0.5
+
+
+def test_stock_pipeline_breaks_on_its_own_output() -> None:
+    """Of 48 sessions of five turns: docs/miniature.md has the shares of 512, three standard errors are 0.2."""
+    shares = stock_success("drifting", held_out(48, num_turns=5), num_steps=4)
+    assert shares[0] >= 0.65 and shares[4] <= 0.55 and shares[0] - shares[4] >= 0.25
 
 
 def test_verifier_reads_through_the_autoencoder() -> None:

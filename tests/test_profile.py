@@ -96,7 +96,7 @@ def test_a_profile(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert 0 < sum(figures["seconds"].values()) <= figures["total_s"]
     assert figures["turn_images"] == 4 and figures["turn_images_per_second"] > 0
     row = forward_flops(
-        FAMILY, json.loads((Path(__file__).parents[1] / "mteditflow/world/embedded/transformer/config.json").read_text()),
+        FAMILY, json.loads((MINIATURES["embedded"] / "transformer" / "config.json").read_text()),
         text_tokens=Config().model.max_text_tokens, image_tokens=32,
     )  # fmt: skip
     # 2 turns x 2 trajectories: x 2 steps rolled out; 1 step trained

@@ -308,7 +308,7 @@ def pretrain(argv: Sequence[str]) -> int:
     add("--num_pairs", type=Count, default=48_000, help="clean single edits to learn from")
     add("--edit_batches", type=Count, default=6500, help="of the editor's training on them")
     add("--num_drifting", type=Count, default=48_000, help="single edits of drifting chains to learn from")
-    add("--drift_batches", type=CountOrNone, default=4000, help="of the editor's training on them")
+    add("--drift_batches", type=CountOrNone, default=2500, help="of the editor's training on them")
     add("--batch_size", type=Count, default=48, help="edits in one of them")
     add("--learning_rate", type=Rate, default=1.5e-3, help="the highest, on clean edits; half of it on drifting ones")
     add("--save_every", type=Count, default=200, help="batches of the editor between states to go on from")

@@ -5,15 +5,14 @@ Three stages, each with a state to go on from, so that the same command goes on 
 1. A KL autoencoder that keeps colours, contrast and sharpness as they are (world/autoencoder.py); then its decoder on.
 2. A FLUX.1-Kontext transformer with its text encoders, by flow matching on clean single edits: a skilled editor, whose
    failures are the noise's, much alike at every turn: `embedded`.
-3. `drifting`: the same on pairs as collections of edits from the web have them, cut from *chains* of edits by other editors. A
-   small drift that nobody minded is in every picture, and more of it in the picture after: the editor learns to make
-   what it is given a little worse, which no single edit shows. Some instructions were ignored, some mistaken.
+3. `drifting`: the same on pairs as collections of edits from the web have them, cut from *chains* of edits by other
+   editors. A small drift that nobody minded is in every picture, and more of it in the picture after: the editor learns
+   to make what it is given a little worse, which no single edit shows. Some instructions were ignored, some mistaken.
 
        drift_k = gain drift_{k-1} + step u^power e      u uniform, e one of KICKS (world/drift.py has the axes)
 
 So what the editor has is exposure bias by its data: at the first turn the drift is hard to see, on its own output it
-compounds. Which kick it is, is the noise's: half of them are casts of either sign, which no offset mends; only undoing
-what the input brings does.
+compounds. Which kick it is, and of which size, is the noise's.
 
 docs/miniature.md has what both do on held-out sessions.
 """
@@ -79,24 +78,25 @@ TRANSFORMER = {
     "guidance_embeds": True,
     "axes_dims_rope": (8, 12, 12),
 }
-# How often an edit type is drawn: those that redraw an object in place are learned last.
-LEARNED_LAST = ("subject_replace", "color_alter", "material_alter", "count_change")
-TYPE_WEIGHTS = {t: 2.0 if t in LEARNED_LAST else 1.0 for t in EDIT_TYPES}
+LEARNED_LAST = ("subject_replace", "color_alter", "material_alter", "count_change")  # that redraw an object in place
 VISIBLE = torch.tensor([0.3, 0.4, 0.8, 1.0])  # of each of AXES: what costs the verifier objects (but blur, by itself)
-MOST_DRIFT = 2.0  # of VISIBLE
-KICKS = (("cast", 1), ("cast", -1), ("fade", 1), ("saturation", 1))
-"""Warm, cold, faded, grey: what the autoencoder keeps."""
+MOST_DRIFT = 1.2  # of VISIBLE
+KICKS = (("cast", 1), ("fade", 1), ("saturation", 1))
+"""Warm, faded, grey: what the autoencoder keeps, each to the side to which editors tend."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Flaws:
-    """What is wrong with pairs from the web: the shares whose instruction was `ignored`, and `mistaken` for another;
-    the drift's `gain` from picture to picture, and the largest `step` that a picture adds, in units of VISIBLE.
+class Collection:
+    """What a collection of pairs is like, and what is wrong with it.
 
-    `chain`: edits that follow one another, so that a picture is encoded once and serves as target and as source.
+    `chain`: edits that follow one another, so that a picture is encoded once and serves as target and as source;
+    `last_weight`: how often a type of LEARNED_LAST is drawn, of others 1. The shares whose instruction was `ignored`,
+    and `mistaken` for another; the drift's `gain` from picture to picture, and the largest `step` that a picture adds,
+    in units of VISIBLE.
     """
 
     chain: int
+    last_weight: float
     ignored: float = 0.0
     mistaken: float = 0.0
     gain: float = 0.0
@@ -104,8 +104,8 @@ class Flaws:
     power: float = 1.0
 
 
-CLEAN = Flaws(chain=8)
-DRIFTING = Flaws(chain=4, ignored=0.03, mistaken=0.03, gain=1.5, step=0.6, power=2.0)
+CLEAN = Collection(chain=8, last_weight=2.0)
+DRIFTING = Collection(chain=4, last_weight=4.0, ignored=0.02, mistaken=0.02, gain=2.0, step=0.4, power=2.0)
 
 
 def new_pipeline(seed: int) -> FluxKontextPipeline:
@@ -125,22 +125,23 @@ class Pairs:
     instructions: list[str]
 
 
-def _draw_edit(scene: Scene, random: Random) -> Edit:
-    """Draw an edit of a type drawn by TYPE_WEIGHTS, again until it is feasible."""
-    while (edit := sample_edit(scene, random.choices(EDIT_TYPES, list(TYPE_WEIGHTS.values()))[0], random)) is None:
+def _draw_edit(scene: Scene, last_weight: float, random: Random) -> Edit:
+    """Draw an edit of a type drawn by its weight, again until it is feasible."""
+    weights = [last_weight if name in LEARNED_LAST else 1.0 for name in EDIT_TYPES]
+    while (edit := sample_edit(scene, random.choices(EDIT_TYPES, weights)[0], random)) is None:
         pass
     return edit
 
 
-def next_drift(drift: list[float], flaws: Flaws, random: Random) -> list[float]:
+def next_drift(drift: list[float], collection: Collection, random: Random) -> list[float]:
     """Let a drift, in units of VISIBLE, grow by a picture."""
-    (kicked, sign), size = random.choice(KICKS), flaws.step * random.random() ** flaws.power
+    (kicked, sign), size = random.choice(KICKS), collection.step * random.random() ** collection.power
     added = [sign * size if axis == kicked else 0.0 for axis in AXES]
-    grown = [flaws.gain * old + new for old, new in zip(drift, added, strict=True)]
+    grown = [collection.gain * old + new for old, new in zip(drift, added, strict=True)]
     return [max(-MOST_DRIFT, min(MOST_DRIFT, value)) for value in grown]
 
 
-def make_pairs(vae: AutoencoderKL, num_pairs: int, flaws: Flaws, name: str) -> Pairs:
+def make_pairs(vae: AutoencoderKL, num_pairs: int, collection: Collection, name: str) -> Pairs:
     """Make pairs from chains of edits of scenes that are not held out. A chain goes on from what it shows."""
     random, scenes, drifts = Random(f"pretrain/{name}"), list[Scene](), list[list[float]]()
     rows, instructions = list[int](), list[str]()
@@ -150,13 +151,14 @@ def make_pairs(vae: AutoencoderKL, num_pairs: int, flaws: Flaws, name: str) -> P
             continue
         scenes.append(scene)
         drifts.append(drift)
-        for _ in range(flaws.chain):
-            flaw, edit, mistake = random.random(), _draw_edit(scene, random), _draw_edit(scene, random)
+        for _ in range(collection.chain):
+            flaw = random.random()
+            edit, mistake = (_draw_edit(scene, collection.last_weight, random) for _ in range(2))
             rows.append(len(scenes) - 1)
             instructions.append(edit.instruction)
-            if flaw >= flaws.ignored:
-                scene = mistake.after if flaw < flaws.ignored + flaws.mistaken else edit.after
-            drift = next_drift(drift, flaws, random)
+            if flaw >= collection.ignored:
+                scene = mistake.after if flaw < collection.ignored + collection.mistaken else edit.after
+            drift = next_drift(drift, collection, random)
             scenes.append(scene)
             drifts.append(drift)
     parts = [slice(i, i + 512) for i in range(0, len(scenes), 512)]
@@ -231,7 +233,7 @@ class Stage:
 
     name: str
     num_pairs: int
-    flaws: Flaws
+    collection: Collection
     num_batches: int
     learning_rate: float
     warmup: int  # batches
@@ -261,7 +263,7 @@ def train_editor(
         return averaged, curve
     start = time.monotonic()
     with working("making pairs"):
-        pairs = make_pairs(pipeline.vae, stage.num_pairs, stage.flaws, f"{stage.name}/{args.seed}")
+        pairs = make_pairs(pipeline.vae, stage.num_pairs, stage.collection, f"{stage.name}/{args.seed}")
     print(f"{len(pairs.instructions)} pairs made in {time.monotonic() - start:.0f} s", flush=True)
     t5_ids, clip_ids = tokenize(pipeline, pairs.instructions)
     start, smooth = time.monotonic(), curve[-1]["loss"] if curve else None
@@ -314,17 +316,17 @@ def pretrain(args: Namespace) -> None:
     train_vae(pipeline.vae, args.vae_batches, args.seed, args.output / "vae.pt")
     train_decoder(pipeline.vae, args.decoder_batches, args.seed, args.output / "decoder.pt")
     single = Stage(
-        name="edits", num_pairs=args.num_pairs, flaws=CLEAN, num_batches=args.edit_batches, warmup=200,
+        name="edits", num_pairs=args.num_pairs, collection=CLEAN, num_batches=args.edit_batches, warmup=200,
         learning_rate=args.learning_rate, average=0.998, num_turns=8,
     )  # fmt: skip
     drifting = Stage(
-        name="drifting", num_pairs=args.num_drifting, flaws=DRIFTING, num_batches=args.drift_batches, warmup=50,
-        learning_rate=args.learning_rate / 2, average=0.995, num_turns=8,
+        name="drifting", num_pairs=args.num_drifting, collection=DRIFTING, num_batches=args.drift_batches, warmup=50,
+        learning_rate=args.learning_rate / 3, average=0.995, num_turns=8,
     )  # fmt: skip
     made, curve = {name: value for name, value in vars(args).items() if name != "output"}, []
     for stage, name in ((single, EMBEDDED), (drifting, "drifting")):
         pipeline, lines = train_editor(pipeline, stage, args)
         curve += lines
         save(pipeline, args.output / name)
-        told = {"arguments": made, "flaws": asdict(stage.flaws), "curve": curve}
+        told = {"arguments": made, "collection": asdict(stage.collection), "curve": curve}
         (args.output / name / "pretraining.json").write_text(json.dumps(told, indent=1) + "\n")
