@@ -31,7 +31,7 @@ BACKGROUNDS = (
 )
 TEXTS = ("HELLO", "OPEN", "SALE", "WELCOME", "SUMMER", "NORTH", "2026", "THANK YOU", "EXIT", "COFFEE")
 POSITIONS = ("to the left of", "to the right of", "above", "below")
-OPPOSITE = dict(zip(POSITIONS, ("to the right of", "to the left of", "below", "above"), strict=True))
+OPPOSITE: dict[str, str] = dict(zip(POSITIONS, ("to the right of", "to the left of", "below", "above"), strict=True))
 MAX_COUNT = 5
 # last words of what is part of a place: it is not counted, moved, taken away, nor made of something else
 SCENERY = (
