@@ -19,7 +19,7 @@ from rich.console import Console
 from mteditflow.config import Config
 from mteditflow.config.cli import to_yaml
 from mteditflow.config.rubric import read_rubric
-from mteditflow.data import all_instructions, held_out_tasks, training_tasks
+from mteditflow.data import all_instructions, cut_lines, held_out_tasks, training_tasks
 from mteditflow.distributed import Ranks
 from mteditflow.evaluate.best import Best
 from mteditflow.evaluate.compare_editors import compare_sessions
@@ -90,7 +90,8 @@ class Run:
 
     def _start(self, stack: ExitStack) -> None:
         config = self.config
-        # first: a judge that is not there is found at once
+        self.tasks = held_out_tasks(config)  # whose pictures are read: where too few are whole, nothing is loaded first
+        # before the editor: a judge that is not there is found at once
         self.judge = Overlap(build_reward(config), config.reward, self.ranks.device)
         stack.enter_context(self.judge)
         if self.ranks.is_main:
@@ -146,12 +147,8 @@ class Run:
 
     def _cut(self) -> list[str]:
         """Say how many instructions of a user's data are longer than the text encoder reads."""
-        texts, limit = all_instructions(self.config), self.config.model.max_text_tokens
-        num = sum(map(self.policy.editor.is_cut, texts))
-        cut = (
-            f"{num} of {len(texts)} instructions are longer than model.max_text_tokens {limit}: their ends are not read"
-        )
-        return [cut] if num else []
+        count = self.policy.family.count_tokens(self.policy.pipeline)
+        return cut_lines(all_instructions(self.config), count, self.config.model.max_text_tokens)
 
     def _say(self, line: str) -> None:
         """Print a line for the user, on the main rank."""
@@ -161,7 +158,6 @@ class Run:
     def _evaluate_before(self, *, is_resumed: bool) -> None:
         """Evaluate what training starts from, where that was not done before."""
         config = self.config
-        self.tasks = held_out_tasks(config)
         if self.policy.originals:
             error = measure_base_error(self.policy, self.objective, self.tasks[0], config)
             self.base_error = error.figures

@@ -225,6 +225,43 @@ def test_data_that_cannot_be_read_at_all(tmp_path: Path) -> None:
         read_sessions("nobody/nothing")
 
 
+HEADERS = {
+    "image;prompt\nphotos/coffee.png;a\n": "has columns image;prompt: give image, and instructions or prompt",
+    "image\tprompt\nphotos/coffee.png\ta\n": "has columns image prompt: give image",
+    "photos/coffee.png,a\n": "has columns photos/coffee.png, a: give image",
+    "image,Instructions\nphotos/coffee.png,a\n": "Instructions is no column: did you mean instructions?",
+    "image,prompt,prompt\nphotos/coffee.png,a,b\n": "has column prompt twice: give it once",
+    "": "holds no session",
+}
+
+
+@pytest.mark.parametrize("text", HEADERS)
+def test_the_first_line_of_a_csv_that_names_no_fields(text: str, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(text)
+    with pytest.raises(ValueError) as error:
+        read_sessions(str(tmp_path / "a.csv"))
+    assert " ".join(str(error.value).split()).startswith(HEADERS[text])
+
+
+def test_a_csv_of_several_images_and_of_a_quote_that_is_not_closed(tmp_path: Path) -> None:
+    """A list of images in a cell; names of columns after blanks. An open quote takes in what follows: no session."""
+    several = '"[""photos/coffee.png"", ""photos/chelsea.png""]"'
+    (tmp_path / "a.csv").write_text(f'images, prompt\n{several},a\n"[""photos/coffee.png""]","open\n[],b\n')
+    sessions = read_sessions(str(tmp_path / "a.csv"))
+    (found,), (fault,) = sessions.found, sessions.faults
+    assert (found.image, [name for name, _ in found.references]) == ("photos/coffee.png", ["photos/chelsea.png"])
+    assert found.instructions == ("a",) and fault.text == "is no CSV: unexpected end of data"
+
+
+def test_a_damaged_shard_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    datasets.Dataset.from_dict({"image": ["a"], "prompt": ["b"]}).to_parquet(folder / "train-00000-of-00002.parquet")
+    (folder / "train-00001-of-00002.parquet").write_text("a")
+    with pytest.raises(ValueError, match=r"^has train-00001-of-00002.parquet, which is no parquet file"):
+        read_sessions(str(folder))
+
+
 def test_without_the_library_the_remedy_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.parquet").write_text("a")
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)

@@ -126,6 +126,36 @@ def test_every_type_comes_and_nothing_is_moved_to_where_it_is() -> None:
     assert min(counts.values()) > 100 and len(counts) == 9  # 200 each, were all feasible
 
 
+def test_what_an_edit_has_done_is_not_asked_for_again() -> None:
+    """Nothing is put where an edit has put it, and nothing made of what its name says; of two values there is one."""
+    opposite = {"left": "right", "right": "left", "above": "below", "below": "above"}
+    words = Words(shares={"subject_add": 1.0, "position_change": 1.0})
+    num_moves = 0
+    for i in range(300):
+        beside: dict[str, tuple[str, str]] = {}
+        for step in generate([Thing(kind=kind) for kind in ("dog", "cup")], 10, Random(f"again/{i}"), words):
+            side = re.search(r"(left|right|above|below)", step.instruction)
+            assert side
+            if step.edit_type == "position_change":
+                old, at = step.touched
+                num_moves += 1
+                there = beside.get(old) == (side[1], at) or beside.get(at) == (opposite[side[1]], old)
+                assert not there, step.instruction
+            else:
+                old = next(reversed(step.pool))
+                at = next(kind for kind in step.pool if step.instruction.endswith(f" {kind}"))
+            beside[old] = side[1], at
+    assert num_moves > 1000
+    shares = {"color_alter": 1.0, "material_alter": 1.0}
+    two = Words(colors=("red", "blue"), materials=("wood", "paper"), shares=shares)
+    for i in range(100):
+        steps = generate([Thing(kind="wooden bench"), Thing(kind="red balloon")], 10, Random(i), two)
+        first = {step.touched[0] + step.edit_type: step.pool[step.touched[0]] for step in reversed(steps)}
+        assert len(steps) == 10
+        assert first.get("wooden benchmaterial_alter", Thing(kind="", material="paper")).material == "paper"
+        assert first.get("red ballooncolor_alter", Thing(kind="", color="blue")).color == "blue"
+
+
 def test_a_pool_can_run_empty_and_new_names_can_run_out() -> None:
     for i in range(50):
         steps = generate([Thing(kind="sky", is_foreground=False)], 10, Random(i))

@@ -68,6 +68,19 @@ SETTINGS = {
 }  # fmt: skip
 
 
+def test_without_consistency_the_page_leads_with_if(tmp_path: Path) -> None:
+    """O is then not defined: a dash would stand where the first figure is. Percent of nothing ends at 0."""
+    about = {"settings": SETTINGS, "judge": "the judge", "what": "it", "commit": "abc"}
+    for consistency, lead in ((NAN, "IF"), (0.8, "O")):
+        both = {name: evaluation(12, num, consistency) for name, num in (("one", 0), ("two", 6))}
+        reports = {name: summary(it) | about for name, it in both.items()}
+        gains = {"two": compare(both["one"], both["two"])}
+        text = Page(write_comparison(tmp_path, reports, gains, [])).text
+        assert f"{lead} at turn 2, one" in text and f"{lead} at turn 2, two" in text and "\N{EN DASH} %" not in text
+    drawn = chart("MT", "", [Curve(name="a", points=[(1, 0.0), (2, 0.0)])], x_name="turn")
+    assert drawn is not None and drawn["y_ticks"][0]["label"] == "0"
+
+
 def test_nothing_is_minus_zero() -> None:
     assert fixed(-0.0004, 3) == "0.000" and fixed(-0.0005, 3) == "-0.001" and fixed(-0.0, 0) == "0"
     before, after = evaluation(40, 20, consistency=0.8), evaluation(40, 20, consistency=0.8 - 1e-6)

@@ -121,7 +121,8 @@ def test_a_long_instruction_is_cut(folders: dict[str, Path]) -> None:
     policy = build(config_of(folders["2509"], max_text_tokens=4))
     assert editor_of(policy)._cut("remove the big blue circle") == "remove the big blue"
     assert editor_of(policy)._cut("add a blue circle") == "add a blue circle"
-    assert [policy.editor.is_cut(it) for it in ("remove the big blue circle", "add a blue circle")] == [True, False]
+    count = policy.family.count_tokens(policy.pipeline)
+    assert [count(it) > 4 for it in ("remove the big blue circle", "add a blue circle")] == [True, False]
     assert (
         len(policy.pipeline.tokenizer(editor_of(policy)._cut("\U0001f3a8" * 3))["input_ids"]) <= 4
     )  # 4 bytes each, 3 tokens cut

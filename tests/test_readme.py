@@ -1,14 +1,20 @@
 """README's snippets run as they stand."""
 
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from command_lines import assert_parses
+from conftest import TINY_MAX_TEXT_TOKENS
+from photos import PHOTOS, photo
 from PIL import Image
 
 from mteditflow.config import Config
+from mteditflow.config.command import COMMANDS
+from mteditflow.export.card import read_usage
 from mteditflow.export.weights import write_lora
 from mteditflow.policy import build_policy
 
@@ -16,6 +22,17 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 (SNIPPET,) = re.findall(r"```python\n(.*?)```", README, flags=re.S)
 LINES = [line.split("#")[0] for line in re.findall(r"^\.venv/bin/mteditflow (.*)$", README, flags=re.M)]
+(PHOTOGRAPHS,) = re.findall(r"^## Your photographs\n(.*?)^## ", README, flags=re.M | re.S)
+SMALL: dict[str, dict[str, Any]] = {
+    "model": {"height": 64, "width": 64, "base": "float32", "text_encoder": "resident"},
+    "lora": {"rank": 2, "alpha": 4},
+    "rollout": {"num_tasks": 1, "group_size": 2, "num_steps": 3, "window_range": []},
+    "reward": {"vlm": "small", "readout": "direct", "consistency": "none"},
+    "advantage": {"consistency_weight": 0},
+    "evaluation": {"num_sessions": 2, "num_sessions_short": 2, "num_strips": 1, "num_steps": 2, "every": 0},
+    "run": {"num_iterations": 1, "gpu_gib": 0},
+}
+"""What the README's config has otherwise where there is no GPU: the models, and how much is done with them."""
 
 
 def test_the_lora_is_used_as_the_readme_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,3 +55,41 @@ def test_the_lora_is_used_as_the_readme_says(tmp_path: Path, monkeypatch: pytest
 def test_a_command_of_the_readme_is_one(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     assert_parses(line, monkeypatch)
+
+
+def follow(line: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """What a command of the README prints; it must succeed."""
+    name, *words = shlex.split(line.split("#")[0])
+    assert COMMANDS[name](words) == 0, line
+    return "".join(capsys.readouterr())
+
+
+def test_the_way_from_photographs_to_a_lora(
+    tmp_path: Path, tiny_pipeline_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """README's commands as they stand, on JPEGs with a text beside each, with a tiny editor and the small judge in the
+    config that they name; then the code beside the LoRA, in stock diffusers.
+    """
+    monkeypatch.chdir(tmp_path)
+    lines = re.findall(r"^\.venv/bin/mteditflow (.*)$", PHOTOGRAPHS, flags=re.M)
+    path, (folder,) = re.findall(r"configs/\S+", lines[-1])[0], re.findall(r"data check (\S+)", lines[0])
+    settings = yaml.safe_load((ROOT / path).read_text())
+    small = {"path": str(tiny_pipeline_folder), "max_text_tokens": TINY_MAX_TEXT_TOKENS}
+    for section, values in {**SMALL, "model": SMALL["model"] | small}.items():
+        settings[section] |= values
+    Path("configs").mkdir()
+    Path(path).write_text(yaml.safe_dump(settings))
+    Path(folder).mkdir(parents=True)
+    for number in range(20):
+        with Image.open(photo(PHOTOS[number % len(PHOTOS)])) as picture:
+            picture.convert("RGB").resize((96 + number, 72)).save(f"{folder}/IMG_{number:04}.JPG")
+        Path(f"{folder}/IMG_{number:04}.txt").write_text("make the square red\nremove the circle\nadd a blue circle\n")
+    checked, planned, trained = (follow(line, capsys) for line in lines)
+    assert "20 of 20 sessions usable, 0 damaged" in checked
+    assert "GiB" in planned and "not estimated" in planned  # hours and kWh: of so small an editor there are none
+    (lora,) = re.findall(r"The LoRA is in `(.*?)`", PHOTOGRAPHS)
+    assert f"load_lora_weights('{lora}')" in trained
+    Image.open(f"{folder}/IMG_0000.JPG").save("photo.png")
+    names: dict[str, Any] = {}
+    exec(read_usage(Path(lora), str(tiny_pipeline_folder)), names)
+    assert len(names["pipe"].transformer.peft_config) == 1 and names["edit"].size == (64, 64)

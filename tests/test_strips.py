@@ -1,9 +1,14 @@
 """Strips: where pixels and captions stand."""
 
+from typing import Any
+
 import torch
 from PIL import ImageFont
 
-from mteditflow.report.strips import draw_grid, wrap_text
+from mteditflow.evaluate.edival import Evaluation
+from mteditflow.pictures import to_pil
+from mteditflow.report.strips import draw_grid, draw_sessions, wrap_text
+from mteditflow.types import EditTask
 
 
 def test_grid_places_pixels() -> None:
@@ -32,3 +37,26 @@ def test_grid_wraps_captions() -> None:
     ink = [with_text.getpixel((x, y)) != (255, 255, 255) for x in range(116, 212) for y in range(107, with_text.height)]
     gutter = [with_text.getpixel((x, y)) for x in range(213, with_text.width) for y in range(107, with_text.height)]
     assert any(ink) and set(gutter) == {(255, 255, 255)}
+
+
+def test_references_stand_beside_the_source() -> None:
+    """By the names that instructions call them by, in every row, with no verdict."""
+    sizes = {"source": (16, 16), "hat": (16, 8), "scarf": (8, 16)}
+    source, hat, scarf = (torch.full((3, *size), level / 4) for level, size in enumerate(sizes.values()))
+    about: dict[str, Any] = {
+        "id": 0,
+        "source": source,
+        "instructions": ("put the hat of image 2 on",),
+        "edit_types": ("add",),
+    }
+    plain, task = EditTask(**about), EditTask(**about, references=(hat, scarf))
+    images = torch.full((1, 1, 3, 16, 16), 0.75)
+    edits = Evaluation(
+        verdict=torch.ones(1, 1, dtype=torch.bool), consistency=torch.ones(1, 1), valid=torch.ones(1, dtype=torch.bool),
+        edit_types=[("add",)], images=images, num_steps=1,
+    )  # fmt: skip
+    without, beside = (draw_sessions([it], {"base": edits}, [0]) for it in (plain, task))
+    step = 2 * 16 + 10
+    assert beside.width == without.width + 2 * step
+    levels = [beside.getpixel((10 + column * step + 3, 10 + 3)) for column in range(4)]
+    assert levels == [to_pil(image).getpixel((0, 0)) for image in (source, hat, scarf, images[0, 0])]

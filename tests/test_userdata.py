@@ -18,10 +18,11 @@ from rollouts import GivenRewards, rollout_of
 
 from mteditflow.config import Config, DataConfig, EvaluationConfig, ModelConfig, RolloutConfig, cli
 from mteditflow.config.command import check, train
-from mteditflow.data import check_data, held_out_tasks, training_tasks
+from mteditflow.data import all_instructions, check_data, cut_lines, held_out_tasks, training_tasks
 from mteditflow.data.images import fit_picture, read_picture
 from mteditflow.data.userdata import held_out_images, is_held_out_image
 from mteditflow.distributed import Ranks
+from mteditflow.policy import token_counter
 from mteditflow.record.metrics import read_lines
 from mteditflow.reward.exact import ExactInstruction
 from mteditflow.types import EditTask, Rollout, Scores
@@ -194,6 +195,27 @@ def test_too_much_damage_stops_with_one_line(
         training_tasks(nothing, 0, ranks())
 
 
+def test_too_few_whole_pictures_held_out_stop_a_run_before_anything_is_loaded(
+    make: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The check of counts does not read pictures; the run does, before judge and editor."""
+    monkeypatch.setattr("mteditflow.data.userdata.MAX_BAD_SHARE", 1.0)
+    torn = photo("china.jpg").read_bytes()[:30_000]
+    for name in HELD_OUT:
+        (tmp_path / "photos" / name).write_bytes(torn)
+    config = make(RECORDS)
+    check_data(config, is_speaking=False)
+    for loader in ("build_reward", "build_policy"):
+        monkeypatch.setattr(f"mteditflow.run.{loader}", lambda *_, **__: pytest.fail("loaded before pictures are read"))
+    words = [f"--{name}={value}" for name, value in cli.changed_fields(config).items()]
+    with pytest.raises(SystemExit):
+        train([*words, f"--run.folder={tmp_path / 'run'}", "--model.path=embedded", "--reward.judge=vlm",
+               "--reward.consistency=none", "--advantage.consistency_weight=0"])  # fmt: skip
+    (line,) = [it for it in capsys.readouterr().err.splitlines() if "num_sessions" in it]
+    num = 3 * len(HELD_OUT)
+    assert f"has 0 held-out sessions of 2 turns beside {num} with damaged pictures; lower it" in line
+
+
 def test_check_and_a_run_find_the_same_faults(
     make: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -210,6 +232,21 @@ def test_check_and_a_run_find_the_same_faults(
     assert check([config.data.path, "--num_turns", "2", "--max_bad_share", "1"]) == 0
     by_check = re.findall(r"^  (a.jsonl:\d+): ", capsys.readouterr().out, re.M)
     assert sorted(by_run) == sorted(by_check) == [f"a.jsonl:{i}" for i in range(22, 28)]
+
+
+def test_check_and_a_run_count_the_same_instructions_that_are_cut(
+    make: Callable[..., Config], tiny_pipeline_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the turns that a run has, each text once; by the tokenizer alone."""
+    long = "make the red square " * 5
+    texts = [[long, "add a circle", long], ["remove a", long, "add a"], ["remove a", "add a", long], ["add a"]]
+    config = make([{"image": f"photos/{name}", "instructions": it} for name, it in zip(PHOTOS, texts, strict=False)])
+    model = replace(config.model, path=str(tiny_pipeline_folder), max_text_tokens=8)
+    (line,) = cut_lines(all_instructions(config), token_counter(model), 8)
+    assert line == "1 of 4 instructions are longer than model.max_text_tokens 8: their ends are not read"
+    told = [config.data.path, "--num_turns", "2", "--model", model.path, "--max_text_tokens"]
+    assert check([*told, "8"]) == 0 and line in capsys.readouterr().out.splitlines()
+    assert check([*told, "99"]) == 0 and "are longer" not in capsys.readouterr().out
 
 
 def test_check_and_a_run_allow_the_same_share(make: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> None:

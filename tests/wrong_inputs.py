@@ -67,6 +67,8 @@ COMMANDS = {
     "report nowhere": "nowhere is not the folder of a run: it has no metrics.jsonl",
     "pretrain": "--output is missing: where",
     "data check": "PATH is missing: as data.path",
+    "data check {here}/one.jsonl --model nowhere": "model.path 'nowhere' does not exist",
+    "data check {here}/one.jsonl --model=": "--model is '': give it a value, or leave it out",
     "data check nowhere.jsonl": "'nowhere.jsonl': cannot be read (No such file",
     "data generate a.json --out b.jsonl": "--images is missing: folder of the images",
     "data generate a.json --images {here}": "--out is missing: JSONL file to write",
@@ -326,7 +328,8 @@ def numbers_of_commands() -> Iterator[Case]:
         for value, shown in {"-1": "-1.0", "0": "0.0", "1e308": "1e+308", ".inf": "inf", ".nan": "nan"}.items():
             yield [*words.split(), f"--learning_rate={value}"], f"--learning_rate is {shown}: must lie in (0, 1]"
     for words, name in (
-        ("data check {here}/one.jsonl", "num_turns"), ("judge check --reward.judge=vlm", "num_sessions"),
+        ("data check {here}/one.jsonl", "num_turns"), ("data check {here}/one.jsonl", "max_text_tokens"),
+        ("judge check --reward.judge=vlm", "num_sessions"),
         ("data generate {here}/coco.json --images {here} --out {here}/new.jsonl", "turns"),
         ("data generate {here}/coco.json --images {here} --out {here}/new.jsonl", "per_image"),
         ("data generate {here}/coco.json --images {here} --out {here}/new.jsonl", "seed"),

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from jsonargparse import ArgumentParser
 
-from mteditflow.config import DataConfig, cli
+from mteditflow.config import DataConfig, ModelConfig, cli
 from mteditflow.config.errors import fail
 from mteditflow.config.ranges import Count, CountOrNone, Rate, Seed, Turns
 from mteditflow.config.version import describe_version
@@ -193,10 +193,18 @@ def check(argv: Sequence[str]) -> int:
     parser.add_argument("--num_turns", type=Turns, default=DataConfig().num_turns, help="data.num_turns")
     parser.add_argument("--allowed_folder", type=str, default="", help="data.allowed_folder: that pictures may lie in")
     parser.add_argument("--max_bad_share", type=float, help="damaged sessions that are too many; left out: a run's")
-    v = cli.parse(parser, argv)
+    parser.add_argument("--model", type=str, help="model.path, to count instructions that its text encoder cuts")
+    tokens = "with --model: model.max_text_tokens (512; of a miniature 12)"
+    parser.add_argument("--max_text_tokens", type=Count, default=512, help=tokens)
+    v, count_tokens = cli.parse(parser, argv), None
+    if v.model:
+        from mteditflow.policy import token_counter
+
+        count_tokens = token_counter(ModelConfig(path=v.model))
     from mteditflow.data.check import check as check_sessions
 
-    return check_sessions(v.path, num_turns=v.num_turns, allowed_folder=v.allowed_folder, max_bad_share=v.max_bad_share)
+    limits = {"max_bad_share": v.max_bad_share, "max_text_tokens": v.max_text_tokens}
+    return check_sessions(v.path, v.num_turns, v.allowed_folder, count_tokens=count_tokens, **limits)
 
 
 @_fails_in_one_line

@@ -4,7 +4,7 @@ alone, so a resume sees what would have come, on any number of ranks.
 `python -m mteditflow.data --help` imports no torch: what needs it is imported where it is used.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -83,6 +83,13 @@ def all_instructions(config: Config) -> set[str]:
     sources = training_source(config.data), held_out_source(config.data, config.num_held_out_turns)
     sessions = ((session, source.num_turns) for source in sources for session in source.sessions)
     return {text for session, num_turns in sessions for text in session.instructions[:num_turns]}
+
+
+def cut_lines(texts: set[str], count_tokens: Callable[[str], int], limit: int) -> list[str]:
+    """Say how many instructions are longer than the text encoder reads; no line where none is."""
+    num = sum(count_tokens(text) > limit for text in texts)
+    cut = f"{num} of {len(texts)} instructions are longer than model.max_text_tokens {limit}: their ends are not read"
+    return [cut] if num else []
 
 
 def held_out_tasks(config: Config) -> "list[EditTask]":

@@ -4,7 +4,7 @@ Unlike a run, it reads every image.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from rich.console import Console
 from rich.progress import track
@@ -14,6 +14,7 @@ from rich.text import Text
 from mteditflow.config import DataConfig, ModelConfig
 from mteditflow.config.errors import printable
 from mteditflow.config.ranges import require
+from mteditflow.data import cut_lines
 from mteditflow.data.formats import read_sessions
 from mteditflow.data.sessions import MAX_BAD_SHARE, Fault, Sessions
 from mteditflow.data.userdata import see
@@ -26,9 +27,12 @@ FAULTS = {
 ASPECTS = {"1:1": 1, "5:4": 5 / 4, "4:3": 4 / 3, "3:2": 3 / 2, "16:9": 16 / 9, "2:1": 2.0}  # and on end
 
 
-def check(path: str, *, num_turns: int, allowed_folder: str = "", max_bad_share: float | None = None) -> int:
+def check(
+    path: str, num_turns: int, allowed_folder: str = "", *, max_bad_share: float | None = None,
+    count_tokens: Callable[[str], int] | None = None, max_text_tokens: int = 0,
+) -> int:  # fmt: skip
     """Print the tables; returns 1 where more than `max_bad_share` (None: what a run allows) is damaged, or no session
-    has `num_turns`, else 0.
+    has `num_turns`, else 0. count_tokens: of an instruction, by an editor's text encoder; None: none are counted.
 
     ValueError, one line, where the data as a whole cannot be read.
     """
@@ -42,11 +46,13 @@ def check(path: str, *, num_turns: int, allowed_folder: str = "", max_bad_share:
     sizes, damaged = read_images(sessions)
     faults, bad = [*sessions.faults, *damaged], {fault.place for fault in damaged}
     good = Sessions(found=[session for session in sessions.found if session.place not in bad], faults=faults)
-    num_usable = sum(len(session.instructions) >= num_turns for session in good.found)
+    usable = [session for session in good.found if len(session.instructions) >= num_turns]
+    num_usable, texts = len(usable), {text for session in usable for text in session.instructions[:num_turns]}
+    cut = cut_lines(texts, count_tokens, max_text_tokens) if count_tokens else []
     console = Console(width=None if Console().is_terminal else 120)
     for table in tables(good, sizes, num_turns):
         console.print(table)
-    for line in [*fault_lines(faults), *passed_lines(sessions)]:
+    for line in [*fault_lines(faults), *cut, *passed_lines(sessions)]:
         console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
     is_fit = num_usable > 0 and not good.is_too_damaged(len(faults), max_bad_share)
     console.print(

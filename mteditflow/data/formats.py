@@ -37,12 +37,13 @@ from mteditflow.data.sessions import (
     image_names,
     make_sessions,
     read_each,
+    shorten,
 )
 from mteditflow.data.tables import IMAGE_FIELDS, choose_split, read_hub, read_parquet, read_saved, read_shards
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # imagefolder's; the first is ours, too
 SAVED = ("state.json", "dataset_dict.json")  # by which a folder of `save_to_disk` is known
-LISTS = ("instructions", "edit_types", "objects", "untouched_objects")  # what a cell of a CSV holds as JSON
+LISTS = ("images", "instructions", "edit_types", "objects", "untouched_objects")  # what a cell of a CSV holds as JSON
 KNOWN = "a .jsonl file, a .csv, a .parquet file, a folder of images, or a data set of the hub (owner/name)"
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")  # owner/name:split
 JUNK = ("__MACOSX", "Thumbs.db", "desktop.ini", "@eaDir")  # what systems leave in folders, beside names with a dot
@@ -109,9 +110,13 @@ def _read_jsonl(path: Path, folder: Folder, image_fields: tuple[str, ...] = ("im
 def _read_csv(path: Path, folder: Folder, image_fields: tuple[str, ...] = IMAGE_FIELDS) -> Sessions:
     """Read EdiVal's CSV, or one with a record a row, whose lists are written as JSON."""
     columns, rows = csv_rows(path)
-    has_records = {"instructions", "prompt"} & set(columns) and set(image_fields) & set(columns)
-    if set(EDIVAL_NEEDED) & {*columns} - {"instructions"} or not (has_records or set(TURN_FIELDS) <= set(columns)):
+    if set(EDIVAL_NEEDED) & {*columns} - {"instructions"}:
         return read_edival(path, folder)
+    has_records = {"instructions", "prompt"} & set(columns) and {*image_fields, "images"} & set(columns)
+    if not has_records and not set(TURN_FIELDS) <= set(columns):
+        find_unused(columns, "column", image_fields)
+        remedy = "give image, and instructions or prompt, as names in the first line, with commas between them"
+        raise ValueError(f"has columns {shorten(', '.join(columns), 200)}: {remedy}")
     found = ((f"{path.name}:{line}", partial(_csv_record, read)) for line, read in rows)
     return _read_records(found, folder, image_fields)
 

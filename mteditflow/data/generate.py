@@ -31,6 +31,7 @@ BACKGROUNDS = (
 )
 TEXTS = ("HELLO", "OPEN", "SALE", "WELCOME", "SUMMER", "NORTH", "2026", "THANK YOU", "EXIT", "COFFEE")
 POSITIONS = ("to the left of", "to the right of", "above", "below")
+OPPOSITE: dict[str, str] = dict(zip(POSITIONS, ("to the right of", "to the left of", "below", "above"), strict=True))
 MAX_COUNT = 5
 # last words of what is part of a place: it is not counted, moved, taken away, nor made of something else
 SCENERY = (
@@ -95,6 +96,7 @@ class Thing:
     boxes: tuple[Box, ...] = ()  # of the source
     is_foreground: bool = True
     is_new: bool = False
+    beside: tuple[str, str] = ("", "")  # where an edit has put them: to which side, of what kind
 
     @property
     def name(self) -> str:
@@ -269,9 +271,11 @@ def _mouldable(pool: Pool) -> list[Thing]:
 
 def _add(pool: Pool, words: Words, random: Random) -> Edit:
     kind, singles = random.choice(words.new_objects), _singles(pool)
-    place = f"{random.choice(POSITIONS)} {random.choice(singles).called}" if singles else ""
-    forms = TEMPLATES["subject_add"] if singles else SOMEWHERE
-    return forms, {"new": with_article(kind), "place": place}, (), {**pool, kind: Thing(kind=kind, is_new=True)}
+    if not singles:
+        return SOMEWHERE, {"new": with_article(kind)}, (), {**pool, kind: Thing(kind=kind, is_new=True)}
+    place, at = random.choice(POSITIONS), random.choice(singles)
+    after = {**pool, kind: Thing(kind=kind, is_new=True, beside=(place, at.kind))}
+    return TEMPLATES["subject_add"], {"new": with_article(kind), "place": f"{place} {at.called}"}, (), after
 
 
 def _remove(pool: Pool, _words: Words, random: Random) -> Edit:
@@ -289,16 +293,24 @@ def _replace(pool: Pool, words: Words, random: Random) -> Edit:
     return TEMPLATES["subject_replace"], named, touched, {**after, new.kind: new}
 
 
+def _values(values: Sequence[str], now: str, kind: str) -> list[str]:
+    """List the values, of at least two, that differ from what the things have now, and where there are others from what
+    their kind says: a wooden bench is of wood.
+    """
+    others = [value for value in values if value != now]
+    return [value for value in others if not any(it.startswith(value) for it in kind.split())] or others
+
+
 def _color(pool: Pool, words: Words, random: Random) -> Edit:
     old = random.choice(_colorable(pool))
-    value = random.choice([color for color in words.colors if color not in (old.color, *old.kind.split())])
+    value = random.choice(_values(words.colors, old.color, old.kind))
     after = {**pool, old.kind: replace(old, color=value)}
     return TEMPLATES["color_alter"], {"old": old.called, "value": value}, (old.kind,), after
 
 
 def _material(pool: Pool, words: Words, random: Random) -> Edit:
     old = random.choice(_mouldable(pool))
-    value = random.choice([material for material in words.materials if material != old.material])
+    value = random.choice(_values(words.materials, old.material, old.kind))
     after = {**pool, old.kind: replace(old, material=value)}
     return TEMPLATES["material_alter"], {"old": old.called, "value": value}, (old.kind,), after
 
@@ -310,7 +322,11 @@ def _moves(pool: Pool) -> list[tuple[Thing, str, Thing]]:
 
 
 def _is_there(old: Thing, place: str, at: Thing) -> bool:
-    """Say whether the boxes, where both are known, put `old` at that side of `at` already, by their centres."""
+    """Say whether `old` is at that side of `at` already, by an edit, or by the centres of the boxes, where both are
+    known: to ask for what is there is to ask for nothing.
+    """
+    if old.beside == (place, at.kind) or at.beside == (OPPOSITE[place], old.kind):
+        return True
     if not old.boxes or not at.boxes:
         return False
     axis = 0 if place in POSITIONS[:2] else 1
@@ -320,7 +336,7 @@ def _is_there(old: Thing, place: str, at: Thing) -> bool:
 
 def _position(pool: Pool, _words: Words, random: Random) -> Edit:
     old, place, at = random.choice(_moves(pool))
-    after = {**pool, old.kind: replace(old, boxes=())}  # where it is now is not known
+    after = {**pool, old.kind: replace(old, boxes=(), beside=(place, at.kind))}
     named = {"old": old.called, "place": f"{place} {at.called}"}
     return TEMPLATES["position_change"], named, (old.kind, at.kind), after
 

@@ -96,12 +96,17 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def csv_rows(path: Path) -> tuple[list[str], Iterator[tuple[int, Read]]]:
     """Read a CSV: the names of its columns, and each row by the line that it ends on. A cell may be of any length.
 
-    ValueError where there is no header.
+    ValueError where there is no header, or one that names a column twice.
     """
     body = csv_body(path)
     _, columns = next(body, (0, []))
     if isinstance(columns, str):
         raise ValueError(f"is no CSV file: {columns}")
+    columns = [name.strip() for name in columns]
+    if not columns:
+        raise ValueError("holds no session: give data with at least one")
+    if twice := [name for name in columns if name.strip() and columns.count(name) > 1]:
+        raise ValueError(f"has column {twice[0]} twice: give it once")
     return columns, ((line, partial(_name_cells, cells, columns)) for line, cells in body)
 
 
@@ -109,7 +114,7 @@ def csv_body(path: Path) -> Iterator[tuple[int, list[str] | str]]:
     """Read the cells of each row, the header too, by the line that it ends on; a text is what is wrong with it."""
     csv.field_size_limit(2**31 - 1)
     with _open(path) as file, io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="") as text:
-        rows = csv.reader(text)
+        rows = csv.reader(text, strict=True)  # else a quote that is not closed takes in all rows after it
         while True:
             try:
                 cells = next(rows, None)

@@ -9,6 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.utils import logging as hub_logging
+
+from mteditflow.config.errors import first_line
 from mteditflow.data.published import TURN_FIELDS, Row, group_turns, turn_record
 from mteditflow.data.rows import find_unused
 from mteditflow.data.sessions import FIELDS, Entry, Folder, RowError, Sessions, image_name, make_sessions, read_each
@@ -26,6 +29,7 @@ def _datasets() -> Any:
         raise ValueError("needs the datasets library: pip install 'mteditflow[data]'") from None
     datasets.disable_progress_bars()
     datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)  # what is wrong is said once, by us
+    hub_logging.set_verbosity_error()
     return datasets
 
 
@@ -34,9 +38,23 @@ def read_parquet(files: Sequence[Path], name: str, folder: Folder) -> Sessions:
     datasets = _datasets()
     try:
         table = datasets.Dataset.from_parquet([str(file) for file in files])
-    except ValueError as error:  # pyarrow's and datasets' own are ValueErrors of many lines
-        raise ValueError(f"is no parquet file that can be read: {str(error).splitlines()[0]}") from None
+    except (ValueError, datasets.exceptions.DatasetsError) as error:  # pyarrow's are ValueErrors of many lines
+        damaged = _first_damaged(files) if len(files) > 1 else None
+        called, reason = f"has {damaged[0].name}, which is" if damaged else "is", damaged[1] if damaged else error
+        raise ValueError(f"{called} no parquet file that can be read: {first_line(reason)}") from None
     return _read_table(table, name, folder)
+
+
+def _first_damaged(files: Sequence[Path]) -> tuple[Path, Exception] | None:
+    """Find the first parquet file whose schema cannot be read, and why; None where all can."""
+    from pyarrow import parquet
+
+    for file in files:
+        try:
+            parquet.read_schema(file)
+        except (OSError, ValueError) as error:
+            return file, error
+    return None
 
 
 def read_shards(files: Sequence[Path], split: str, folder: Folder) -> Sessions:
@@ -83,7 +101,11 @@ def read_hub(name: str, known: str) -> Sessions:
     except OSError as error:  # no network, no such data set, no access
         reason = " ".join(str(error).split())
         raise ValueError(f"no such file or folder, and the hub has no such data set ({reason}): give {known}") from None
-    except (RuntimeError, ValueError) as error:  # a set made by a script, a split or a configuration that is not there
+    except (
+        RuntimeError,
+        ValueError,
+        datasets.exceptions.DatasetsError,
+    ) as error:  # a set made by a script, a split or a configuration that is not there
         raise ValueError(f"the hub's data set cannot be read ({' '.join(str(error).split())}): give {known}") from None
     return _read_table(table, name, None)
 

@@ -90,6 +90,11 @@ class Source:
                 f"{MAX_BAD_SHARE:.0%} ({first}: {faults[first]}): see python -m mteditflow.data check {self.path}"
             )
 
+    @property
+    def num_damaged(self) -> int:
+        """Sessions of which a picture that was read is damaged."""
+        return len(self._damaged)
+
     def task(self, session: UserSession, task_id: int, config: Config) -> EditTask | None:
         """Make the task of a session, reading its image; None where the image is damaged, which is said once."""
         if session.place in self._damaged:
@@ -234,6 +239,7 @@ def held_out_user_tasks(config: Config) -> list[EditTask]:
 def _check_count(source: Source, num: int, config: Config) -> None:
     """Raise ValueError where there are fewer held-out sessions than evaluation wants."""
     wanted, lever = config.evaluation.num_sessions, "add data" if config.data.held_out else "raise data.held_out_share"
-    found = f"{source.path} has {num} held-out sessions of {config.num_held_out_turns} turns"
+    damaged = f" beside {source.num_damaged} with damaged pictures" if source.num_damaged else ""
+    found = f"{source.path} has {num} held-out sessions of {config.num_held_out_turns} turns{damaged}"
     remedy = f"{found}; lower it (and num_sessions_short, num_strips), or {lever}"
     require(num >= wanted, "evaluation.num_sessions", wanted, remedy)

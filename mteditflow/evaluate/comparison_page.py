@@ -36,6 +36,7 @@ def write_comparison(folder: Path, reports: Reports, gains: Reports, strips: lis
         "reports": reports,
         "gains": gains,
         "first": reports[names[0]],
+        "lead": "O" if reports[names[0]]["turns"][-1]["O"] is not None else "IF",  # without consistency there is no O
         "colors": {name: place for place, name in enumerate(names)},
         "notes": {metric: _note(metric, reports[names[0]]) for metric in TITLES},
         "charts": list(filter(None, (_chart(metric, reports) for metric in TITLES))),

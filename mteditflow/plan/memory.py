@@ -288,7 +288,7 @@ def _judge(config: Config) -> float:
     reward = config.reward
     if reward.judge != "vlm" or reward.url:
         return 0.0
-    folder = folder_of(reward.vlm_path, "reward.vlm")
+    folder = folder_of(reward.vlm_path, "reward.vlm", "config.json")
     if folder is None:
         if reward.vlm not in JUDGES:
             raise ValueError(f"reward.vlm is {reward.vlm!r}: no folder, and its size is not known; give a folder")
@@ -304,7 +304,7 @@ def _judging(config: Config) -> float:
     if reward.judge != "vlm" or reward.url:
         return 0.0
     layers, heads, width, share = 36, 8, 128, 1.0
-    folder = folder_of(reward.vlm, "reward.vlm", "config.json")
+    folder = folder_of(reward.vlm_path, "reward.vlm", "config.json")
     if folder is not None and (folder / "config.json").is_file():
         text = json.loads((folder / "config.json").read_text()).get("text_config", {})
         layers, heads = text.get("num_hidden_layers", layers), text.get("num_key_value_heads", heads)

@@ -1,7 +1,7 @@
 """The editor that is trained: one file per family of editors, and one `Policy` that the rest of the trainer sees."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import replace
 from typing import Any
@@ -24,6 +24,7 @@ from mteditflow.policy.pipelines import (
     check_scheduler,
     linear_shapes,
     load_pipeline,
+    load_tokenizers,
     model_path,
     prepare_pipeline,
     read_index,
@@ -50,7 +51,8 @@ from mteditflow.types import Condition, Shape
 
 __all__ = [
     "DTYPES", "AdapterName", "Adapters", "Family", "Policy", "build_policy", "check_references", "configured_family",
-    "family_of", "linear_shapes", "model_path", "read_lora", "start_state", "stock_class", "with_start",
+    "family_of", "linear_shapes", "model_path", "read_lora", "start_state", "stock_class", "token_counter",
+    "with_start",
 ]  # fmt: skip
 
 FAMILIES = (flux_kontext.FAMILY, flux2.FAMILY, qwen_image_edit.FAMILY)
@@ -218,6 +220,11 @@ def configured_family(config: ModelConfig) -> Family:
         supported = ", ".join(name for family in FAMILIES for name in family.pipelines)
         raise ValueError(f"model.path {path!r} is a {name}, which cannot be trained here: supported are {supported}")
     return family
+
+
+def token_counter(config: ModelConfig) -> Callable[[str], int]:
+    """Return what counts the tokens of an instruction in the configured editor, of which tokenizers alone are read."""
+    return configured_family(config).count_tokens(load_tokenizers(config))
 
 
 def check_references(config: Config) -> None:

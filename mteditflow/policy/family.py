@@ -143,10 +143,6 @@ class Editor(Protocol):
         """
         ...
 
-    def is_cut(self, instruction: str) -> bool:
-        """Say whether an instruction is longer than `model.max_text_tokens`, so that its end is not read."""
-        ...
-
     def encode_image(self, images: Tensor) -> Tensor:
         """Encode images (B, 3, H, W) in [-1, 1], at the condition's size, to clean latents (B, L', C)."""
         ...
@@ -185,6 +181,9 @@ class Family:
     """A block of width d has this many times d^2 weights per token, double (each stream its own) and single alike."""
     row_weights: Callable[[Mapping[str, Any]], int]
     """Weights that act once per row, from the transformer's config: modulation, pooled text; embedded times aside."""
+    count_tokens: Callable[[Any], Callable[[str], int]]
+    """Of a pipeline, of which the tokenizers are enough: what counts the tokens of an instruction. The end of one that
+    has more than `model.max_text_tokens` is not read."""
     stock_arguments: Callable[[str, ModelConfig], dict[str, Any]]
     """Arguments of a call of the stock pipeline, by its class, that make the edit the one that was trained."""
     note: str = ""

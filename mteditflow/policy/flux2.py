@@ -13,7 +13,7 @@ Unlike FLUX.1's, the schedule depends on the number of steps and not on that of 
 evaluation at different numbers of steps see different noise levels; and its last step is large.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,7 +37,7 @@ class Flux2:
         self._has_embedded_guidance = isinstance(self.pipeline, Flux2Pipeline)
         self.is_distilled = bool(self.pipeline.config.get("is_distilled", False))
         self.has_cfg = not (self._has_embedded_guidance or self.is_distilled)
-        self._num_template_tokens = self._count_template_tokens()
+        self._check_room()
         self._image_ids = self._position_ids()  # (L + L', 4)
         text_ids = self.pipeline._prepare_text_ids(torch.empty(1, base.config.max_text_tokens, 1))[0]
         self._text_ids = text_ids.to(base.device)  # (T, 4)
@@ -54,12 +54,6 @@ class Flux2:
         if has_cfg and self._unconditional is None:
             self._unconditional = self._prompts.encode("")["text"]
         return self._prompts(instructions)
-
-    def is_cut(self, instruction: str) -> bool:
-        """See `family.Editor`: the chat template is around the instruction."""
-        tokenizer = getattr(self.pipeline.tokenizer, "tokenizer", self.pipeline.tokenizer)  # dev has a processor
-        tokens = tokenizer(instruction, add_special_tokens=False, verbose=False)["input_ids"]
-        return self._num_template_tokens + len(tokens) > self.base.config.max_text_tokens
 
     def encode_image(self, images: Tensor) -> Tensor:
         """The mode of the VAE, in patches of 2 x 2, normalised by the statistics of its batch norm and packed."""
@@ -118,24 +112,14 @@ class Flux2:
         shifted = self.pipeline.scheduler.time_shift(mu, 1.0, np.linspace(1, 1 / num_steps, num_steps))
         return torch.from_numpy(np.append(shifted, 0.0))
 
-    def _count_template_tokens(self) -> int:
-        """Count the tokens of the chat template, at whose end the pipeline cuts a prompt. ValueError where no token is
-        left for one.
-        """
-        pipeline, limit = self.pipeline, self.base.config.max_text_tokens
-        if self._has_embedded_guidance:
-            message, given = format_input([""], pipeline.system_message), {}
-        else:
-            message = [[{"role": "user", "content": ""}]]
-            given = {"add_generation_prompt": True, "enable_thinking": False}
-        encoded = pipeline.tokenizer.apply_chat_template(message, tokenize=True, return_dict=True, **given)
-        num_tokens = len(encoded["input_ids"][0])
+    def _check_room(self) -> None:
+        """Raise ValueError where the chat template, at whose end the pipeline cuts a prompt, leaves none for one."""
+        limit, num_tokens = self.base.config.max_text_tokens, _template_tokens(self.pipeline)
         if limit <= num_tokens:
             raise ValueError(
                 f"model.max_text_tokens is {limit}: the chat template of {self.base.config.path!r} takes {num_tokens} "
-                f"tokens itself; take {pipeline.tokenizer_max_length}, as the stock pipeline does"
+                f"tokens itself; take {self.pipeline.tokenizer_max_length}, as the stock pipeline does"
             )
-        return num_tokens
 
 
 def _stream(attention: tuple[str, ...], feed_forward: str) -> Stream:
@@ -144,6 +128,24 @@ def _stream(attention: tuple[str, ...], feed_forward: str) -> Stream:
     return Stream(
         needed=NEEDED | {"both halves of SwiGLU": 6, "SiLU of the gate": 3}, inputs=names, of_weights=OF_WEIGHTS
     )
+
+
+def _template_tokens(pipeline: Any) -> int:
+    """Count the tokens of the chat template around an instruction."""
+    if isinstance(pipeline, Flux2Pipeline):
+        message, given = format_input([""], pipeline.system_message), {}
+    else:
+        message = [[{"role": "user", "content": ""}]]
+        given = {"add_generation_prompt": True, "enable_thinking": False}
+    encoded = pipeline.tokenizer.apply_chat_template(message, tokenize=True, return_dict=True, **given)
+    return len(encoded["input_ids"][0])
+
+
+def _count_tokens(pipeline: Any) -> Callable[[str], int]:
+    """See `Family.count_tokens`: those of the chat template are among them."""
+    tokenizer = getattr(pipeline.tokenizer, "tokenizer", pipeline.tokenizer)  # dev has a processor
+    around = _template_tokens(pipeline)
+    return lambda text: around + len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 FAMILY = Family(
@@ -180,6 +182,7 @@ FAMILY = Family(
     block_weights=13,  # 4 of attention, 9 of a gated feed-forward of 3 d
     # of modulation, once for all blocks: of both streams, of the one, and of the output
     row_weights=lambda transformer: (12 + 3 + 2) * width_of(transformer) ** 2,
+    count_tokens=_count_tokens,
     stock_arguments=lambda pipeline, model: {
         "guidance_scale": model.guidance_scale if pipeline == "Flux2Pipeline" else model.cfg_scale
     },

@@ -39,11 +39,6 @@ class FluxKontext:
         """Text embeddings (N, T, E) and pooled ones (N, E'), in the base's dtype; the images play no part."""
         return self._prompts(instructions)
 
-    def is_cut(self, instruction: str) -> bool:
-        """See `family.Editor`: by T5's tokens; what CLIP makes of the beginning is one vector for all of it."""
-        tokens = self.pipeline.tokenizer_2(instruction, verbose=False)["input_ids"]
-        return len(tokens) > self.base.config.max_text_tokens
-
     def encode_image(self, images: Tensor) -> Tensor:
         """The mode of the VAE, shifted, scaled and packed."""
         pictures = resize(images.to(self.base.device), self.base.config.condition_size).to(self.base.dtype)
@@ -129,6 +124,8 @@ FAMILY = Family(
     picture_numbers=768,
     block_weights=12,  # 4 of attention, 8 of a feed-forward of 4 d
     row_weights=_row_weights,
+    # T5's: what CLIP makes of the beginning is one vector for all of it
+    count_tokens=lambda pipeline: lambda text: len(pipeline.tokenizer_2(text, verbose=False)["input_ids"]),
     stock_arguments=lambda _, model: {
         "guidance_scale": model.guidance_scale,
         "max_area": model.height * model.width,

@@ -111,6 +111,16 @@ def load_pipeline(config: ModelConfig, packages: tuple[str, ...] = ()) -> Any:
         return stock.from_pretrained(path, torch_dtype=DTYPES[config.dtype])
 
 
+def load_tokenizers(config: ModelConfig) -> Any:
+    """Load the configured pipeline without its models, which are not read: tokenizers and templates are left."""
+    path = model_path(config)
+    stock: Any = stock_class(config)
+    models = {name: None for name in read_index(path) if name.startswith(("transformer", "vae", "text_encoder"))}
+    with loading(f"model.path {path!r}", WHOLE):
+        logging.disable_progress_bar()
+        return stock.from_pretrained(path, **models)
+
+
 def _check_packages(path: str, packages: tuple[str, ...]) -> None:
     """transformers has a stand-in for a class whose packages are missing, of which diffusers says nothing useful."""
     for package in packages:

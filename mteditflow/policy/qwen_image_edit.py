@@ -115,10 +115,6 @@ class QwenImageEdit:
         image = [*pictures] if self._is_plus else pictures[0]
         return self.pipeline.encode_prompt(prompt, image=image, device=self.base.device)[0][0]
 
-    def is_cut(self, instruction: str) -> bool:
-        """See `family.Editor`."""
-        return len(self.pipeline.tokenizer(instruction, verbose=False)["input_ids"]) > self.config.max_text_tokens
-
     def _cut(self, prompt: str) -> str:
         """The instruction, or as much of its beginning as has no more than max_text_tokens."""
         limit, tokenizer = self.config.max_text_tokens, self.pipeline.tokenizer
@@ -228,6 +224,7 @@ FAMILY = Family(
     block_weights=12,  # 4 of attention, 8 of a feed-forward of 4 d
     # of modulation: of both streams in each block, and of the output
     row_weights=lambda transformer: (12 * transformer["num_layers"] + 2) * width_of(transformer) ** 2,
+    count_tokens=lambda pipeline: lambda text: len(pipeline.tokenizer(text, verbose=False)["input_ids"]),
     stock_arguments=lambda _, model: {"true_cfg_scale": model.cfg_scale, "negative_prompt": f'"{NEGATIVE_PROMPT}"'},
     note="The stock pipeline encodes the picture at about a megapixel, whatever its size",
     comfyui=(  # each module of a model whose names are diffusers' own

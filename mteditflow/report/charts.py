@@ -86,7 +86,9 @@ def _lay_out(curve: Curve, x_name: str, place: Place) -> dict[str, Any]:
 
 def ticks(low: float, high: float, is_integer: bool = False) -> list[float]:
     """Choose a few round numbers that enclose [low, high]; integers stay inside."""
-    if high <= low:
+    if low == high == 0:  # such as percent, of which there is none below
+        high = 1.0
+    elif high <= low:
         low, high = (low, low + 1) if is_integer else (low - (abs(low) or 1) * 0.1, low + (abs(low) or 1) * 0.1)
     rough = (high - low) / 5
     power = 10.0 ** math.floor(math.log10(rough))

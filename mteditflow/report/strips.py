@@ -36,16 +36,18 @@ class Edits(Protocol):
 
 
 def draw_sessions(tasks: list[EditTask], edits: Mapping[str, Edits], sessions: Iterable[int]) -> Image.Image:
-    """Draw source and turns of sessions, a row for each editor; `edits` by its name."""
+    """Draw source, references and turns of sessions, a row for each editor; `edits` by its name."""
     rows, captions, marks = [], [], []
     for n in sessions:
         height, width = tasks[n].source.shape[1:]
         for name, found in edits.items():
             images = found.images[:, n, :, :height, :width]
-            rows.append([_shrink(image) for image in (tasks[n].source, *images)])
-            captions.append([name, *tasks[n].instructions[: len(images)]])
+            given = (tasks[n].source, *tasks[n].references)
+            rows.append([_shrink(image) for image in (*given, *images)])
+            names = [f"image {number}" for number in range(2, len(given) + 1)]  # as instructions call them
+            captions.append([name, *names, *tasks[n].instructions[: len(images)]])
             verdict = found.verdict[n].tolist() if found.valid[n] else [None] * len(images)
-            marks.append([None, *verdict])
+            marks.append([None] * len(given) + verdict)
     return draw_grid(rows, captions, scale=_scale(rows[0][0]), marks=marks)
 
 
