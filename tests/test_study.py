@@ -355,16 +355,22 @@ def test_every_slot_has_cores_of_its_own(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_the_papers_study() -> None:
-    """The core at three seeds, everything else at one, the base once per seed, and every K judged at three turns."""
+    """The core at five seeds, everything else at three, the base once per seed, every K judged at five turns, and the
+    questions on which worlds may differ asked on both.
+    """
     comparisons = read_study(ROOT / "configs" / "study.yaml")
-    core = {"training_turns", "credit", "fusion", "score_scale"}
-    assert {c.name for c in comparisons if c.seeds == (0, 1, 2)} == core
-    assert all(c.seeds == (0,) for c in comparisons if c.name not in core)
+    core = {"training_turns", "credit", "fusion", "score_scale", "judge"}
+    assert {c.name for c in comparisons if c.seeds == (0, 1, 2, 3, 4)} == core
+    assert all(c.seeds == (0, 1, 2) for c in comparisons if c.name not in core)
     runs = runs_of(comparisons, Path("study"))
     assert len({run.folder for run in runs}) == len(runs)
-    assert {run.config.num_held_out_turns for run in runs} == {3}
-    assert len(runs_of(select(comparisons, ["credit", "fusion"], [5]), Path("study"))) == 3
+    assert {run.config.num_held_out_turns for run in runs} == {5}
+    assert len(runs_of(select(comparisons, ["credit", "fusion"], [5]), Path("study"))) == 6
+    worlds = {c.name: c.model.path for c in comparisons}
+    assert {name for name, world in worlds.items() if world == "embedded"} == {
+        "training_turns_independent", "credit_independent"
+    } and set(worlds.values()) == {"embedded", "drifting"}  # fmt: skip
     turns = comparisons[0]
     images = {name: cell.config.rollout.num_tasks * cell.config.data.num_turns for name, cell in turns.cells.items()}
-    assert images == {"K=3": 24, "K=2": 16, "K=1": 8, "K=1, equal turn-images": 24}
+    assert images == {"K=3": 12, "K=2": 8, "K=1": 4, "K=1, equal turn-images": 12, "K=5": 20}
     assert ("K=3", "K=1") in turns.claims and ("K=1", "K=1, equal turn-images") not in turns.claims
