@@ -6,6 +6,7 @@ Runs are forks of this process but for one test: a fork is spared the six second
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -153,6 +154,8 @@ def test_study_is_run_once(write: Write, forked: list[str], tmp_path: Path, monk
     assert one["difference"]["value"] == pytest.approx(one["after"]["O"] - two["after"]["O"], abs=0.02)
     page = (folder / "study.md").read_text()
     assert turns["verdict"] in page and "| two | 0, 1 |" in page and "4 of 4 runs are finished" in page
+    assert turns["verdict"] == "not decided: fewer than 10 sessions"
+    assert not re.search(r"[-+\N{MINUS SIGN}]\d+\.\d \[", page)
     assert "![Better?](turns.svg)" in page and "None" not in page and "Undefined" not in page
     assert len(ElementTree.parse(folder / "turns.svg").findall(".//{*}circle")) == 2 * (1 + 2)
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from mteditflow.config.model import ModelConfig
+from mteditflow.config.settings import MIN_SESSIONS
 from mteditflow.evaluate.edival import Floats
 from mteditflow.evaluate.held_out import load_evaluation
 from mteditflow.record.figures import METRICS, format_number
@@ -30,12 +31,20 @@ def write_study(folder: Path, comparisons: list[Comparison], runs: list[CellRun]
     held_out = runs[0].config
     contents = how | {
         "num_sessions": held_out.evaluation.num_sessions,
+        "has_intervals": held_out.evaluation.num_sessions >= MIN_SESSIONS,
+        "min_sessions": MIN_SESSIONS,
         "turn": held_out.num_held_out_turns,
         "editors": [_describe_editor(model, found) for model, found in outcomes.items()],
         "comparisons": [_describe_comparison(it, outcomes.get(it.model)) for it in comparisons],
     }
     for comparison in contents["comparisons"]:
-        write_page("study/study.svg.jinja", _lay_out(comparison), folder / f"{comparison['name']}.svg")
+        if comparison["verdict"] != "no order expected" and not contents["has_intervals"]:
+            comparison["verdict"] = f"not decided: fewer than {MIN_SESSIONS} sessions"
+        write_page(
+            "study/study.svg.jinja",
+            _lay_out(comparison, contents["has_intervals"]),
+            folder / f"{comparison['name']}.svg",
+        )
     write_json(folder / "study.json", contents)
     return write_page("study/study.md.jinja", contents, folder / "study.md")
 
@@ -132,10 +141,11 @@ def _as_dict(value: Estimate | None) -> dict[str, float] | None:
     return None if value is None else asdict(value)
 
 
-def _lay_out(comparison: dict[str, Any]) -> dict[str, Any]:
+def _lay_out(comparison: dict[str, Any], has_intervals: bool) -> dict[str, Any]:
     """Lay out a comparison's figure: a line per cell, its gain with interval, a dot per seed."""
     rows = [row for row in comparison["rows"] if row["seeds"]]
-    ends = [0.0, *(value for r in rows for value in (r["gain"]["low"], r["gain"]["high"], *r["gain_by_seed"]))]
+    shown = {end: end if has_intervals else "value" for end in ("low", "value", "high")}
+    ends = [0.0, *(v for r in rows for v in (*(r["gain"][end] for end in shown.values()), *r["gain_by_seed"]))]
     places = ticks(min(ends), max(max(ends), min(ends) + 1))
 
     def across(value: float) -> float:
@@ -147,7 +157,7 @@ def _lay_out(comparison: dict[str, Any]) -> dict[str, Any]:
             {
                 "name": row["cell"],
                 "y": TOP + ROW_HEIGHT * place + ROW_HEIGHT // 2,
-                **{end: across(row["gain"][end]) for end in ("low", "value", "high")},
+                **{end: across(row["gain"][name]) for end, name in shown.items()},
                 "dots": [across(value) for value in row["gain_by_seed"]],
                 "label": format_number(row["gain"]["value"], has_sign=True),
             }
