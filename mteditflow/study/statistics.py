@@ -26,9 +26,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from mteditflow.evaluate.edival import Evaluation, Floats, point_metrics, resampled_metrics
 from mteditflow.evaluate.held_out import load_evaluation
+from mteditflow.judge.agreement import rank_correlation
 from mteditflow.record.alarms import drift_size
 from mteditflow.record.figures import METRICS, finite
 from mteditflow.record.metrics import FILE, read_lines
@@ -171,8 +173,8 @@ class Outcomes:
         known = np.array([pair for pair in pairs if np.isfinite(pair).all()])
         if len(known) < MIN_CELLS:
             return None
-        ranks = known.argsort(0).argsort(0)
-        return {"rank_correlation": round(float(np.corrcoef(ranks.T)[0, 1]), 2), "num_cells": len(known)}
+        correlation = rank_correlation(*torch.from_numpy(known).T)
+        return {"rank_correlation": round(correlation, 2), "num_cells": len(known)}
 
     def gain(self, cell: str, seeds: Iterable[int]) -> Estimate | None:
         """Estimate the mean over the seeds of O after training less O before; None where no seed is finished."""
