@@ -222,7 +222,7 @@ def test_sessions_that_could_not_be_scored(klein_run: Path, tmp_path: Path, monk
 
 
 def test_a_metric_that_is_nowhere_defined(klein_run: Path, tmp_path: Path) -> None:
-    """As beside a judge without consistency: dashes, and no chart."""
+    """As beside a judge without consistency: dashes in the table, no chart, and IF is what leads."""
     evaluation = load_evaluation(klein_run, "after")
     assert evaluation is not None
     evaluation = replace(evaluation, consistency=torch.full_like(evaluation.consistency, torch.nan))
@@ -230,7 +230,8 @@ def test_a_metric_that_is_nowhere_defined(klein_run: Path, tmp_path: Path) -> No
     what = {"what": "a run", "commit": "unknown", "judge": "a judge", "settings": settings}
     reports = {name: summary(evaluation) | what for name in ("one", "another")}
     page = Page(write_comparison(tmp_path, reports, {"another": compare(evaluation, evaluation)}, []))
-    assert page.tags.count("svg") == 2 + len(KINDS) and "\N{EN DASH} %" in page.text
+    assert page.tags.count("svg") == 2 + len(KINDS) and "\N{EN DASH}" in page.text
+    assert "\N{EN DASH} %" not in page.text and "% IF at turn 2, another" in page.text
 
 
 def test_ten_turns(config: Config) -> None:
