@@ -77,8 +77,8 @@ def test_without_consistency_the_page_leads_with_if(tmp_path: Path) -> None:
         gains = {"two": compare(both["one"], both["two"])}
         text = Page(write_comparison(tmp_path, reports, gains, [])).text
         assert f"{lead} at turn 2, one" in text and f"{lead} at turn 2, two" in text and "\N{EN DASH} %" not in text
-    drawn = chart("MT", "", [Curve(name="a", points=[(1, 0.0), (2, 0.0)])], x_name="turn")
-    assert drawn is not None and drawn["y_ticks"][0]["label"] == "0"
+    flat = chart("MT", "", [Curve(name="a", points=[(1, 0.0), (2, 0.0)])], x_name="turn")
+    assert flat is not None and flat["y_ticks"][0]["label"] == "0"
 
 
 def test_nothing_is_minus_zero() -> None:
