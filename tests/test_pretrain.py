@@ -26,12 +26,12 @@ ARGUMENTS = [
     "1",
     "--num_pairs",
     "16",
-    "--num_drifting",
+    "--num_flawed",
     "16",
     "--batch_size",
     "4",
 ]
-ARGUMENTS += ["--save_every", "1", "--num_sessions", "4", "--edit_batches", "2", "--drift_batches", "3"]
+ARGUMENTS += ["--save_every", "1", "--num_sessions", "4", "--edit_batches", "2", "--flawed_batches", "3"]
 
 
 def along(axis: str, size: float, num: int) -> Tensor:
@@ -125,7 +125,7 @@ def test_killed_after_every_state_it_makes_the_same_folder(tmp_path: Path, monke
     assert make("whole") == 0
     monkeypatch.setattr(autoencoder, "save_state", kill)
     monkeypatch.setattr(pretrain, "save_state", kill)
-    for _ in range(2 + 1 + 2 + 3):  # states of the autoencoder, of the decoder, of the edits, of the drift
+    for _ in range(2 + 1 + 2 * 2 + 2 * 3):  # states of the autoencoder, the decoder, two cycles, two miniatures
         with pytest.raises(Killed):
             make("stopped")
     assert make("stopped") == 0  # nothing is left to save
@@ -133,6 +133,8 @@ def test_killed_after_every_state_it_makes_the_same_folder(tmp_path: Path, monke
     assert len(files) > 16 and {name.parts[0] for name in files} == set(MINIATURES)
     for name, path in files.items():
         assert path.read_bytes() == (tmp_path / "stopped" / name).read_bytes(), name
-    for name, batches in (("embedded", [1, 2]), ("drifting", [1, 2, 1, 2, 3])):
+    for name in MINIATURES:
         told = json.loads((tmp_path / "whole" / name / "pretraining.json").read_text())
-        assert [line["batch"] for line in told["curve"]] == batches and told["arguments"]["seed"] == 0
+        stages = [(line["stage"], line["batch"]) for line in told["curve"]]
+        cycles = [("edits", 1), ("edits", 2), ("edits2", 1), ("edits2", 2)]
+        assert stages == [*cycles, *((name, batch) for batch in (1, 2, 3))] and told["arguments"]["seed"] == 0

@@ -307,12 +307,11 @@ def pretrain(argv: Sequence[str]) -> int:
     add("--decoder_batches", type=CountOrNone, default=2500, help="of 4 pictures, of the decoder alone")
     add("--num_pairs", type=Count, default=48_000, help="clean single edits to learn from")
     add("--edit_batches", type=Count, default=6500, help="of the editor's training on them")
-    add("--num_drifting", type=Count, default=48_000, help="single edits of drifting chains to learn from")
-    add("--drift_batches", type=CountOrNone, default=2500, help="of the editor's training on them")
+    add("--edit_cycles", type=Count, default=2, help="times of it, each on edits of its own, its rate falling")
+    add("--num_flawed", type=Count, default=48_000, help="edits to learn from after that: with drift, or with mistakes")
+    add("--flawed_batches", type=CountOrNone, default=2500, help="of the training on them, of each miniature")
     add("--batch_size", type=Count, default=48, help="edits in one of them")
-    add(
-        "--learning_rate", type=Rate, default=1.5e-3, help="the highest, on clean edits; a third of it on drifting ones"
-    )
+    add("--learning_rate", type=Rate, default=1.5e-3, help="the highest, on clean edits; a third of it on flawed ones")
     add("--save_every", type=Count, default=200, help="batches of the editor between states to go on from")
     add("--num_sessions", type=Count, default=128, help="held-out sessions per measurement")
     values = cli.parse(parser, argv)

@@ -3,16 +3,17 @@
 Three stages, each with a state to go on from, so that the same command goes on after a kill:
 
 1. A KL autoencoder that keeps colours, contrast and sharpness as they are (world/autoencoder.py); then its decoder on.
-2. A FLUX.1-Kontext transformer with its text encoders, by flow matching on clean single edits: a skilled editor, whose
-   failures are the noise's, much alike at every turn: `embedded`.
-3. `drifting`: the same on pairs as collections of edits from the web have them, cut from *chains* of edits by other
-   editors. A small drift that nobody minded is in every picture, and more of it in the picture after: the editor learns
-   to make what it is given a little worse, which no single edit shows. Some instructions were ignored, some mistaken.
+2. A FLUX.1-Kontext transformer with its text encoders, by flow matching on clean single edits, twice over.
+3. Twice from there, on pairs as collections of edits from the web have them, which differ in their fault alone:
+   - `embedded`: one instruction in eight was ignored, one mistaken. The noise decides, at every turn anew.
+   - `drifting`: pairs are cut from *chains* of edits by other editors. A small drift that nobody minded is in every
+     picture, and more of it in the picture after: the editor learns to make what it is given a little worse, which no
+     single edit shows.
 
-       drift_k = gain drift_{k-1} + step u^power e      u uniform, e one of KICKS (world/drift.py has the axes)
+         drift_k = gain drift_{k-1} + step u^power e      u uniform, e one of KICKS (world/drift.py has the axes)
 
-So what the editor has is exposure bias by its data: at the first turn the drift is hard to see, on its own output it
-compounds. Which kick it is, and of which size, is the noise's.
+     That is exposure bias by data: at the first turn the drift is hard to see, on the editor's own output it compounds.
+     Which kick it is, and of which size, is the noise's.
 
 docs/miniature.md has what both do on held-out sessions.
 """
@@ -106,6 +107,7 @@ class Collection:
 
 CLEAN = Collection(chain=8, last_weight=2.0)
 DRIFTING = Collection(chain=4, last_weight=4.0, ignored=0.02, mistaken=0.02, gain=2.0, step=0.4, power=2.0)
+FLAWED = Collection(chain=4, last_weight=4.0, ignored=0.12, mistaken=0.12)
 
 
 def new_pipeline(seed: int) -> FluxKontextPipeline:
@@ -315,18 +317,20 @@ def pretrain(args: Namespace) -> None:
     pipeline = new_pipeline(args.seed)
     train_vae(pipeline.vae, args.vae_batches, args.seed, args.output / "vae.pt")
     train_decoder(pipeline.vae, args.decoder_batches, args.seed, args.output / "decoder.pt")
-    single = Stage(
-        name="edits", num_pairs=args.num_pairs, collection=CLEAN, num_batches=args.edit_batches, warmup=200,
-        learning_rate=args.learning_rate, average=0.998, num_turns=8,
-    )  # fmt: skip
-    drifting = Stage(
-        name="drifting", num_pairs=args.num_drifting, collection=DRIFTING, num_batches=args.drift_batches, warmup=50,
-        learning_rate=args.learning_rate / 3, average=0.995, num_turns=8,
-    )  # fmt: skip
-    made, curve = {name: value for name, value in vars(args).items() if name != "output"}, []
-    for stage, name in ((single, EMBEDDED), (drifting, "drifting")):
-        pipeline, lines = train_editor(pipeline, stage, args)
+    made, curve = {name: value for name, value in vars(args).items() if name != "output"}, list[dict[str, Any]]()
+    for cycle in ("", *range(2, args.edit_cycles + 1)):
+        clean = Stage(
+            name=f"edits{cycle}", num_pairs=args.num_pairs, collection=CLEAN, num_batches=args.edit_batches,
+            learning_rate=args.learning_rate, warmup=200, average=0.998, num_turns=8,
+        )  # fmt: skip
+        pipeline, lines = train_editor(pipeline, clean, args)
         curve += lines
-        save(pipeline, args.output / name)
-        told = {"arguments": made, "collection": asdict(stage.collection), "curve": curve}
+    for name, collection in (("drifting", DRIFTING), (EMBEDDED, FLAWED)):
+        flawed = Stage(
+            name=name, num_pairs=args.num_flawed, collection=collection, num_batches=args.flawed_batches,
+            learning_rate=args.learning_rate / 3, warmup=50, average=0.995, num_turns=8,
+        )  # fmt: skip
+        miniature, lines = train_editor(deepcopy(pipeline), flawed, args)
+        save(miniature, args.output / name)
+        told = {"arguments": made, "collection": asdict(collection), "curve": curve + lines}
         (args.output / name / "pretraining.json").write_text(json.dumps(told, indent=1) + "\n")
