@@ -225,9 +225,11 @@ def print_config(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> st
     return capsys.readouterr().out
 
 
-def test_print_config_of_mini_is_that_of_no_argument(capsys: pytest.CaptureFixture[str]) -> None:
+def test_print_config_of_mini_is_that_of_no_argument_but_for_its_turns(capsys: pytest.CaptureFixture[str]) -> None:
     text = print_config([], capsys)
-    assert print_config(["--config", str(ROOT / "configs" / "mini.yaml")], capsys) == text
+    assert (
+        print_config(["--config", str(ROOT / "configs" / "mini.yaml"), "--evaluation.num_turns", "0"], capsys) == text
+    )
     lines = text.splitlines()
     for key, setting in settings().items():
         section = lines[lines.index(f"{setting.section}:") :]

@@ -167,8 +167,8 @@ def test_how_long_a_rank_may_wait() -> None:
 
 
 def test_the_study_of_methods() -> None:
-    """Every cell of a comparison has its reference's objective and judge, and every K is judged at three turns."""
+    """Every cell of a comparison has its reference's objective and judge, and every K is judged at five turns."""
     for comparison in read_study(FOLDER / "study_methods.yaml"):
         configs = [cell.config for cell in comparison.cells.values()]
         assert len({(config.objective.name, config.reward.judge) for config in configs}) == 1
-        assert {config.num_held_out_turns for config in configs} == {3}
+        assert {config.num_held_out_turns for config in configs} == {5}

@@ -50,7 +50,7 @@ def config(tiny_config: Config) -> Config:
 
 @pytest.fixture(scope="module")
 def run(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that has saved iteration 3 of 60."""
+    """A run that has saved iteration 3."""
     folder = tmp_path_factory.mktemp("runs") / "mini"
     policy = build_policy(config.model, config.lora, 0, has_old=False)
     state = {"ema": moved(policy, 1)}
@@ -111,7 +111,7 @@ def test_numbers_are_those_of_the_library(
         assert (out / name / "strips.png").stat().st_size > 0
     assert json.loads((out / "comparison.json").read_text())["gains"] == {str(run): compare(before, after)}
     said = capsys.readouterr().out
-    assert "averaged adapter after iteration 3 of 60" in said.replace("\n", " ")
+    assert f"averaged adapter after iteration 3 of {Config().run.num_iterations}" in said.replace("\n", " ")
     assert "gain over base" in said.replace("\n", " ")
 
 
@@ -162,7 +162,10 @@ def test_a_run_without_checkpoints_has_its_exported_adapter(run: Path, config: C
     policy.adapters.load("ema", moved(policy, 1))
     write_lora(type(policy.pipeline), policy.adapters.state("ema"), config.lora, tmp_path / "lora")
     exported, saved = read_subject(str(tmp_path), config.model), read_subject(str(run), config.model)
-    assert exported.what == "run, averaged adapter after iteration 60 of 60"
+    assert (
+        exported.what
+        == f"run, averaged adapter after iteration {config.run.num_iterations} of {config.run.num_iterations}"
+    )
     assert exported.fingerprint == saved.fingerprint
 
 

@@ -68,7 +68,7 @@ def test_fields_without_effect_stop_nothing() -> None:
     """A window as long as the schedule, CPS with too much noise, and a resume, of NFT."""
     nft = change(Config(), "rollout", window_size=999, rule="cps", noise_level=2.0, window_placement="progressive")
     assert nft.objective.name == "nft" and not is_refused(Config(), nft)
-    with pytest.raises(ValueError, match=r"^rollout\.window_size is 999: must be below num_steps, 4$"):
+    with pytest.raises(ValueError, match=r"^rollout\.window_size is 999: must be below num_steps, 3$"):
         dataclasses.replace(nft, objective=GRPO.objective)
 
 

@@ -68,7 +68,7 @@ def test_the_guides_function_changes_the_advantage_as_the_formula_says(
     assert config.data.num_turns == 2
     scores = build_reward(config)(rollout)
     assert list(scores.rewards) == ["instruction", "consistency", "sharpness"]
-    assert scores.weights == {"instruction": 1.0, "consistency": 0.1, "sharpness": 0.2}
+    assert scores.weights == {"instruction": 1.0, "consistency": 0.3, "sharpness": 0.2}
     sharpness = torch.stack([turn.image.diff(dim=3).abs().flatten(1).mean(1) for turn in rollout.turns], dim=1)
     torch.testing.assert_close(scores.rewards["sharpness"], sharpness, rtol=1e-6, atol=0)
     paper = AdvantageConfig(std="group")
@@ -94,7 +94,7 @@ def test_a_run_by_the_guide(folder: Path, tiny_pipeline_folder: Path) -> None:
     main(run_arguments(tiny_pipeline_folder, folder, {}))
     (line,) = read_lines(folder / "run" / "metrics.jsonl")
     assert line["reward/sharpness"] > 0 and line["update/grad_norm"] > 0
-    expected = line["reward/instruction"] + 0.1 * line["reward/consistency"] + 0.2 * line["reward/sharpness"]
+    expected = line["reward/instruction"] + 0.3 * line["reward/consistency"] + 0.2 * line["reward/sharpness"]
     assert line["reward/mean"] == pytest.approx(expected, rel=1e-5)
     assert (folder / "run" / "report.html").exists()
 
@@ -242,7 +242,7 @@ def test_a_list_of_functions_and_their_weights(folder: Path, rollout: Rollout, t
         )
     )
     scores = reward(rollout)
-    assert scores.weights == {"instruction": 1.0, "consistency": 0.1, "lists": 1.0, "arrays": 2.0, "sharpness": 0.0}
+    assert scores.weights == {"instruction": 1.0, "consistency": 0.3, "lists": 1.0, "arrays": 2.0, "sharpness": 0.0}
     assert torch.equal(scores.rewards["arrays"], scores.rewards["lists"])
     expected = [[len(text) for text in rollout.tasks[g].instructions[:2]] for g in rollout.group.tolist()]
     assert scores.rewards["lists"].tolist() == expected

@@ -298,6 +298,6 @@ def test_what_is_refused_across_sections() -> None:
     vlm = RewardConfig(judge="vlm")
     with pytest.raises(ValueError, match=r"data.num_turns is 10: must be at most 9 for reward.judge 'vlm'"):
         Config(reward=vlm, data=DataConfig(num_turns=10))
-    with pytest.raises(ValueError, match=r"advantage.consistency_weight is 0.1: reward.consistency is 'none'"):
+    with pytest.raises(ValueError, match=r"advantage.consistency_weight is 0.3: reward.consistency is 'none'"):
         Config(reward=replace(vlm, consistency="none"))
     Config(reward=replace(vlm, consistency="none"), advantage=AdvantageConfig(consistency_weight=0))

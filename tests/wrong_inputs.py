@@ -209,7 +209,7 @@ BYTES = {
 }
 
 MEANINGLESS = {
-    "rollout.window_size=4": "rollout.window_size is 4: must be below num_steps, 4",
+    "rollout.window_size=4": "rollout.window_size is 4: must be below num_steps, 3",
     "rollout.rule=cps rollout.noise_level=1.5": "rollout.noise_level is 1.5: must be at most 1 with rule 'cps'",
     "objective.name=nft objective.nft_num_times=5": "objective.nft_num_times is 5: must be at most rollout.num_steps",
     "rollout.solver=dpm2": "rollout.solver is 'dpm2': objective 'grpo' takes Euler steps",

@@ -17,7 +17,7 @@ MINIATURES = {name: _WORLD / name for name in ("drifting", EMBEDDED)}
 class ModelConfig:
     """The editor to train."""
 
-    path: str = EMBEDDED
+    path: str = "drifting"
     """Folder or hub name of a diffusers pipeline of a family in docs/models; 'drifting' and 'embedded' are miniatures
     that ship with the package: the first breaks on its own output, as real editors do (docs/miniature.md)."""
     height: Pixels = 64

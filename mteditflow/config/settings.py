@@ -1,4 +1,4 @@
-"""Every setting of a run. The defaults are the main job on the embedded editor, as configs/mini.yaml says."""
+"""Every setting of a run. The defaults are the main job on the drifting miniature, configs/mini.yaml."""
 
 import re
 from dataclasses import dataclass, field, replace
@@ -83,8 +83,8 @@ class RolloutConfig:
     """P, tasks per iteration, over all ranks."""
     group_size: Annotated[int, Range(2, 4096, hint="; the advantage of a trajectory is relative to its group")] = 16
     """G, trajectories per task (paper: 16); at least 2, since the advantage is relative to the group."""
-    num_steps: Annotated[int, Range(2, 1000)] = 4
-    """S, denoising steps per turn (paper: 12 on FLUX.1-Kontext; the miniature does as well with 4)."""
+    num_steps: Annotated[int, Range(2, 1000)] = 3
+    """S, denoising steps per turn (paper: 12 on FLUX.1-Kontext; ours, for the miniature: 3)."""
     solver: Literal["euler", "dpm2"] = "euler"
     """How NFT's rollout solves the ODE: first order, or DPM-Solver++(2M), second order at one velocity per step."""
     rule: Literal["sde", "cps"] = "sde"
@@ -142,8 +142,8 @@ class AdvantageConfig:
     """Aggregate rewards over turns, then normalise; or normalise each turn's reward, then average the advantages."""
     fusion: Literal["advantage", "reward"] = "advantage"
     """Where instruction following and consistency are added: after normalisation (paper's choice) or before."""
-    consistency_weight: Weight = 0.1
-    """Weight of the consistency reward, lambda_CC (paper: 0.3; the miniature learns faster with less: docs/log.md)."""
+    consistency_weight: Weight = 0.3
+    """Weight of the consistency reward, lambda_CC (paper: 0.3)."""
     credit: Credit = "broadcast"
     """Who gets the advantage: every turn alike (paper's choice), or one of the baselines."""
     std: Literal["group", "global"] = "global"
@@ -201,13 +201,13 @@ IDLE = {
 class OptimizerConfig:
     """AdamW on the adapter."""
 
-    learning_rate: Rate = 2e-2
-    """Peak learning rate; goes with epsilon (the large editors: 3e-4 with epsilon 1e-8)."""
+    learning_rate: Rate = 3e-3
+    """Peak learning rate; goes with epsilon (the large editors: 3e-4)."""
     schedule: Literal["constant", "linear"] = "linear"
     """Learning rate after the warm-up: constant, or falling to 0 at the end of the run."""
     weight_decay: Share = 1e-4
     """AdamW's decoupled weight decay."""
-    epsilon: Rate = 1e-3
+    epsilon: Rate = 1e-8
     """AdamW's epsilon; far above the gradient's elements (1e-4 on the miniature), a step keeps their proportions."""
     max_grad_norm: Annotated[float, Range(0, 1e6, is_above=True)] = 1.0
     """The gradient is scaled down to this norm."""
@@ -215,7 +215,7 @@ class OptimizerConfig:
     """Optimizer steps per iteration, 1 or 2; the second is off-policy."""
     microbatch_size: Count = 32
     """Transitions per forward and backward pass; gradients are accumulated."""
-    ema_decay: Annotated[float, Range(0, 0.99999)] = 0.9
+    ema_decay: Annotated[float, Range(0, 0.99999)] = 0.8
     """Decay per optimizer step of the averaged adapter, which is evaluated and exported; 0: no averaging."""
 
     def __post_init__(self) -> None:
@@ -230,7 +230,7 @@ class EvaluationConfig:
     """Held-out sessions of the evaluation before and after training."""
     num_turns: Annotated[int, Range(0, 10)] = 0
     """Turns of a held-out session, up to 10; 0: as many as in training, data.num_turns."""
-    num_steps: Annotated[int, Range(1, 1000)] = 8
+    num_steps: Annotated[int, Range(1, 1000)] = 4
     """Denoising steps (ODE) per turn at evaluation."""
     every: CountOrNone = 20
     """Iterations between short evaluations on the first `num_sessions_short` sessions; 0: none."""
@@ -264,7 +264,7 @@ class RunConfig:
     """GPUs that the run is meant for: --dry_run plans for one of them; torchrun says how many there are."""
     gpu_gib: Annotated[float, Range(0, 100_000)] = 0.0
     """Memory of such a GPU that --dry_run holds the plan against, GiB; 0: what is free on this machine now."""
-    num_iterations: Count = 60
+    num_iterations: Count = 40
     """Iterations of roll out, score, update."""
     backend: Literal["auto", "triton", "reference"] = "auto"
     """Implementation of the ops: Triton kernels for CUDA tensors where triton is installed (auto), or one by name."""
