@@ -131,7 +131,7 @@ def test_the_base_is_evaluated_again_for_another_problem_alone(tiny_config: Conf
     ):  # fmt: skip
         assert problem_of(tasks, change(config, section, **values), contents) == before, (section, values)
     for section, values in (
-        ("model", {"guidance_scale": 3.0}), ("model", {"base": "bfloat16"}), ("evaluation", {"num_steps": 3}),
+        ("model", {"guidance_scale": 3.0}), ("model", {"base": "bfloat16"}), ("evaluation", {"num_steps": 5}),
         ("rollout", {"hand_off": "latents"}),
     ):  # fmt: skip
         assert problem_of(tasks, change(config, section, **values), contents) != before, (section, values)

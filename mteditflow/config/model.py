@@ -98,7 +98,7 @@ class LoraConfig:
     """Rank of the LoRA (DiffusionNFT: 32, Flow-GRPO: 64)."""
     alpha: Count = 64
     """Scale of the LoRA is alpha / rank."""
-    targets: tuple[str, ...] = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.add_k_proj", "attn.add_v_proj")
+    targets: tuple[str, ...] = ()
     """Names of modules to train; empty: attention and feed-forward linears of the model's family, or with is_full the
     whole transformer."""
     init_from: str = ""

@@ -230,7 +230,7 @@ class EvaluationConfig:
     """Held-out sessions of the evaluation before and after training."""
     num_turns: Annotated[int, Range(0, 10)] = 0
     """Turns of a held-out session, up to 10; 0: as many as in training, data.num_turns."""
-    num_steps: Annotated[int, Range(1, 1000)] = 4
+    num_steps: Annotated[int, Range(1, 1000)] = 3
     """Denoising steps (ODE) per turn at evaluation."""
     every: CountOrNone = 20
     """Iterations between short evaluations on the first `num_sessions_short` sessions; 0: none."""
@@ -264,7 +264,7 @@ class RunConfig:
     """GPUs that the run is meant for: --dry_run plans for one of them; torchrun says how many there are."""
     gpu_gib: Annotated[float, Range(0, 100_000)] = 0.0
     """Memory of such a GPU that --dry_run holds the plan against, GiB; 0: what is free on this machine now."""
-    num_iterations: Count = 40
+    num_iterations: Count = 60
     """Iterations of roll out, score, update."""
     backend: Literal["auto", "triton", "reference"] = "auto"
     """Implementation of the ops: Triton kernels for CUDA tensors where triton is installed (auto), or one by name."""
