@@ -1,6 +1,7 @@
 """Alarms: closed forms of what they measure, and that a hacked run rings and an honest one does not."""
 
 from dataclasses import replace
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -147,6 +148,22 @@ def test_what_an_editor_brings_is_no_alarm_and_what_training_adds_is() -> None:
             assert find_alarms(added_figures([sizes()] * 3 + [sizes(**{kind: (0.0, share * limit)})] * 3)) == expected
     at_once = added_figures([sizes()] * 3 + [sizes(cast=(0.1, 0.1))] * 3)
     assert find_alarms(at_once) == ["alarm/cast_drift"]  # painted at turn 1, and not more of it at turn 2
+
+
+@pytest.mark.parametrize("kind", LIMITS)
+def test_what_other_tasks_move_is_no_alarm_and_what_stands_out_of_it_is(kind: str) -> None:
+    """Sizes that scatter from one iteration to the next by a whole limit: at most one of 20 runs rings in 60 of them;
+    with five limits more, at once or by and by, it does.
+    """
+    random, limit, num_rung, noisy = Random(0), LIMITS[kind], 0, list[float]()
+    for _ in range(20):
+        noisy = [limit * (4 + random.gauss(0, 1)) for _ in range(60)]
+        lines = [sizes(**{kind: (0.0, size)}) for size in noisy]
+        num_rung += any(find_alarms(added_figures(lines[:num])) for num in range(6, 61))
+    assert num_rung <= 1
+    for grown in (lambda n: 5.0 * (n > 50), lambda n: n / 12):
+        rising = [sizes(**{kind: (0.0, size + limit * grown(n))}) for n, size in enumerate(noisy)]
+        assert f"alarm/{kind}_drift" in find_alarms(added_figures(rising))
 
 
 def test_what_is_unknown_is_no_alarm() -> None:

@@ -6,9 +6,11 @@ hold the last iterations of a run against its first, kind by kind, in absolute s
 cancel in a mean.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from statistics import median
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ NO_EDIT = 0.08  # of a pixel's range: the miniature's autoencoder alone moves no
 OVER_EDIT = 0.7  # consistency below which a turn has changed what it should have left alone
 NUM_BLOCKS = 8  # per side of a picture
 NUM_ITERATIONS = 3  # at either end of a run
+NORMAL_STEP = 0.954  # median distance of two draws of a normal distribution of spread 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,11 +37,9 @@ class Alarm:
     threshold: float
 
 
-ADDED = f"size at the last turn, last {NUM_ITERATIONS} iterations against first {NUM_ITERATIONS}"
-GROWTH = (
-    f"what the turns after the first add, of the kind that has gained most, in thresholds of its alarm; last "
-    f"{NUM_ITERATIONS} iterations against first {NUM_ITERATIONS}"
-)
+AGAINST = f"last {NUM_ITERATIONS} iterations against first {NUM_ITERATIONS}, less two standard errors"
+ADDED = f"size at the last turn, {AGAINST}"
+GROWTH = f"what the turns after the first add, of the kind that has gained most, in thresholds of its alarm; {AGAINST}"
 NO_EDIT_SHARE = "share of turns that return their input"
 OVER_EDIT_SHARE = f"share of turns with consistency below {OVER_EDIT}"
 GAP = "success in training, by the judge, less success on held-out sessions, by the truth"
@@ -133,20 +134,31 @@ def added_figures(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     at one of the ends.
     """
     num_turns = max((int(name.rpartition("_")[2]) for name in lines[-1] if name.startswith("drift/cast_")), default=1)
-    added, growth = {}, 0.0
+    added, growth = dict[str, float](), 0.0
     for kind, limit in LIMITS.items():
-        ends = [_mean_size(part, kind, num_turns) for part in (lines[:NUM_ITERATIONS], lines[-NUM_ITERATIONS:])]
-        starts = [_mean_size(part, kind, 1) for part in (lines[:NUM_ITERATIONS], lines[-NUM_ITERATIONS:])]
-        added[f"alarm/{kind}_drift"] = ends[1] - ends[0]
-        growth = max(growth, (ends[1] - starts[1] - ends[0] + starts[0]) / limit)
-    known = {name: value if finite(value) is not None else 0.0 for name, value in added.items()}
-    return known | {"alarm/drift_growth": growth}
+        end, start = ([line.get(f"drift/{kind}_size_{turn}") for line in lines] for turn in (num_turns, 1))
+        added[f"alarm/{kind}_drift"] = _surely_added(end)
+        both = [_known(sizes) for sizes in zip(end, start, strict=True)]
+        growth = max(growth, _surely_added([(it[0] - it[1]) / limit if len(it) == 2 else None for it in both]))
+    return added | {"alarm/drift_growth": growth}
 
 
-def _mean_size(lines: Sequence[Mapping[str, Any]], kind: str, turn: int) -> float:
-    """Average the size of a drift over iterations, NaN where it is known in none."""
-    found = [value for line in lines if (value := finite(line.get(f"drift/{kind}_size_{turn}"))) is not None]
-    return sum(found) / len(found) if found else float("nan")
+def _surely_added(values: Sequence[Any]) -> float:
+    """Compute the mean of the last iterations less that of the first and, where it has grown, less two standard errors:
+    each iteration has other tasks. What they do is the median step from one to the next, which no trend and no jump
+    moves. 0 where nothing is known at one of the ends.
+    """
+    first, last = (_known(part) for part in (values[:NUM_ITERATIONS], values[-NUM_ITERATIONS:]))
+    if not first or not last:
+        return 0.0
+    steps = [abs(new - old) for old, new in pairwise(_known(values))]
+    spread = median(steps) / NORMAL_STEP if len(steps) >= NUM_ITERATIONS else 0.0
+    added = sum(last) / len(last) - sum(first) / len(first)
+    return max(added - 2 * spread * math.sqrt(1 / len(first) + 1 / len(last)), min(added, 0.0))
+
+
+def _known(values: Sequence[Any]) -> list[float]:
+    return [value for value in values if finite(value) is not None]
 
 
 def held_out_figures(values: dict[str, float]) -> dict[str, float]:
