@@ -151,7 +151,15 @@ def _tasks() -> dict[str, Callable[[], str]]:
     from diffusers.pipelines.flux.pipeline_flux_kontext import FluxKontextPipeline
     from mteditflow_kernels import use_backend
 
-    from mteditflow.config import Config, DataConfig, ObjectiveConfig, OptimizerConfig, RolloutConfig
+    from mteditflow.config import (
+        Config,
+        DataConfig,
+        LoraConfig,
+        ModelConfig,
+        ObjectiveConfig,
+        OptimizerConfig,
+        RolloutConfig,
+    )
     from mteditflow.config.model import MINIATURES
     from mteditflow.data import training_tasks
     from mteditflow.distributed import Ranks
@@ -164,8 +172,10 @@ def _tasks() -> dict[str, Callable[[], str]]:
     use_backend("reference")
     warnings.filterwarnings("ignore", category=FutureWarning)
     ranks = Ranks(rank=0, world_size=1, device=torch.device("cpu"))
-    config = Config(
-        data=DataConfig(num_turns=1), objective=ObjectiveConfig(name="grpo"),
+    config = Config(  # editor and targets by name: a tree of before has other defaults
+        model=ModelConfig(path="embedded"), data=DataConfig(num_turns=1),
+        lora=LoraConfig(targets=("attn.to_q", "attn.to_k", "attn.to_v", "attn.add_k_proj", "attn.add_v_proj")),
+        objective=ObjectiveConfig(name="grpo"),
         rollout=RolloutConfig(num_tasks=4, group_size=4, num_steps=8, window_size=0, microbatch_size=16),
         optimizer=OptimizerConfig(microbatch_size=16, learning_rate=1e-12, weight_decay=0.0),
     )  # fmt: skip

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mteditflow.config import ModelConfig
+from mteditflow.config import EMBEDDED, ModelConfig
 from mteditflow.judge.sessions import Judged, compose_session, judge_sessions, roll_out_editor
 from mteditflow.pictures import to_uint8
 from mteditflow.policy.pipelines import load_pipeline
@@ -63,7 +63,7 @@ def compare(grades: Tensor, scores: Tensor) -> Agreement:
 
 def held_out_sessions(num_sessions: int) -> dict[str, list[Judged]]:
     """The sessions, by kind, half of `num_sessions` each."""
-    size, vae = num_sessions // 2, load_pipeline(ModelConfig()).vae
+    size, vae = num_sessions // 2, load_pipeline(ModelConfig(path=EMBEDDED)).vae
     random = Random(f"agreement/{SEED}")
     editor = roll_out_editor(judge_sessions("agreement/editor", size, NUM_TURNS, held_out=True), SEED)
     composed = [

@@ -18,7 +18,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from einops import rearrange
 from torch import Tensor
 
-from mteditflow.config import ModelConfig
+from mteditflow.config import EMBEDDED, ModelConfig
 from mteditflow.flow import sigma_schedule
 from mteditflow.pictures import to_uint8
 from mteditflow.policy.pipelines import load_pipeline
@@ -60,7 +60,7 @@ class Judged:
 @torch.no_grad()
 def roll_out_editor(sessions: Sequence[Session], seed: int, chunk: int = 64) -> list[Judged]:
     """Let the embedded editor carry out sessions of one length, each turn on its own output, and grade the turns."""
-    pipeline = load_pipeline(ModelConfig())
+    pipeline = load_pipeline(ModelConfig(path=EMBEDDED))
     editor, judged = Editor(pipeline).eval(), []
     sigmas = sigma_schedule(NUM_STEPS, TOKENS).float()
     for start in range(0, len(sessions), chunk):
@@ -85,7 +85,7 @@ def make_cells(seed: int, chunk: int = 64) -> Tensor:
     """Put every object on every background, in every place, through the editor's autoencoder: cells as it shows them,
     (8 backgrounds, 4 places, M objects, 3, 32, 32) uint8. Neighbours are drawn at random.
     """
-    vae, generator = load_pipeline(ModelConfig()).vae, torch.Generator().manual_seed(seed)
+    vae, generator = load_pipeline(ModelConfig(path=EMBEDDED)).vae, torch.Generator().manual_seed(seed)
     num_items = len(atlas().items)
     cells = torch.zeros(len(BACKGROUNDS), 4, num_items, 3, CELL, CELL, dtype=torch.uint8)
     for background in range(len(BACKGROUNDS)):

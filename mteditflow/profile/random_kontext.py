@@ -85,7 +85,7 @@ def random_kontext(config: Config, *, has_old: bool) -> Policy:
     if needed > free:
         raise ValueError(
             f"model.path is {RANDOM!r}: FLUX.1-Kontext's weights take {needed:.1f} GiB as {model.base}, but only "
-            f"{free:.1f} GiB are free: take another machine, or model.path embedded"
+            f"{free:.1f} GiB are free: take another machine, or model.path drifting"
         )
     before, quantised, parts = torch.get_default_dtype(), _quantised_parts(model), {}
     torch.set_default_dtype(DTYPES[model.dtype])
