@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -145,21 +146,12 @@ def serve() -> None:
 def _tasks() -> dict[str, Callable[[], str]]:
     import hashlib
     import warnings
-    from dataclasses import replace
 
     import torch
     from diffusers.pipelines.flux.pipeline_flux_kontext import FluxKontextPipeline
     from mteditflow_kernels import use_backend
 
-    from mteditflow.config import (
-        Config,
-        DataConfig,
-        LoraConfig,
-        ModelConfig,
-        ObjectiveConfig,
-        OptimizerConfig,
-        RolloutConfig,
-    )
+    from mteditflow import config as settings
     from mteditflow.config.model import MINIATURES
     from mteditflow.data import training_tasks
     from mteditflow.distributed import Ranks
@@ -172,12 +164,12 @@ def _tasks() -> dict[str, Callable[[], str]]:
     use_backend("reference")
     warnings.filterwarnings("ignore", category=FutureWarning)
     ranks = Ranks(rank=0, world_size=1, device=torch.device("cpu"))
-    config = Config(  # editor and targets by name: a tree of before has other defaults
-        model=ModelConfig(path="embedded"), data=DataConfig(num_turns=1),
-        lora=LoraConfig(targets=("attn.to_q", "attn.to_k", "attn.to_v", "attn.add_k_proj", "attn.add_v_proj")),
-        objective=ObjectiveConfig(name="grpo"),
-        rollout=RolloutConfig(num_tasks=4, group_size=4, num_steps=8, window_size=0, microbatch_size=16),
-        optimizer=OptimizerConfig(microbatch_size=16, learning_rate=1e-12, weight_decay=0.0),
+    config = settings.Config(  # editor and targets by name: a tree of before has other defaults
+        model=settings.ModelConfig(path="embedded"),
+        lora=settings.LoraConfig(targets=("attn.to_q", "attn.to_k", "attn.to_v", "attn.add_k_proj", "attn.add_v_proj")),
+        data=settings.DataConfig(num_turns=1), objective=settings.ObjectiveConfig(name="grpo"),
+        rollout=settings.RolloutConfig(num_tasks=4, group_size=4, num_steps=8, window_size=0, microbatch_size=16),
+        optimizer=settings.OptimizerConfig(microbatch_size=16, learning_rate=1e-12, weight_decay=0.0),
     )  # fmt: skip
     if "BLOCKS" in os.environ:
         config = replace(config, model=replace(config.model, compile="blocks"))

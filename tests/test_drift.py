@@ -125,6 +125,8 @@ def test_the_world_is_measured_where_nothing_was_touched() -> None:
     assert torch.equal(found[..., :5].isnan().any(2), ~is_known) and found[..., 5].isnan().float().mean() < 0.4
     warm = torch.stack([drifted(picture, torch.tensor([0.1, 0, 0, 0]).expand(12, 4)) for picture in truth])
     cast = measure_rollout(rollout_of(tasks, warm))[..., 0]
+    alone = measure_rollout(rollout_of(tasks, warm[:, 3:5], group=torch.arange(3, 5)))[..., 0]
+    assert torch.equal(alone.nan_to_num(), cast[3:5].nan_to_num())  # whatever is measured beside it
     assert torch.equal(cast.isnan(), ~is_known) and cast.nanmean(0).tolist() == pytest.approx([0.1] * 4, abs=0.02)
 
 
