@@ -165,12 +165,11 @@ def _tasks() -> dict[str, Callable[[], str]]:
     warnings.filterwarnings("ignore", category=FutureWarning)
     ranks = Ranks(rank=0, world_size=1, device=torch.device("cpu"))
     config = settings.Config(  # editor and targets by name: a tree of before has other defaults
-        model=settings.ModelConfig(path="embedded"),
         lora=settings.LoraConfig(targets=("attn.to_q", "attn.to_k", "attn.to_v", "attn.add_k_proj", "attn.add_v_proj")),
-        data=settings.DataConfig(num_turns=1), objective=settings.ObjectiveConfig(name="grpo"),
+        model=settings.ModelConfig(path="embedded"), data=settings.DataConfig(num_turns=1),
         rollout=settings.RolloutConfig(num_tasks=4, group_size=4, num_steps=8, window_size=0, microbatch_size=16),
         optimizer=settings.OptimizerConfig(microbatch_size=16, learning_rate=1e-12, weight_decay=0.0),
-    )  # fmt: skip
+        objective=settings.ObjectiveConfig(name="grpo"))  # fmt: skip
     if "BLOCKS" in os.environ:
         config = replace(config, model=replace(config.model, compile="blocks"))
     objective = build_objective(config)
