@@ -59,7 +59,7 @@ def measure_rollout(rollout: Rollout) -> Tensor:
     drift = []
     for n, task in enumerate(rollout.group.tolist()):
         pictures = torch.stack([turn.image[n] for turn in rollout.turns])  # (K, 3, H, W)
-        sources = rollout.sources[n].to(device).expand_as(pictures).clone()
+        sources = rollout.tasks[task].source.to(device).expand_as(pictures).clone()
         drift.append(_measure(sources, pictures, masks[task].clone()).cpu())
     return torch.stack(drift)
 
