@@ -39,7 +39,7 @@ if TYPE_CHECKING:  # torch is imported after signals are heeded
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 GRACE_S = 12.0  # from a signal to the end: torchrun and SLURM kill after 30
 LOST_S = 6.0  # that a rank which lost another waits for torchrun's SIGTERM before it speaks
-FIRST_S = 1.0  # that other ranks leave to the first, where all have the same to say
+FIRST_S = 3.0  # that other ranks leave to the first, where all have the same to say
 STORE_S = 5  # for a word to the board
 PERIOD_S = 0.5
 
