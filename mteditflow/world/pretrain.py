@@ -107,7 +107,7 @@ class Collection:
 
 CLEAN = Collection(chain=8, last_weight=2.0)
 DRIFTING = Collection(chain=4, last_weight=4.0, ignored=0.02, mistaken=0.02, gain=2.0, step=0.4, power=2.0)
-FLAWED = Collection(chain=4, last_weight=4.0, ignored=0.12, mistaken=0.12)
+FLAWED = Collection(chain=4, last_weight=4.0, ignored=0.25)
 
 
 def new_pipeline(seed: int) -> FluxKontextPipeline:
