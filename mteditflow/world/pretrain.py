@@ -1,26 +1,24 @@
-"""Makes both miniature editors from nothing: `mteditflow pretrain --output FOLDER`.
+"""Makes the drifting editor from nothing: `mteditflow pretrain --output FOLDER`.
 
 Three stages, each with a state to go on from, so that the same command goes on after a kill:
 
 1. A KL autoencoder that keeps colours, contrast and sharpness as they are (world/autoencoder.py); then its decoder on.
 2. A FLUX.1-Kontext transformer with its text encoders, by flow matching on clean single edits, twice over.
-3. Twice from there, on pairs as collections of edits from the web have them, which differ in their fault alone:
-   - `embedded`: one instruction in eight was ignored, one mistaken. The noise decides, at every turn anew.
-   - `drifting`: pairs are cut from *chains* of edits by other editors. A small drift that nobody minded is in every
-     picture, and more of it in the picture after: the editor learns to make what it is given a little worse, which no
-     single edit shows.
+3. From there, on pairs as collections of edits from the web have them, cut from *chains* of edits by other editors. A
+   small drift that nobody minded is in every picture, and more of it in the picture after: the editor learns to make
+   what it is given a little worse, which no single edit shows.
 
-         drift_k = gain drift_{k-1} + step u^power e      u uniform, e one of KICKS (world/drift.py has the axes)
+       drift_k = gain drift_{k-1} + step u^power e      u uniform, e one of KICKS (world/drift.py has the axes)
 
-     That is exposure bias by data: at the first turn the drift is hard to see, on the editor's own output it compounds.
-     Which kick it is, and of which size, is the noise's.
+   That is exposure bias by data: at the first turn the drift is hard to see, on the editor's own output it compounds.
+   Which kick it is, and of which size, is the noise's.
 
-docs/miniature.md has what both do on held-out sessions.
+docs/miniature.md has what it does on held-out sessions, and where the other miniature, `embedded`, comes from.
 """
 
 import sys
 
-from mteditflow.config import EMBEDDED, command
+from mteditflow.config import command
 
 if __name__ == "__main__":  # before torch is imported: --help and wrong arguments answer at once
     sys.exit(command.main(["pretrain", *sys.argv[1:]]))
@@ -107,7 +105,6 @@ class Collection:
 
 CLEAN = Collection(chain=8, last_weight=2.0)
 DRIFTING = Collection(chain=4, last_weight=4.0, ignored=0.02, mistaken=0.02, gain=2.0, step=0.4, power=2.0)
-FLAWED = Collection(chain=4, last_weight=4.0, ignored=0.12, mistaken=0.12)
 
 
 def new_pipeline(seed: int) -> FluxKontextPipeline:
@@ -325,12 +322,11 @@ def pretrain(args: Namespace) -> None:
         )  # fmt: skip
         pipeline, lines = train_editor(pipeline, clean, args)
         curve += lines
-    for name, collection in (("drifting", DRIFTING), (EMBEDDED, FLAWED)):
-        flawed = Stage(
-            name=name, num_pairs=args.num_flawed, collection=collection, num_batches=args.flawed_batches,
-            learning_rate=args.learning_rate / 3, warmup=50, average=0.995, num_turns=8,
-        )  # fmt: skip
-        miniature, lines = train_editor(deepcopy(pipeline), flawed, args)
-        save(miniature, args.output / name)
-        told = {"arguments": made, "collection": asdict(collection), "curve": curve + lines}
-        (args.output / name / "pretraining.json").write_text(json.dumps(told, indent=1) + "\n")
+    drifting = Stage(
+        name="drifting", num_pairs=args.num_flawed, collection=DRIFTING, num_batches=args.flawed_batches,
+        learning_rate=args.learning_rate / 3, warmup=50, average=0.995, num_turns=8,
+    )  # fmt: skip
+    pipeline, lines = train_editor(pipeline, drifting, args)
+    save(pipeline, args.output / drifting.name)
+    told = {"arguments": made, "collection": asdict(DRIFTING), "curve": curve + lines}
+    (args.output / drifting.name / "pretraining.json").write_text(json.dumps(told, indent=1) + "\n")
