@@ -8,15 +8,25 @@ compared pair by pair. For cells a and b with the R seeds that both have finishe
 errs for two reasons, and the interval has both:
 - The sessions are a sample. They are drawn anew (bootstrap, the same draw for both cells and all seeds): the deviates
   of d for the adapters that we have.
-- The seeds are a sample. O(c, s) = cell + seed + rest: least squares over all cells and seeds of the study leave a mean
-  square m of the rest on f degrees of freedom, and d has a standard error of sqrt(2 m / R), the seed's part having
-  cancelled. With three seeds a cell's own spread says next to nothing, hence one m for all cells.
-The interval is the 2.5 to 97.5 % range of session deviate + standard error x Student's t with f degrees of freedom,
-drawn independently. How sessions and seeds act together is in both parts, so it is wide rather than narrow.
+- The seeds are a sample. O(c, s) = cell + seed + rest: least squares over all cells and seeds of the study leave for
+  cell c a mean square m(c) of the rest, and d has a variance of (m(a) + m(b)) / R, the seed's part having cancelled.
 
-For the gain over the base, which no seed changes, the seed's part stays in: m is then of O(c, s) = cell + rest, and the
-error is sqrt(m / R). That m comes from two sums of squares, S of the seeds on g and S' of the rest on f degrees of
-freedom, and has itself about (S + S')^2 / (S^2 / g + S'^2 / f) of them (Satterthwaite): all cells share few seeds.
+A few seeds say little of a cell's own spread, and cells differ in it: what learns by luck spreads more. So m(c) is the
+cell's own mean square drawn towards that of all, as far as they are alike (moderated variances; Smyth, Statistical
+Applications in Genetics and Molecular Biology 3, 2004, section 6): of
+
+    m(c) = (f0 m0 + f(c) own(c)) / (f0 + f(c))     on f0 + f(c) degrees of freedom
+
+m0 and f0 are fitted to mean and variance, over the cells, of the logarithm of their own. Where these vary no more than
+cells of one spread do, and of fewer than MIN_CELLS cells, m(c) is one mean square for all. The degrees of freedom of d
+are Satterthwaite's of the two.
+
+The interval is the 2.5 to 97.5 % range of session deviate + standard error x Student's t, drawn independently. How
+sessions and seeds act together is in both parts, so it is wide rather than narrow.
+
+For the gain over the base, which no seed changes, the seed's part stays in: m(c) is then of O(c, s) = cell + rest, and
+the variance m(c) / R. All cells share few seeds, so that its degrees of freedom are at most those of the pooled one: of
+two sums of squares, S of the seeds on g and S' of the rest on f degrees of freedom, (S + S')^2 / (S^2 / g + S'^2 / f).
 Without a cell of several seeds the interval is of the sessions alone, and the page says so.
 """
 
@@ -37,7 +47,8 @@ from mteditflow.record.metrics import FILE, read_lines
 
 T_DRAWS = 50  # per bootstrap sample: 100,000 in all put the ends of the interval within about 1 % of its width
 NUM_LAST = 5  # iterations over which the training reward at the start and at the end is taken
-MIN_CELLS = 5  # that a rank correlation is told of
+MIN_CELLS = 5  # that a rank correlation is told of, and how much cells differ in their spread
+MIN_FREEDOM = 0.5  # degrees of freedom of a cell that say anything of its spread
 MARGINAL, OVERALL = list(METRICS).index("MT"), list(METRICS).index("O")
 
 Points = Mapping[str, Mapping[int, float]]
@@ -62,10 +73,13 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:
-    """Mean square of O between seeds, what the model of it explains left out, and its degrees of freedom."""
+    """Mean square of O between seeds, what the model of it explains left out, with its degrees of freedom: pooled over
+    the cells, and `of` each.
+    """
 
     mean_square: float
     dof: float
+    of: Mapping[str, tuple[float, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,20 +100,60 @@ def spreads(points: Points) -> tuple[Spread, Spread]:
     seeds = sorted({seed for _, seed, _ in rows})
     cell_columns = np.array([[cell == column for column in points] for cell, _, _ in rows], dtype=float)
     seed_columns = np.array([[seed == column for column in seeds] for _, seed, _ in rows], dtype=float)
-    alone, dof = _residual(cell_columns, values)
-    paired, paired_dof = _residual(np.hstack([cell_columns, seed_columns]), values)
+    names = [cell for cell, *_ in rows]
+    alone, of_cell = _residual(cell_columns, values, names)
+    paired, of_pair = _residual(np.hstack([cell_columns, seed_columns]), values, names)
+    dof, paired_dof = (round(sum(freedom for _, freedom in of.values())) for of in (of_cell, of_pair))
     parts = [(alone - paired, dof - paired_dof), (paired, paired_dof)]
     scale = sum(squares**2 / freedom for squares, freedom in parts if freedom)
+    most = alone**2 / scale if scale else dof
     return (
-        Spread(mean_square=alone / dof if dof else 0.0, dof=alone**2 / scale if scale else dof),
-        Spread(mean_square=paired / paired_dof if paired_dof else 0.0, dof=paired_dof),
+        Spread(mean_square=alone / dof if dof else 0.0, dof=most, of=moderate(of_cell, most)),
+        Spread(mean_square=paired / paired_dof if paired_dof else 0.0, dof=paired_dof, of=moderate(of_pair, np.inf)),
     )
 
 
-def _residual(design: Floats, values: Floats) -> tuple[float, int]:
-    """Compute the sum of squares that least squares leave, and its degrees of freedom."""
-    fit, _, rank, _ = np.linalg.lstsq(design, values, rcond=None)
-    return float(((values - design @ fit) ** 2).sum()), len(values) - int(rank)
+def _residual(design: Floats, values: Floats, names: Sequence[str]) -> tuple[float, dict[str, tuple[float, float]]]:
+    """Compute the sum of squares that least squares leave; and of the rows of each name, with their degrees of freedom,
+    which are the rows less their leverages.
+    """
+    basis, weights, _ = np.linalg.svd(design, full_matrices=False)
+    basis = basis[:, weights > 1e-9 * weights.max()]
+    squares, freedom = (values - basis @ (basis.T @ values)) ** 2, 1 - (basis**2).sum(1)
+    rows = {name: np.array([name == other for other in names]) for name in names}
+    return float(squares.sum()), {name: (squares[at].sum(), freedom[at].sum()) for name, at in rows.items()}
+
+
+def moderate(of: Mapping[str, tuple[float, float]], most: float) -> dict[str, tuple[float, float]]:
+    """Draw the mean square of each cell towards that of all, from sums of squares and their degrees of freedom; gives
+    each with its degrees of freedom, at most `most`.
+    """
+    total, dof = (float(sum(column)) for column in zip(*of.values(), strict=True))
+    pooled = total / dof if dof > MIN_FREEDOM else 0.0
+    prior, prior_dof = _prior([(squares, freedom) for squares, freedom in of.values() if freedom > MIN_FREEDOM])
+    if np.isinf(prior_dof):
+        return dict.fromkeys(of, (pooled, min(round(dof), most)))
+    return {
+        cell: ((prior_dof * prior + squares) / (prior_dof + freedom), min(prior_dof + freedom, most))
+        for cell, (squares, freedom) in of.items()
+    }
+
+
+def _prior(cells: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Fit m0 and f0 to cells' sums of squares; f0 is infinite where nothing says that the cells differ."""
+    if len(cells) < MIN_CELLS or min(squares for squares, _ in cells) <= 0:
+        return 0.0, np.inf
+    squares, freedom = torch.tensor(cells, dtype=torch.float64).unbind(1)
+    half = freedom / 2
+    logs = (squares / freedom).log() - half.digamma() + half.log()
+    excess = (logs.var() - torch.polygamma(1, half).mean()).item()
+    if excess <= 0:
+        return 0.0, np.inf
+    low, high = torch.tensor(1e-3, dtype=torch.float64), torch.tensor(1e6, dtype=torch.float64)
+    for _ in range(100):  # trigamma falls
+        middle = (low * high).sqrt()
+        low, high = (middle, high) if torch.polygamma(1, middle) > excess else (low, middle)
+    return (logs.mean() + low.digamma() - low.log()).exp().item(), 2 * low.item()
 
 
 def estimate(value: float, samples: Floats, variance: float, dof: float) -> Estimate:
@@ -183,7 +237,8 @@ class Outcomes:
             return None
         value = float(np.mean([run.point[OVERALL] for run in runs]) - self.base_point[OVERALL])
         samples = np.mean([run.samples for run in runs], axis=0) - self.base_samples
-        return estimate(value, samples, self.alone.mean_square / len(runs), self.alone.dof)
+        mean_square, dof = self.alone.of[cell]
+        return estimate(value, samples, mean_square / len(runs), dof)
 
     def difference(self, a: str, b: str, seeds: Sequence[int]) -> Estimate | None:
         """Estimate the mean, over the seeds that both have, of O of cell a less that of cell b; None without any."""
@@ -193,7 +248,10 @@ class Outcomes:
             return None
         value = float(np.mean([x.point[OVERALL] - y.point[OVERALL] for x, y in pairs]))
         samples = np.mean([x.samples - y.samples for x, y in pairs], axis=0)
-        return estimate(value, samples, 2 * self.paired.mean_square / len(pairs), self.paired.dof)
+        (square_a, dof_a), (square_b, dof_b) = self.paired.of[a], self.paired.of[b]
+        scale = square_a**2 / dof_a + square_b**2 / dof_b if dof_a and dof_b else 0.0
+        dof = (square_a + square_b) ** 2 / scale if scale else min(dof_a, dof_b)
+        return estimate(value, samples, (square_a + square_b) / len(pairs), dof)
 
 
 def verdict(claims: list[Estimate | None]) -> str:

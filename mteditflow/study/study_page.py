@@ -133,6 +133,7 @@ def _describe_cell(name: str, comparison: Comparison, outcomes: Outcomes | None)
         "success": _mean(runs, "success", 1),
         "drift": _mean(runs, "drift", 3),
         "credit": _mean(runs, "credit", 3),
+        "seed_std": round(outcomes.paired.of[cell.key][0] ** 0.5, 2),
         "training_reward": [round(float(np.mean(ends)), 4) for ends in zip(*(r.rewards for r in runs), strict=True)],
     }
 
