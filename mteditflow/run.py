@@ -306,6 +306,8 @@ class Run:
             save_evaluation(self.folder, "after", after)
             self._parts("after", done).remove()
             save_comparison(self.folder, self.before, after)
+            gap = alarms.held_out_figures({**(self._lines[-1] if self._lines else {}), **held_out_figures(after)})
+            self._warn(alarms.find_alarms(gap), gap, self.num_done)
             picture = save_strips(self.folder, done, self.tasks, self.before, after)
             self.reporter.image("strips", self.num_done, picture)
             self.reporter.table("held out", self.num_done, held_out_rows(self.folder))

@@ -1,6 +1,7 @@
 """Alarms: closed forms of what they measure, and that a hacked run rings and an honest one does not."""
 
 from dataclasses import replace
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -8,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 from rollouts import rollout_of
+from train_runs import Arguments
 
 from mteditflow.config import Config
+from mteditflow.config.command import train as main
 from mteditflow.data import training_tasks
 from mteditflow.distributed import Ranks, alone
 from mteditflow.pictures import round_to_8_bit
@@ -182,6 +185,20 @@ def test_the_gap_between_judge_and_truth() -> None:
     assert held_out_figures({"reward/success_1": 0.9}) == {}
     assert find_alarms(values | held_out_figures(values)) == ["alarm/held_out_gap"]
     assert find_alarms({"alarm/held_out_gap": float("nan")}) == []
+    partly = values | {"reward/success_3": None, "heldout/MT_3": 10, "reward/success_4": 0.9, "heldout/MT_4": None}
+    assert held_out_figures(partly) == held_out_figures(values)
+
+
+@pytest.mark.parametrize("leniency", [0.0, 50.0])
+def test_a_judge_that_likes_damage_rings_at_the_end(
+    arguments: Arguments, tmp_path: Path, capsys: pytest.CaptureFixture[str], leniency: float
+) -> None:
+    """Without an evaluation on the way, too: a tiny editor of random weights damages every picture and edits none."""
+    judge: dict[str, Any] = {"reward__judge": "simulated_direct", "reward__leniency": leniency} if leniency else {}
+    main(arguments(tmp_path, run__num_iterations=1, evaluation__every=0, **judge))
+    assert ("alarm, judge against truth" in capsys.readouterr().err) == (leniency > 0)
+    row = (tmp_path / "report.html").read_text().partition("<td>Judge against truth")[2].partition("</tr>")[0]
+    assert ("since iteration 1" in row) == (leniency > 0) and ("quiet" in row) == (leniency == 0)
 
 
 def test_credit_is_the_correlation_within_groups() -> None:

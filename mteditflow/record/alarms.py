@@ -161,12 +161,12 @@ def _known(values: Sequence[Any]) -> list[float]:
     return [value for value in values if finite(value) is not None]
 
 
-def held_out_figures(values: dict[str, float]) -> dict[str, float]:
-    """Compute the gap between judge and truth, of an iteration with a short evaluation; else nothing."""
+def held_out_figures(values: Mapping[str, Any]) -> dict[str, float]:
+    """Compute the gap between judge and truth, of an iteration with an evaluation; else nothing."""
     by_judge = [value for name, value in values.items() if name.startswith("reward/success_")]
-    by_truth = [value / 100 for name, value in values.items() if name.startswith("heldout/MT_")]
-    num = min(len(by_judge), len(by_truth))
-    return {"alarm/held_out_gap": (sum(by_judge[:num]) - sum(by_truth[:num])) / num} if num else {}
+    by_truth = [value for name, value in values.items() if name.startswith("heldout/MT_")]
+    both = [pair for pair in zip(by_judge, by_truth, strict=False) if len(_known(pair)) == 2]
+    return {"alarm/held_out_gap": sum(judged - true / 100 for judged, true in both) / len(both)} if both else {}
 
 
 def find_alarms(values: dict[str, float]) -> list[str]:

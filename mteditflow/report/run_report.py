@@ -14,7 +14,7 @@ from mteditflow.config import Config
 from mteditflow.config.cli import from_yaml
 from mteditflow.config.reward import TAKEN
 from mteditflow.export.card import read_usage
-from mteditflow.record.alarms import ALARMS
+from mteditflow.record.alarms import ALARMS, held_out_figures
 from mteditflow.record.figures import METRICS, RESULTS, SHOWN, align_turns, finite, read_figures
 from mteditflow.record.files import shaped
 from mteditflow.record.metrics import FILE, read_lines
@@ -150,7 +150,7 @@ def report_contents(folder: Path) -> dict[str, Any]:
             "turn": len(newest.get("turns", [])),
         },
         "account": account(lines),
-        "alarms": alarm_rows(lines) if config else [],
+        "alarms": alarm_rows([*lines, *_at_end(lines, after)]) if config else [],
         "strips": strips,
         "compared": compared,
         "judged": judged,
@@ -256,6 +256,13 @@ def alarm_rows(lines: Lines) -> list[dict[str, Any]]:
             what = {"title": alarm.title, "meaning": alarm.meaning}
             rows.append(what | {"last": last, "highest": highest, "limit": alarm.threshold, "first": first})
     return rows
+
+
+def _at_end(lines: Lines, after: dict[str, Any]) -> Lines:
+    """Hold the last iteration against the evaluation after training, as a line of its own; none before that."""
+    by_truth = {f"heldout/MT_{row['turn']}": row.get("MT") for row in after.get("turns", [])}
+    gap = held_out_figures(lines[-1] | by_truth) if lines and after else {}
+    return [{"iteration": lines[-1]["iteration"], **gap}] if gap else []
 
 
 def read_strips(folder: Path, best: int | None) -> dict[str, str]:
