@@ -226,7 +226,8 @@ class Run:
         if is_due or (is_last and config.run.patience):  # the last average may be the best
             values |= self._short_evaluation(done)
         if self.ranks.is_main:
-            self._report(iteration, values | alarms.held_out_figures(values), judged, chosen)
+            values |= alarms.held_out_figures([*self._lines, values], values)
+            self._report(iteration, values, judged, chosen)
         self.num_done = done
         if done % config.run.save_every == 0 or is_last or self.best.is_over:
             self._save(done, self._state())
@@ -306,7 +307,7 @@ class Run:
             save_evaluation(self.folder, "after", after)
             self._parts("after", done).remove()
             save_comparison(self.folder, self.before, after)
-            gap = alarms.held_out_figures({**(self._lines[-1] if self._lines else {}), **held_out_figures(after)})
+            gap = alarms.held_out_figures(self._lines, held_out_figures(after))
             self._warn(alarms.find_alarms(gap), gap, self.num_done)
             picture = save_strips(self.folder, done, self.tasks, self.before, after)
             self.reporter.image("strips", self.num_done, picture)

@@ -180,13 +180,15 @@ def test_what_is_unknown_is_no_alarm() -> None:
 
 
 def test_the_gap_between_judge_and_truth() -> None:
+    """Of the last three iterations: (0.9 + 0.7) / 2 by the judge; what is unknown has no part."""
     values: dict[str, Any] = {"reward/success_1": 0.9, "reward/success_2": 0.7, "heldout/MT_1": 50, "heldout/MT_2": 30}
-    assert held_out_figures(values) == {"alarm/held_out_gap": pytest.approx(0.4)}
-    assert held_out_figures({"reward/success_1": 0.9}) == {}
-    assert find_alarms(values | held_out_figures(values)) == ["alarm/held_out_gap"]
+    assert held_out_figures([values], values) == {"alarm/held_out_gap": pytest.approx(0.4)}
+    assert held_out_figures([{"reward/success_1": 0.9}], {}) == {} == held_out_figures([], values)
+    lines = [{"reward/success_1": one, "reward/success_2": 0.7} for one in (0.0, 1.0, None, 0.8)]
+    partly = values | {"reward/success_3": None, "heldout/MT_3": 10, "heldout/MT_4": None}
+    assert held_out_figures(lines, partly) == {"alarm/held_out_gap": pytest.approx(0.4)}
+    assert find_alarms(held_out_figures([values], values)) == ["alarm/held_out_gap"]
     assert find_alarms({"alarm/held_out_gap": float("nan")}) == []
-    partly = values | {"reward/success_3": None, "heldout/MT_3": 10, "reward/success_4": 0.9, "heldout/MT_4": None}
-    assert held_out_figures(partly) == held_out_figures(values)
 
 
 @pytest.mark.parametrize("leniency", [0.0, 50.0])

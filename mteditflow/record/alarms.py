@@ -42,7 +42,7 @@ ADDED = f"size at the last turn, {AGAINST}"
 GROWTH = f"what the turns after the first add, of the kind that has gained most, in thresholds of its alarm; {AGAINST}"
 NO_EDIT_SHARE = "share of turns that return their input"
 OVER_EDIT_SHARE = f"share of turns with consistency below {OVER_EDIT}"
-GAP = "success in training, by the judge, less success on held-out sessions, by the truth"
+GAP = f"success in the last {NUM_ITERATIONS} iterations, by the judge, less success on held-out sessions, by the truth"
 # docs/log.md, 2026-11-26: five and more standard errors of what other tasks move them by
 LIMITS = {"cast": 0.04, "tint": 0.04, "contrast": 0.06, "saturation": 0.1, "sharpness": 0.12, "grain": 0.02}
 ALARMS = {
@@ -161,12 +161,16 @@ def _known(values: Sequence[Any]) -> list[float]:
     return [value for value in values if finite(value) is not None]
 
 
-def held_out_figures(values: Mapping[str, Any]) -> dict[str, float]:
-    """Compute the gap between judge and truth, of an iteration with an evaluation; else nothing."""
-    by_judge = [value for name, value in values.items() if name.startswith("reward/success_")]
-    by_truth = [value for name, value in values.items() if name.startswith("heldout/MT_")]
-    both = [pair for pair in zip(by_judge, by_truth, strict=False) if len(_known(pair)) == 2]
-    return {"alarm/held_out_gap": sum(judged - true / 100 for judged, true in both) / len(both)} if both else {}
+def held_out_figures(lines: Sequence[Mapping[str, Any]], by_truth: Mapping[str, Any]) -> dict[str, float]:
+    """Compute the gap between the judge, of the last iterations, and the truth of an evaluation, `heldout/MT_k` in
+    percent; nothing where there is none.
+    """
+    gaps = list[float]()
+    for turn in range(1, 1 + sum(name.startswith("heldout/MT_") for name in by_truth)):
+        judged = _known([line.get(f"reward/success_{turn}") for line in lines[-NUM_ITERATIONS:]])
+        true = _known([by_truth[f"heldout/MT_{turn}"]])
+        gaps += [sum(judged) / len(judged) - true[0] / 100] if judged and true else []
+    return {"alarm/held_out_gap": sum(gaps) / len(gaps)} if gaps else {}
 
 
 def find_alarms(values: dict[str, float]) -> list[str]:

@@ -259,9 +259,9 @@ def alarm_rows(lines: Lines) -> list[dict[str, Any]]:
 
 
 def _at_end(lines: Lines, after: dict[str, Any]) -> Lines:
-    """Hold the last iteration against the evaluation after training, as a line of its own; none before that."""
+    """Hold the last iterations against the evaluation after training, as a line of its own; none before that."""
     by_truth = {f"heldout/MT_{row['turn']}": row.get("MT") for row in after.get("turns", [])}
-    gap = held_out_figures(lines[-1] | by_truth) if lines and after else {}
+    gap = held_out_figures(lines, by_truth)
     return [{"iteration": lines[-1]["iteration"], **gap}] if gap else []
 
 
