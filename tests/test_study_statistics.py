@@ -51,10 +51,12 @@ def test_one_seed_has_no_spread(points: dict[str, dict[int, float]]) -> None:
 def test_sums_of_squares_of_cells_add_up() -> None:
     """Over a grid with holes, squares and degrees of freedom of the cells are those of all; one seed has none."""
     random = np.random.default_rng(5)
-    points = {str(c): {s: random.normal(60, 3) for s in range(4) if (c + s) % 5} for c in range(4)}
+    points = {str(c): {s: random.normal(60 + 4 * s, 3) for s in range(4) if (c + s) % 5} for c in range(4)}
     alone, paired = spreads(points | {"once": {2: 50.0}})
-    for spread in (alone, paired):
-        assert all(of == pytest.approx((spread.mean_square, spread.dof), rel=1e-9) for of in spread.of.values())
+    assert all(of == pytest.approx((paired.mean_square, paired.dof), rel=1e-9) for of in paired.of.values())
+    shared = alone.mean_square - paired.mean_square
+    dof = alone.mean_square**2 / (paired.mean_square**2 / 6 + shared**2 / 3)  # of four seeds
+    assert all(of == pytest.approx((alone.mean_square, dof), rel=1e-9) for of in alone.of.values())
     assert paired.dof == 14 - 5 - 3  # 13 runs in four cells, and one; five cells and four seeds less one
 
 
@@ -64,14 +66,14 @@ def test_moderation_finds_the_spread_of_spreads() -> None:
     """
     random, prior, prior_dof, dof = np.random.default_rng(3), 9.0, 6.0, 4.0
     true = prior * prior_dof / random.chisquare(prior_dof, 4000)
-    found = moderate({str(i): (m * random.chisquare(dof), dof) for i, m in enumerate(true)} | {"new": (0.3, 0.2)}, 1e9)
+    found = moderate({str(i): (m * random.chisquare(dof), dof) for i, m in enumerate(true)} | {"new": (0.3, 0.2)})
     (fitted, fitted_dof) = found["new"]
     assert fitted_dof - 0.2 == pytest.approx(prior_dof, rel=0.15)
     assert (fitted * fitted_dof - 0.3) / (fitted_dof - 0.2) == pytest.approx(prior, rel=0.03)
     errors = [np.log(found[str(i)][0] / m) for i, m in enumerate(true)]
     assert np.std(errors) < 0.75 * np.sqrt(torch.polygamma(1, torch.tensor(dof / 2)))  # of a cell's own mean square
-    alike = moderate({str(i): (4.0 * dof, dof) for i in range(8)}, 20.0)
-    assert set(alike.values()) == {(4.0, 20.0)}
+    alike = moderate({str(i): (4.0 * dof, dof) for i in range(8)})
+    assert set(alike.values()) == {(4.0, 32)}
 
 
 def test_intervals_cover_where_cells_differ_in_spread() -> None:

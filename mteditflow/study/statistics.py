@@ -24,10 +24,9 @@ are Satterthwaite's of the two.
 The interval is the 2.5 to 97.5 % range of session deviate + standard error x Student's t, drawn independently. How
 sessions and seeds act together is in both parts, so it is wide rather than narrow.
 
-For the gain over the base, which no seed changes, the seed's part stays in: m(c) is then of O(c, s) = cell + rest, and
-the variance m(c) / R. All cells share few seeds, so that its degrees of freedom are at most those of the pooled one: of
-two sums of squares, S of the seeds on g and S' of the rest on f degrees of freedom, (S + S')^2 / (S^2 / g + S'^2 / f).
-Without a cell of several seeds the interval is of the sessions alone, and the page says so.
+For the gain over the base, which no seed changes, the seed's part stays in: its variance, by which the mean square of
+O(c, s) = cell + rest is larger than that of the two-way model, is added to m(c). All cells share it, on R - 1 degrees
+of freedom. Without a cell of several seeds the interval is of the sessions alone, and the page says so.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -48,7 +47,7 @@ from mteditflow.record.metrics import FILE, read_lines
 T_DRAWS = 50  # per bootstrap sample: 100,000 in all put the ends of the interval within about 1 % of its width
 NUM_LAST = 5  # iterations over which the training reward at the start and at the end is taken
 MIN_CELLS = 5  # that a rank correlation is told of, and how much cells differ in their spread
-MIN_FREEDOM = 0.5  # degrees of freedom of a cell that say anything of its spread
+MIN_FREEDOM = 1.5  # degrees of freedom of a cell from which its spread counts among those of all: of three seeds
 MARGINAL, OVERALL = list(METRICS).index("MT"), list(METRICS).index("O")
 
 Points = Mapping[str, Mapping[int, float]]
@@ -104,13 +103,24 @@ def spreads(points: Points) -> tuple[Spread, Spread]:
     alone, of_cell = _residual(cell_columns, values, names)
     paired, of_pair = _residual(np.hstack([cell_columns, seed_columns]), values, names)
     dof, paired_dof = (round(sum(freedom for _, freedom in of.values())) for of in (of_cell, of_pair))
-    parts = [(alone - paired, dof - paired_dof), (paired, paired_dof)]
+    parts = (alone - paired, dof - paired_dof), (paired, paired_dof)
     scale = sum(squares**2 / freedom for squares, freedom in parts if freedom)
-    most = alone**2 / scale if scale else dof
+    mean_square = alone / dof if dof else 0.0
+    paired_square = paired / paired_dof if paired_dof else 0.0
+    own, shared = moderate(of_pair), (max(mean_square - paired_square, 0.0), dof - paired_dof)
     return (
-        Spread(mean_square=alone / dof if dof else 0.0, dof=most, of=moderate(of_cell, most)),
-        Spread(mean_square=paired / paired_dof if paired_dof else 0.0, dof=paired_dof, of=moderate(of_pair, np.inf)),
-    )
+        Spread(
+            mean_square=mean_square, dof=alone**2 / scale if scale else dof,
+            of={cell: (it[0] + shared[0], satterthwaite([it, shared])) for cell, it in own.items()},
+        ),
+        Spread(mean_square=paired_square, dof=paired_dof, of=own),
+    )  # fmt: skip
+
+
+def satterthwaite(parts: Iterable[tuple[float, float]]) -> float:
+    """Degrees of freedom of a sum of independent mean squares, each with its own; 0 of nothing."""
+    known = [(square, dof) for square, dof in parts if dof and square]
+    return sum(square for square, _ in known) ** 2 / sum(square**2 / dof for square, dof in known) if known else 0.0
 
 
 def _residual(design: Floats, values: Floats, names: Sequence[str]) -> tuple[float, dict[str, tuple[float, float]]]:
@@ -124,17 +134,16 @@ def _residual(design: Floats, values: Floats, names: Sequence[str]) -> tuple[flo
     return float(squares.sum()), {name: (squares[at].sum(), freedom[at].sum()) for name, at in rows.items()}
 
 
-def moderate(of: Mapping[str, tuple[float, float]], most: float) -> dict[str, tuple[float, float]]:
+def moderate(of: Mapping[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
     """Draw the mean square of each cell towards that of all, from sums of squares and their degrees of freedom; gives
-    each with its degrees of freedom, at most `most`.
+    each with its degrees of freedom.
     """
-    total, dof = (float(sum(column)) for column in zip(*of.values(), strict=True))
-    pooled = total / dof if dof > MIN_FREEDOM else 0.0
+    total, dof = sum(squares for squares, _ in of.values()), round(sum(freedom for _, freedom in of.values()))
     prior, prior_dof = _prior([(squares, freedom) for squares, freedom in of.values() if freedom > MIN_FREEDOM])
     if np.isinf(prior_dof):
-        return dict.fromkeys(of, (pooled, min(round(dof), most)))
+        return dict.fromkeys(of, (total / dof if dof else 0.0, dof))
     return {
-        cell: ((prior_dof * prior + squares) / (prior_dof + freedom), min(prior_dof + freedom, most))
+        cell: ((prior_dof * prior + squares) / (prior_dof + freedom), prior_dof + freedom)
         for cell, (squares, freedom) in of.items()
     }
 
@@ -248,10 +257,8 @@ class Outcomes:
             return None
         value = float(np.mean([x.point[OVERALL] - y.point[OVERALL] for x, y in pairs]))
         samples = np.mean([x.samples - y.samples for x, y in pairs], axis=0)
-        (square_a, dof_a), (square_b, dof_b) = self.paired.of[a], self.paired.of[b]
-        scale = square_a**2 / dof_a + square_b**2 / dof_b if dof_a and dof_b else 0.0
-        dof = (square_a + square_b) ** 2 / scale if scale else min(dof_a, dof_b)
-        return estimate(value, samples, (square_a + square_b) / len(pairs), dof)
+        own = self.paired.of[a], self.paired.of[b]
+        return estimate(value, samples, sum(square for square, _ in own) / len(pairs), satterthwaite(own))
 
 
 def verdict(claims: list[Estimate | None]) -> str:
