@@ -358,13 +358,14 @@ def test_every_slot_has_cores_of_its_own(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_the_papers_study() -> None:
-    """The core at five seeds, everything else at three, the base once per seed, every K judged at five turns, and the
-    questions on which worlds may differ asked on both.
+    """The core at five seeds and more, everything else at three, the base once per seed, every K judged at five turns,
+    and the questions on which worlds may differ asked on both.
     """
     comparisons = read_study(ROOT / "configs" / "study.yaml")
-    core = {"training_turns", "credit", "fusion", "score_scale", "judge"}
-    assert {c.name for c in comparisons if c.seeds == (0, 1, 2, 3, 4)} == core
-    assert all(c.seeds == (0, 1, 2) for c in comparisons if c.name not in core)
+    num_seeds = {"training_turns": 15, "credit": 15, "fusion": 10, "score_scale": 10, "judge": 10}
+    num_seeds |= {"training_turns_independent": 5, "credit_independent": 5}
+    assert all(c.seeds == tuple(range(num_seeds.get(c.name, 3))) for c in comparisons)
+    assert set(num_seeds) < {c.name for c in comparisons}
     runs = runs_of(comparisons, Path("study"))
     assert len({run.folder for run in runs}) == len(runs)
     assert {run.config.num_held_out_turns for run in runs} == {5}
