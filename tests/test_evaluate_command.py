@@ -17,7 +17,7 @@ from torch import Tensor
 from update_parts import ONE_RANK
 
 from mteditflow.config import Config, EvaluationConfig, LoraConfig
-from mteditflow.config.cli import LORA_FILE, from_yaml, to_yaml
+from mteditflow.config.cli import LORA_FILE, evaluation_config, from_yaml, settings_parser, to_yaml
 from mteditflow.config.command import evaluate as main
 from mteditflow.data import held_out_tasks
 from mteditflow.evaluate import compare_editors
@@ -248,6 +248,17 @@ def test_ten_turns(config: Config) -> None:
     assert whole.verdict.shape == (3, 10) and whole.images.shape[0] == 10
     assert torch.equal(whole.images[:3], short.images)
     assert summary(whole)["turns"][:3] == summary(short)["turns"]
+
+
+def test_a_file_comes_over_the_runs_settings(config: Config, run: Path, tmp_path: Path) -> None:
+    """And an override over both: a benchmark's file says what a run is evaluated on, whatever it was trained on."""
+    (tmp_path / "own.yaml").write_text("evaluation: {num_steps: 7, num_sessions: 9}\n")
+    words = ["base", str(run), "--config", str(tmp_path / "own.yaml"), "--evaluation.num_sessions", "8"]
+    parser = settings_parser("", "", "")
+    parser.add_argument("subjects", nargs="+")
+    found = evaluation_config(parser, words, run)
+    assert found.evaluation == replace(config.evaluation, num_steps=7, num_sessions=8, num_sessions_short=8)
+    assert found.data == config.data and found.model == config.model
 
 
 def test_help_needs_no_torch() -> None:

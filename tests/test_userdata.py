@@ -22,6 +22,7 @@ from mteditflow.data import all_instructions, check_data, cut_lines, held_out_ta
 from mteditflow.data.images import fit_picture, read_picture
 from mteditflow.data.userdata import held_out_images, is_held_out_image
 from mteditflow.distributed import Ranks
+from mteditflow.plan.dry_run import dry_run
 from mteditflow.policy import token_counter
 from mteditflow.record.metrics import read_lines
 from mteditflow.reward.exact import ExactInstruction
@@ -142,6 +143,7 @@ def test_held_out_of_its_own(make: Callable[..., Config], tmp_path: Path) -> Non
         both = make(records, held_out=str(tmp_path / path), seed=len(records))
         with pytest.raises(ValueError, match=r"data.held_out is .* has images of data.path"):
             cached_anew(both)
+        check_data(both, is_speaking=False, is_training=False)  # as configs/edival.yaml, where nothing is trained
 
 
 def cached_anew(config: Config) -> None:
@@ -258,6 +260,8 @@ def test_check_and_a_run_allow_the_same_share(make: Callable[..., Config], monke
         assert check([config.data.path, "--num_turns", "2", "--max_bad_share", str(share)]) == (0 if is_fit else 1)
         with nullcontext() if is_fit else pytest.raises(ValueError, match="29 of 100 sessions are damaged"):
             check_data(config, is_speaking=False)
+    with pytest.raises(ValueError, match="29 of 100 sessions are damaged"):
+        dry_run(config)
 
 
 def test_check_data_says_what_is_skipped(

@@ -143,14 +143,16 @@ def run_parser(program: str = "mteditflow", description: str = "") -> ArgumentPa
     return parser
 
 
-def parse(parser: ArgumentParser, words: Sequence[str]) -> Any:
-    """Return the parser's namespace, with what the files of --config set. ValueError: one line of what is wrong."""
+def parse(parser: ArgumentParser, words: Sequence[str], first: Sequence[str] = ()) -> Any:
+    """Return the parser's namespace: `first`, over it what the files of --config set, over both the words. ValueError:
+    one line of what is wrong.
+    """
     try:
         _check_words(parser, words)
         values = parser.parse_args(list(words))
         files = [word for path in values.get("config") or [] for word in as_arguments(read_settings(Path(path)))]
         _check_words(parser, files)
-        values = parser.parse_args([*files, *words]) if files else values
+        values = parser.parse_args([*first, *files, *words]) if first or files else values
     except ArgumentError as error:
         raise ValueError(_explain(str(error), parser)) from None
     except RecursionError:
@@ -198,9 +200,11 @@ def print_if_asked(values: Any, config: Config) -> None:
 
 
 def evaluation_config(parser: ArgumentParser, words: Sequence[str], run: Path | None) -> Config:
-    """Return the Config of a command line of `evaluate`; config.yaml of a run's folder sets what it leaves open."""
+    """Return the Config of a command line of `evaluate`; config.yaml of a run's folder sets what words and files leave
+    open.
+    """
     first = as_arguments(read_settings(run / "config.yaml")) if run else []
-    values = parse(parser, [*first, *words])
+    values = parse(parser, words, first)
     # What only training has must not stand in the way of few sessions.
     values.evaluation.num_sessions_short = values.evaluation.num_sessions
     return to_config(values)

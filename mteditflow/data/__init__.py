@@ -18,16 +18,16 @@ if TYPE_CHECKING:
     from mteditflow.types import EditTask
 
 
-def check_data(config: Config, *, is_speaking: bool) -> None:
+def check_data(config: Config, *, is_speaking: bool, is_training: bool = True) -> None:
     """Raise ValueError for anything that is wrong with the data before the first image is read; what is skipped is
-    named on stderr.
+    named on stderr. Where nothing is trained, data.path may be what is evaluated on.
     """
     if config.data.path == EMBEDDED:
         check_size(config)
         return
     from mteditflow.data.userdata import check_sessions
 
-    check_sessions(config, is_speaking)
+    check_sessions(config, is_speaking=is_speaking, is_training=is_training)
 
 
 def check_size(config: Config) -> None:

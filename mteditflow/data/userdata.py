@@ -136,8 +136,6 @@ def training_source(data: DataConfig) -> Source:
     longest = max((len(session.instructions) for session in sessions), default=0)
     remedy = f"no session of {data.path} to train on is that long, the longest has {longest}; lower it, or add data"
     require(bool(source.sessions), "data.num_turns", data.num_turns, remedy)
-    if data.held_out:
-        _check_disjoint(sessions, read_named("data.held_out", data.held_out, data.allowed_folder).found, data)
     return source
 
 
@@ -166,19 +164,25 @@ def _check_disjoint(training: list[UserSession], held_out: list[UserSession], da
     require(not both and data.held_out != data.path, "data.held_out", data.held_out, remedy)
 
 
-def check_sessions(config: Config, is_speaking: bool) -> None:
+def check_sessions(config: Config, *, is_speaking: bool, is_training: bool) -> None:
     """Raise ValueError for what is wrong with the data before an image is read; faults are named on stderr."""
-    training, held_out = training_source(config.data), held_out_source(config.data, config.num_held_out_turns)
+    held_out = held_out_source(config.data, config.num_held_out_turns)
+    split = "" if config.data.held_out else f": {_split_line(held_out, config.data)}"
+    used = [(held_out, f"evaluation{split}")]
+    if is_training:
+        training = training_source(config.data)
+        if config.data.held_out:
+            _check_disjoint(training.sessions, held_out.everything.found, config.data)
+        used.insert(0, (training, "training"))
     _check_count(held_out, len(held_out.sessions), config)
     if not is_speaking:
         return
-    for everything in {source.name: source.everything for source in (training, held_out)}.values():
+    for everything in {source.name: source.everything for source, _ in used}.values():
         for fault in everything.faults[:MAX_NAMED]:
             _say(f"skipped {fault.place}: {fault.text}")
         if len(everything.faults) > MAX_NAMED:
             _say(f"skipped {len(everything.faults) - MAX_NAMED} more")
-    split = "" if config.data.held_out else f": {_split_line(held_out, config.data)}"
-    for source, use in ((training, "training"), (held_out, f"evaluation{split}")):
+    for source, use in used:
         _say(f"{len(source.sessions)} sessions of {source.path} for {use}")
 
 

@@ -98,7 +98,7 @@ def check(config: Config, *, is_main: bool, is_training: bool) -> None:
     if is_training and is_main:
         check_boards(config.run.log_to)
         check_folder(Path(config.run.folder), "run.folder")
-    check_data(config, is_speaking=is_main)
+    check_data(config, is_speaking=is_main, is_training=is_training)
     configured_family(config.model)
     check_references(config)
 

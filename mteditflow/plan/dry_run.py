@@ -16,7 +16,7 @@ import psutil
 import torch
 
 from mteditflow.config import Config
-from mteditflow.data import size_shares
+from mteditflow.data import check_data, size_shares
 from mteditflow.distributed import check_world
 from mteditflow.objective import build_objective
 from mteditflow.plan.duration import (
@@ -62,13 +62,21 @@ LEVERS = {  # what makes a part of the memory smaller
 }
 
 
+def _check_pictures(config: Config) -> None:
+    """Raise ValueError for what of the data does not do, where it is on this machine."""
+    if Path(config.data.path).exists():
+        check_data(config, is_speaking=False)
+    check_references(config)
+
+
 def dry_run(config: Config, target: Target | None = None) -> Plan:
     """Make the plan of a run, on `target` where a GPU is named and else on this machine.
 
-    ValueError: a model that is not there and whose sizes are not known; a GPU that lacks the precision.
+    ValueError: a model that is not there and whose sizes are not known; a GPU that lacks the precision; data that does
+    not do, where it is on this machine.
     """
     sizes = read_sizes(config)
-    check_references(config)
+    _check_pictures(config)
     memory = memory_plan(config, sizes)
     check_world(config, config.run.num_gpus)
     total, free = sum(memory.values()), free_gib()
