@@ -2,8 +2,8 @@
 
 A microbatch is rows of the rollout at one draw of one turn, as many as a chunk of the rollout has, so that the forward
 pass that is trained on has the geometry of the one that sampled it. Rows of advantage 0 (groups without spread,
-trajectories without a score) carry no gradient: they are left out, and the microbatches filled up with others. The loss
-is normalised by the count of all transitions of all ranks, so leaving them out changes nothing.
+trajectories without a score) teach nothing and are left out, of the pull of KL and of NFT's old policy too, and the
+microbatches filled up with others. The loss is normalised by the count of all transitions of a step, of all ranks.
 """
 
 from collections.abc import Iterable, Iterator
@@ -26,9 +26,8 @@ from mteditflow.types import Microbatch, Rollout, Rollouts
 class Microbatches:
     """Cuts this rank's rows of a rollout, as their advantages become known, in the order of groups however they come.
     What is left of N after whole microbatches has one of its own size, as in the rollout. Repetitions of a wanted row,
-    of weight 0, make the last one whole: rows without a score may hold NaN.
-
-    With several optimizer steps, chunks of the rollout, turns and draws take turns, the same on any number of ranks.
+    of weight 0, make the last one whole: rows without a score may hold NaN. With several optimizer steps, chunks of the
+    rollout, turns and draws take turns, the same on any number of ranks.
     """
 
     def __init__(self, rollout: Rollout | Rollouts, objective: Objective, config: Config, ranks: Ranks) -> None:
@@ -36,14 +35,14 @@ class Microbatches:
         *self.firsts, self.num_rows = accumulate(self.lengths, initial=0)
         self.size, self.num_updates = config.optimizer.microbatch_size, config.optimizer.num_updates
         self.draws, self.first = objective.draws(rollout.parts[0].schedule), ranks.rank * self.num_rows
-        self.scale = self.num_updates / (self.num_rows * ranks.world_size * self.num_turns * len(self.draws))
+        chunks = torch.arange(self.num_rows * ranks.world_size)[:, None] // self.size
+        steps = (chunks + torch.arange(self.num_turns * len(self.draws))) % self.num_updates  # of every transition
+        self.scales = steps.flatten().bincount(minlength=self.num_updates).double().reciprocal().tolist()
         self.advantages = torch.zeros(self.num_rows, self.num_turns)  # so far
         self.of_parts = self.advantages.split(self.lengths)
 
     def __call__(self, parts: Iterable[Tensor]) -> Iterator[tuple[int, Microbatch]]:
-        """Yield the microbatches of the advantages (M, K) of the first M rows, the next, and so on to the last, each
-        with the number of its optimizer step.
-        """
+        """Yield step and microbatch of the advantages (M, K) of the first M rows, the next, and so on to the last."""
         regions, start = list[tuple[int, int, int, int]](), 0
         for number, (first, length) in enumerate(zip(self.firsts, self.lengths, strict=True)):
             num_whole, stop = first + length // self.size * self.size, first + length
@@ -70,10 +69,11 @@ class Microbatches:
                 yield from self._at_draws(turn, step, number, rows, size)
 
     def _at_draws(self, turn: int, step: int, part: int, rows: Tensor, size: int) -> Iterator[tuple[int, Microbatch]]:
-        weight = self.scale * (torch.arange(size) < len(rows)).float()
+        is_own = (torch.arange(size) < len(rows)).float()
         filled = torch.cat([rows, rows[:1].expand(size - len(rows))]) - self.firsts[part]
-        for i, draw in enumerate(self.draws):
-            yield (step + i) % self.num_updates, Microbatch(part=part, turn=turn, draw=draw, rows=filled, weight=weight)
+        for i, draw in enumerate(self.draws, start=step):
+            weight = self.scales[i % self.num_updates] * is_own
+            yield i % self.num_updates, Microbatch(part=part, turn=turn, draw=draw, rows=filled, weight=weight)
 
 
 def update(

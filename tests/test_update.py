@@ -233,6 +233,23 @@ def test_microbatches_are_filled(wanted: list[int], size: int, expected: list[tu
     assert all(wanted[row] for rows, _ in parts for row in rows)
 
 
+@pytest.mark.parametrize("num_draws", [1, 2, 3])
+@pytest.mark.parametrize("num_turns", [1, 2, 3])
+@pytest.mark.parametrize("num_rows", [6, 12, 14])
+def test_each_optimizer_step_has_a_mean_loss(num_rows: int, num_turns: int, num_draws: int) -> None:
+    """However many of the transitions fall to it: the weights of a step are all alike, and sum to 1."""
+    rollout: Any = SimpleNamespace(group=list(range(num_rows)), turns=[None] * num_turns, schedule=None)
+    rollout.parts = (rollout,)
+    objective: Any = SimpleNamespace(draws=lambda schedule: range(num_draws))
+    config = change(Config(), "optimizer", microbatch_size=4, num_updates=2)
+    weights: list[list[float]] = [[], []]
+    for number, chunk in Microbatches(rollout, objective, config, ONE_RANK)([torch.ones(num_rows, num_turns)]):
+        weights[number] += chunk.weight[chunk.weight > 0].tolist()
+    assert sum(map(len, weights)) == num_rows * num_turns * num_draws
+    for own in weights:
+        assert len(set(own)) == 1 and sum(own) == pytest.approx(1)
+
+
 @pytest.mark.parametrize("name", ["grpo", "nft"])
 def test_without_any_advantage_nothing_moves(config: Config, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = change(config, "objective", name=name)

@@ -352,6 +352,11 @@ class Config:
         short, remedy = self.evaluation.num_sessions_short, "run.patience goes by the interval of held-out O"
         is_enough = self.run.patience == 0 or short >= MIN_SESSIONS
         require(is_enough, "evaluation.num_sessions_short", short, f"{remedy}: must be at least {MIN_SESSIONS}")
+        draws = self.objective.nft_num_times if self.objective.name == "nft" else self.rollout.window_size
+        is_one = self.rollout.num_tasks * self.rollout.group_size <= self.optimizer.microbatch_size
+        is_split = self.optimizer.num_updates == 1 or not is_one or self.data.num_turns * draws != 1
+        remedy = "all transitions are one microbatch: must be 1, or optimizer.microbatch_size smaller"
+        require(is_split, "optimizer.num_updates", self.optimizer.num_updates, remedy)
         weight = self.advantage.consistency_weight
         is_measured = weight == 0 or self.reward.consistency != "none"
         remedy = "reward.consistency is 'none', so that there is nothing to weigh: must be 0"

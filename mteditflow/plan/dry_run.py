@@ -62,21 +62,13 @@ LEVERS = {  # what makes a part of the memory smaller
 }
 
 
-def _check_pictures(config: Config) -> None:
-    """Raise ValueError for what of the data does not do, where it is on this machine."""
-    if Path(config.data.path).exists():
-        check_data(config, is_speaking=False)
-    check_references(config)
-
-
 def dry_run(config: Config, target: Target | None = None) -> Plan:
     """Make the plan of a run, on `target` where a GPU is named and else on this machine.
 
-    ValueError: a model that is not there and whose sizes are not known; a GPU that lacks the precision; data that does
-    not do, where it is on this machine.
+    ValueError: a model that is not there and whose sizes are not known; a GPU that lacks the precision.
     """
     sizes = read_sizes(config)
-    _check_pictures(config)
+    check_references(config)
     memory = memory_plan(config, sizes)
     check_world(config, config.run.num_gpus)
     total, free = sum(memory.values()), free_gib()
@@ -127,7 +119,17 @@ def dry_run(config: Config, target: Target | None = None) -> Plan:
     lines = []
     for heading, rows in sections.items():
         lines += [heading, *(f"  {name:<{TABLE_WIDTH}}{value}" for name, value in rows.items()), ""]
-    return Plan(table="\n".join(lines[:-1] + [f"  {note}" for note in notes]), problem=problem)
+    return Plan(table="\n".join(lines[:-1] + [f"  {note}" for note in notes]), problem=problem or _unfit_data(config))
+
+
+def _unfit_data(config: Config) -> str | None:
+    """Say why a run would refuse its data, where they are on this machine."""
+    if Path(config.data.path).exists():
+        try:
+            check_data(config, is_speaking=False)
+        except ValueError as error:
+            return str(error)
+    return None
 
 
 def _costs(config: Config, sizes: Sizes, target: Target, seconds: tuple[RowSeconds, RowSeconds]) -> dict[str, str]:
