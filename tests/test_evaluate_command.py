@@ -190,9 +190,27 @@ def test_what_is_finished_is_kept(
     assert len(files) == 9
     command(other, "base", run)  # another order is another first subject, and no other evaluation
     assert len(calls) == 4 and {path: path.read_bytes() for path in out.glob("*/*")} == files
+    verdicts = out / slug(run) / "evaluation.safetensors"
+    verdicts.write_bytes(b"torn")  # by a full disk, say
+    command("base", run, other)
+    whole = files.pop(verdicts)
+    assert len(calls) == 5 and len(verdicts.read_bytes()) == len(whole)
+    assert {path: path.read_bytes() for path in out.glob("*/*") if path != verdicts} == files
     command("base", "--evaluation.num_steps", 1, "--evaluation.num_turns", 1)
-    assert len(calls) == 5
+    assert len(calls) == 6
     assert "1 denoising step of the ODE, K = 1 turn, judged by" in Page(out / "comparison.html").text
+
+
+def test_what_is_of_other_sessions_is_not_kept(
+    command: Callable[..., Path], run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gains are paired session by session: behind the same name and settings may be other data by now."""
+    out = command("base")
+    before = json.loads((out / "base" / "metrics.json").read_text())
+    monkeypatch.setattr(compare_editors, "held_out_tasks", lambda config: held_out_tasks(config)[::-1])
+    reports = [json.loads((command("base", run) / name / "metrics.json").read_text()) for name in ("base", slug(run))]
+    assert reports[0]["problem"] == reports[1]["problem"] != before["problem"]
+    assert reports[0]["settings"] == before["settings"] and reports[0]["adapter"] == before["adapter"]
 
 
 def test_a_page_of_its_own(command: Callable[..., Path], run: Path, other: Path) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 
 from mteditflow_kernels import use_backend
 from rich.console import Console
+from safetensors import SafetensorError
 
 from mteditflow.config import Config
 from mteditflow.config.rubric import check_rubric
@@ -39,7 +40,7 @@ from mteditflow.evaluate.held_out import (
     part_folder,
     save_verdicts,
 )
-from mteditflow.evaluate.kept import kept_evaluation
+from mteditflow.evaluate.kept import kept_evaluation, name_contents, problem_of
 from mteditflow.evaluate.lora_files import (
     Subject,
     check_fit,
@@ -107,27 +108,36 @@ def evaluate_all(subjects: list[Subject], out: Path, config: Config, ranks: Rank
     """Evaluate what is not finished yet, on all ranks; the main rank shows the table, and writes the page."""
     use_backend(config.run.backend)
     tasks, console = held_out_tasks(config), Console(quiet=not ranks.is_main)
-    settings = list_settings(config, is_by_truth=has_truth(tasks))
-    is_done = ranks.from_main([is_finished(out / subject.slug, subject, settings) for subject in subjects])
+    contents = {name: content for name, content in name_contents(config).items() if name != "lora.init_from"}
+    how = {
+        "settings": list_settings(config, is_by_truth=has_truth(tasks)), "problem": problem_of(tasks, config, contents),
+        "judge": "the exact verifier" if has_truth(tasks) else f"the judge {config.reward.judge!r}",
+    }  # fmt: skip
+    is_done = ranks.from_main([is_finished(out / subject.slug, subject, how) for subject in subjects])
     pending = [subject for subject, done in zip(subjects, is_done, strict=True) if not done]
     console.print(f"{len(subjects) - len(pending)} of {len(subjects)} evaluated already", highlight=False)
     if pending:
-        _evaluate_pending(pending, subjects, out, tasks, config, settings, console, ranks)
+        _evaluate_pending(pending, subjects, out, tasks, config, how, console, ranks)
     if ranks.is_main:
         _present(subjects, out, tasks, console)
     ranks.barrier()
 
 
-def is_finished(folder: Path, subject: Subject, settings: dict[str, Any]) -> bool:
-    """Whether a folder has the evaluation of that very adapter by these settings."""
+def is_finished(folder: Path, subject: Subject, how: dict[str, Any]) -> bool:
+    """Whether a folder has, whole, the evaluation of that very adapter by these settings, on this very data."""
     report = read_json(folder / "metrics.json")
-    is_same = report.get("settings") == settings and report.get("adapter") == subject.fingerprint
-    return is_same and (folder / "evaluation.safetensors").is_file()
+    if any(report.get(key) != value for key, value in (how | {"adapter": subject.fingerprint}).items()):
+        return False
+    try:
+        load_verdicts(folder / "evaluation.safetensors")
+    except (OSError, SafetensorError):
+        return False
+    return True
 
 
 def _evaluate_pending(
     pending: list[Subject], subjects: list[Subject], out: Path, tasks: list[EditTask], config: Config,
-    settings: dict[str, Any], console: Console, ranks: Ranks,
+    how: dict[str, Any], console: Console, ranks: Ranks,
 ) -> None:  # fmt: skip
     """Evaluate subjects one after the other, in the adapter that can hold each of `subjects`."""
     is_by_truth, shapes = has_truth(tasks), linear_shapes(config.model)
@@ -136,7 +146,6 @@ def _evaluate_pending(
     wide = common_lora(subjects, config)
     mesh = make_mesh(config.distributed, ranks)
     policy = build_policy(config.model, wide, config.run.seed, has_old=False, mesh=mesh)
-    how = {"settings": settings, "judge": "the exact verifier" if is_by_truth else f"the judge {config.reward.judge!r}"}
 
     def say(line: str) -> None:
         console.print(line, soft_wrap=True, highlight=False, markup=False)
@@ -155,7 +164,8 @@ def _evaluate_pending(
             stack.callback(bars.stop)
         for subject in pending:
             folder = out / subject.slug
-            parts = part_folder(folder / "evaluating", policy, tasks, config, subject.fingerprint)
+            what = f"{subject.fingerprint} of {how['problem']}"
+            parts = part_folder(folder / "evaluating", policy, tasks, config, what)
             if subject.lora:
                 say(f"evaluating {subject.word}: {subject.what}")
                 zeros = {key: weight.zero_() for key, weight in policy.adapters.state("ema").items()}
