@@ -31,6 +31,7 @@ of freedom. Without a cell of several seeds the interval is of the sessions alon
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -177,8 +178,9 @@ def estimate(value: float, samples: Floats, variance: float, dof: float) -> Esti
     return Estimate(value=value, low=low, high=high)
 
 
-def read_outcome(folder: Path) -> Outcome:
-    """Read the outcome of a finished run."""
+@cache
+def read_outcome(folder: Path, written_ns: int) -> Outcome:
+    """Read the outcome of a finished run, once for all pages of a study; written_ns: when it finished."""
     after = load_evaluation(folder, "after")
     assert after is not None
     lines = read_lines(folder / FILE)
