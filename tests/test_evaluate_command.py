@@ -277,6 +277,10 @@ def test_a_file_comes_over_the_runs_settings(config: Config, run: Path, tmp_path
     found = evaluation_config(parser, words, run)
     assert found.evaluation == replace(config.evaluation, num_steps=7, num_sessions=8, num_sessions_short=8)
     assert found.data == config.data and found.model == config.model
+    patient = replace(config, run=replace(config.run, patience=3), evaluation=EvaluationConfig(num_strips=2))
+    (tmp_path / "config.yaml").write_text(to_yaml(patient))
+    words[words.index("--evaluation.num_sessions") + 1] = "2"  # fewer than patience in training goes by
+    assert evaluation_config(parser, words, tmp_path).evaluation.num_sessions == 2
 
 
 def test_help_needs_no_torch() -> None:

@@ -72,6 +72,14 @@ def test_fields_without_effect_stop_nothing() -> None:
         dataclasses.replace(nft, objective=GRPO.objective)
 
 
+def test_a_longer_run_is_the_same_where_nothing_moves_over_all_of_it() -> None:
+    constant = change(GRPO, "optimizer", schedule="constant")
+    for iters_per_window, is_other in ((0, True), (5, False)):
+        moving = change(constant, "rollout", window_placement="progressive", iters_per_window=iters_per_window)
+        assert is_refused(moving, change(moving, "run", num_iterations=120)) is is_other
+    assert not is_refused(constant, change(constant, "run", num_iterations=120))
+
+
 def test_operational_fields_are_fields() -> None:
     assert settings().keys() >= OPERATIONAL
     assert not meaning(config_dict(Config())).keys() & OPERATIONAL - {"run.num_iterations"}

@@ -233,6 +233,13 @@ def test_microbatches_are_filled(wanted: list[int], size: int, expected: list[tu
     assert all(wanted[row] for rows, _ in parts for row in rows)
 
 
+def test_two_steps_of_one_microbatch_are_refused() -> None:
+    one = change(change(Config(), "data", num_turns=1), "optimizer", microbatch_size=10_000)
+    with pytest.raises(ValueError, match=r"^optimizer\.num_updates is 2: all transitions are one microbatch"):
+        change(one, "optimizer", num_updates=2)
+    change(change(one, "optimizer", microbatch_size=32), "optimizer", num_updates=2)
+
+
 @pytest.mark.parametrize("num_draws", [1, 2, 3])
 @pytest.mark.parametrize("num_turns", [1, 2, 3])
 @pytest.mark.parametrize("num_rows", [6, 12, 14])

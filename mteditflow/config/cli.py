@@ -206,7 +206,7 @@ def evaluation_config(parser: ArgumentParser, words: Sequence[str], run: Path | 
     first = as_arguments(read_settings(run / "config.yaml")) if run else []
     values = parse(parser, words, first)
     # What only training has must not stand in the way of few sessions.
-    values.evaluation.num_sessions_short = values.evaluation.num_sessions
+    values.evaluation.num_sessions_short, values.run.patience = values.evaluation.num_sessions, 0
     return to_config(values)
 
 

@@ -34,7 +34,8 @@ def meaning(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         if name not in OPERATIONAL and name not in idle and not name.startswith(SECTIONS)
     }
     # Both move over the whole run, so its length matters.
-    if found.get("rollout.window_placement") == "progressive" or found.get("optimizer.schedule") == "linear":
+    is_moving = found.get("rollout.window_placement") == "progressive" and not found.get("rollout.iters_per_window")
+    if is_moving or found.get("optimizer.schedule") == "linear":
         found["run.num_iterations"] = fields.get("run.num_iterations")
     if found.get("model.text_encoder") == "offload":  # of the same bits
         found["model.text_encoder"] = "resident"
