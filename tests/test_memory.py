@@ -127,7 +127,7 @@ def test_levers_lower_what_they_say() -> None:
     assert whole["base: text encoders"] > 9 and away["base: text encoders"] == 0
     in_8_bits = plan(replace(config, model=replace(model, text_encoder="int8")))
     assert in_8_bits["base: text encoders"] == pytest.approx(1.13 / 2 * whole["base: text encoders"])
-    encoding = "text encoders, on the GPU to encode, beyond a training pass"
+    encoding = "encoders, to encode, beyond a training pass"
     small_model = replace(model, text_encoder="offload", is_checkpointed=True)
     one_row = {name: replace(getattr(config, name), microbatch_size=1) for name in ("optimizer", "rollout")}
     few = replace(config, model=small_model, **one_row)

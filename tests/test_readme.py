@@ -13,9 +13,11 @@ from photos import PHOTOS, photo
 from PIL import Image
 
 from mteditflow.config import Config
+from mteditflow.config.cli import from_yaml
 from mteditflow.config.command import COMMANDS
 from mteditflow.export.card import read_usage
 from mteditflow.export.weights import write_lora
+from mteditflow.plan.memory import memory_plan, read_sizes
 from mteditflow.policy import build_policy
 
 ROOT = Path(__file__).parent.parent
@@ -55,6 +57,23 @@ def test_the_lora_is_used_as_the_readme_says(tmp_path: Path, monkeypatch: pytest
 def test_a_command_of_the_readme_is_one(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     assert_parses(line, monkeypatch)
+
+
+def test_the_memory_is_what_a_dry_run_plans() -> None:
+    """The parts and the sum of every row; what is added up in a column is named by its head."""
+    heads, *rows = re.findall(r"^\| (config \| card|`[a-z0-9_]+\.yaml`)(.*) \|$", README, flags=re.M)
+    assert heads[1].split(" | ")[1:] == [
+        "base, encoders", "adapter, optimizer", "latents, activations", "judge", "encoders, to encode", "margin", "sum"
+    ]  # fmt: skip
+    assert len(rows) == 13
+    for name, cells in rows:
+        config = from_yaml(ROOT / "configs" / name.strip("`"))
+        plan = memory_plan(config, read_sizes(config))
+        starts = ("base", ("adapter", "gradient"), ("latents", "activations"), "judge", "encoders", "margin", "")
+        parts = [sum(gib for part, gib in plan.items() if part.startswith(start)) for start in starts]
+        assert sum(parts[:-1]) == pytest.approx(parts[-1]), name  # nothing is left out
+        shown = [cell.strip() for cell in cells.split("|")[-len(starts) :]]
+        assert [cell.replace("server", "") for cell in shown] == [f"{gib:.1f}" if gib else "" for gib in parts], name
 
 
 def follow(line: str, capsys: pytest.CaptureFixture[str]) -> str:

@@ -51,7 +51,7 @@ class Plan:
 LEVERS = {  # what makes a part of the memory smaller
     "activations of a training microbatch": "lower optimizer.microbatch_size or set model.is_checkpointed true",
     "base: text encoders": "set model.text_encoder offload or int8",
-    "text encoders, on the GPU to encode, beyond a training pass": "set model.text_encoder int8",
+    "encoders, to encode, beyond a training pass": "set model.text_encoder int8",
     "evaluation, beyond a training pass": "lower evaluation.num_steps or evaluation.num_sessions",
     "judge": "serve the judge elsewhere and set reward.url",
     "reward models": "take smaller ones in reward.also",

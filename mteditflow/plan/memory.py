@@ -260,7 +260,7 @@ def _other_phases(config: Config, sizes: Sizes, cut: Cut) -> dict[str, float]:
     return {
         "forward pass of a rollout": forward,
         "autoencoder": pictures * sizes.family.picture_numbers * model.height * model.width * numbers,
-        "text encoders, on the GPU to encode": _text_encoders(config, sizes) if model.text_encoder == "offload" else 0,
+        "encoders, to encode": _text_encoders(config, sizes) if model.text_encoder == "offload" else 0,
         "evaluation": forward + sessions * _turn(config, sizes, evaluation.num_steps),
         "optimizer step": OPTIMIZER_STEP * (cut.gradients.kept if cut.gradients else 4 * sizes.num_trained),
     }
