@@ -63,11 +63,17 @@ def test_what_a_card_keeps_to_itself(tmp_path: Path, monkeypatch: pytest.MonkeyP
     """Paths by their last names, no server's address; hub names and words stay."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models" / "flux").mkdir(parents=True)
-    reward = RewardConfig(judge="vlm", vlm="./judges/qwen", url="http://10.0.0.7:8000/v1", consistency="~/dino")
+    also = ("model:/models/my-head=0.1", "model:owner/head", "mine:sharpness=0.2", "mine:Head:/models/x=0.5")
+    reward = RewardConfig(
+        judge="vlm", vlm="./judges/qwen", url="http://10.0.0.7:8000/v1", consistency="~/dino", also=also
+    )
     config = Config(model=ModelConfig(path="models/flux"), reward=reward, data=DataConfig(path="/home/me/edits.jsonl"))
     public = card.public_config(config)
     assert (public.model.path, public.data.path, public.reward.vlm) == ("flux", "edits.jsonl", "qwen")
     assert (public.reward.url, public.reward.consistency) == ("", "dino")
+    assert public.reward.also == ("model:my-head=0.1", *also[1:3], "mine:Head:x=0.5")
+    text = replace(config, reward=replace(reward, also=also[-1]))
+    assert card.public_config(text).reward.also == ("mine:Head:x=0.5",)
     assert public == replace(config, model=public.model, data=public.data, reward=public.reward)
     hub = replace(config, reward=RewardConfig(judge="vlm"), model=ModelConfig(), data=DataConfig())
     assert card.public_config(hub) == hub

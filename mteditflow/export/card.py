@@ -93,8 +93,11 @@ def public_config(config: Config) -> Config:
     """The config as others may see it: a path of this machine is its last name alone, a server has no address."""
     sections = {}
     for name, section in vars(config).items():
-        texts = {key: public_path(text) for key, text in vars(section).items() if isinstance(text, str)}
-        sections[name] = replace(section, **texts | ({"url": ""} if name == "reward" else {}))
+        texts: dict[str, Any] = {key: public_path(text) for key, text in vars(section).items() if isinstance(text, str)}
+        if name == "reward":
+            also = (it.text.replace(it.path, public_path(it.path)) for it in config.reward.also_rewards)
+            texts |= {"url": "", "also": tuple(also)}
+        sections[name] = replace(section, **texts)
     return replace(config, **sections)
 
 

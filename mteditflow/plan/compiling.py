@@ -84,7 +84,7 @@ Settled = Literal["as it is", "eager", "replayed"]
 SAID: dict[Settled, list[str]] = {
     "as it is": [],
     "eager": ["compiled blocks differ in bits where they are trained on: blocks run eagerly, sooner than be replayed"],
-    "replayed": ["training and rollout differ in bits: training replays the rollout's pass, at a third more time"],
+    "replayed": ["training and rollout differ in bits: training replays the rollout's pass, at some 40 % more time"],
 }
 """What a run says of it."""
 
