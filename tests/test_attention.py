@@ -2,6 +2,8 @@
 what it would compute runs on the CPU, where torch's flash kernels have a backward too.
 """
 
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,12 +11,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY_MAX_TEXT_TOKENS
+from cpu_attention import attention_on_cpu
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 from diffusers.models.transformers.transformer_flux2 import Flux2Transformer2DModel
 from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformer2DModel
 from flux2_parts import TRANSFORMER
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from mteditflow.config import LoraConfig, ModelConfig
 from mteditflow.policy import FAMILIES, Policy, build_policy
@@ -49,8 +53,37 @@ def choose(
     return choose_attention(model, wanted, dtype=dtype, device=device, is_masked=masked)
 
 
+@pytest.fixture(autouse=True)
+def backends_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU's choice puts into diffusers' table is gone after a test."""
+    monkeypatch.setattr(_AttentionBackendRegistry, "_backends", {**_AttentionBackendRegistry._backends})
+
+
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+def kernels() -> Iterator[list[str]]:
+    """A GPU's kernels of attention on the CPU. In each, another thread attends in float32 as only torch's plain kernel
+    can; the list is what came of that: "" or the error.
+    """
+    found = list[str]()
+
+    def attend_beside() -> str:
+        query = torch.ones(1, 1, 4, 8)
+        try:
+            scaled_dot_product_attention(query, query, torch.ones(1, 1, 4, 5))  # a width of its own: no other takes it
+        except RuntimeError as error:
+            return str(error)
+        return ""
+
+    def within() -> None:
+        with ThreadPoolExecutor(1) as pool:
+            found.append(pool.submit(attend_beside).result())
+
+    with attention_on_cpu(within):
+        yield found
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch, kernels: list[str]) -> Any:
     """An H100 with both FlashAttentions installed; `broken` are the backends that refuse to run."""
     state = SimpleNamespace(
         capability=(9, 0), packages={"flash_attn_interface", "flash_attn.cute"}, active=[], broken={}
@@ -133,6 +166,49 @@ def test_a_mask_is_a_fact_of_the_family() -> None:
     query = torch.zeros(2, 4, 2, 16)
     with pytest.raises(ValueError, match="attn_mask"):  # diffusers' own refusal
         attention.dispatch_attention_fn(query, query, query, attn_mask=query.bool(), backend=BACKENDS["flash3"])
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+@pytest.mark.parametrize("wanted", ["cudnn", "flash3"])
+def test_another_thread_attends_while_the_editor_does(
+    wanted: Any, is_compiled: bool, gpu: Any, kernels: list[str]
+) -> None:
+    """The editor's choice changes no switch of the process, so a judge's attention finds the kernels it needs."""
+    model, native = transformer(), transformer()
+    native.load_state_dict(model.state_dict())
+    choose(model, wanted)
+    kernels.clear()
+    latents = torch.linspace(-1, 1, 2 * 8 * 16).view(2, 8, 16).requires_grad_()
+    ids = torch.linspace(0, 1, 13 * 3).view(13, 3)
+
+    def gradient(model: Any) -> Tensor:
+        called = torch.compile(model, backend="aot_eager", fullgraph=True) if is_compiled else model
+        velocity = called(
+            latents, encoder_hidden_states=torch.ones(2, 5, 8), timestep=torch.full((2,), 0.5), img_ids=ids[5:],
+            txt_ids=ids[:5], pooled_projections=torch.ones(2, 8), return_dict=False,
+        )[0]  # fmt: skip
+        return torch.autograd.grad(velocity.square().sum(), latents)[0]
+
+    found = gradient(model)
+    assert kernels == ["", ""]  # a double and a single block, neither run again for the gradient
+    before = gradient(native)
+    # a softmax over tiles is rounded in another order: 2 blocks and their gradients, sums of 13 keys
+    torch.testing.assert_close(found, before, rtol=0, atol=4 * 13 * 2**-24 * float(before.abs().max()))
+
+
+def test_a_mask_reaches_cudnn_as_torch_hands_it(kernels: list[str]) -> None:
+    """Masked keys count for nothing, in the gradient too; without one, no sums are kept for it."""
+    rows = torch.linspace(-2, 2, 3 * 2 * 6 * 2 * 16).sin().view(3, 2, 6, 2, 16)
+    query, key, value = (part.clone().requires_grad_() for part in rows)
+    mask = (torch.arange(6) < torch.tensor([[4], [6]]))[:, None, None]  # (B, 1, 1, S)
+    own = BACKENDS["cudnn"]
+    attention.hand_contiguous_gradients(own, attention.BY_NAME[own])
+    attended = attention.dispatch_attention_fn(query, key, value, attn_mask=mask, backend=own)
+    expected = attention.dispatch_attention_fn(query, key, value, attn_mask=mask, backend=BACKENDS["native"])
+    found, wanted = (torch.autograd.grad(x.square().sum(), (query, key, value)) for x in (attended, expected))
+    assert kernels == [""] and found[1][0, 4:].abs().max() == found[2][0, 4:].abs().max() == 0
+    # sums of 16 terms and of 6 keys, of which each is rounded once
+    torch.testing.assert_close((attended, *found), (expected, *wanted), rtol=0, atol=2 * 16 * 6 * 2**-24)
 
 
 def test_a_module_is_looked_for_without_its_package() -> None:

@@ -274,7 +274,7 @@ def _causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool) -> Tensor:
     """Attention (B, H, T, d), on a GPU by torch's flash kernel: called by its name, because what
-    `scaled_dot_product_attention` chooses is a setting of the process, and the editor changes it while it denoises.
+    `scaled_dot_product_attention` chooses is a setting of the process, which a user's reward may change.
     """
     if query.is_cuda:  # causal there: the last query sees the last key
         return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, is_causal)[0]

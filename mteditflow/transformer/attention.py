@@ -7,6 +7,10 @@ diffusers' `_flash_3` has no backward. Quantised attention (sage) is no choice: 
 On a GPU the gradient reaches these kernels contiguous. torch keeps a cuDNN backward pass by the layout of queries, keys
 and values, not by that of the gradient (so in 2.11, whose `native` is cuDNN's on an H200): a block of one stream hands
 it a part of a wider tensor, and the next block's is read by those strides, beyond its end or wrongly.
+
+A kernel that was chosen is called by its name. diffusers calls torch's `scaled_dot_product_attention` with all others
+switched off, which are switches of the process: the attention of a judge or of a user's reward, scored in another
+thread meanwhile, would find none that takes it.
 """
 
 from collections.abc import Callable
@@ -31,6 +35,7 @@ BACKENDS: dict[Attention, AttentionBackendName] = {
     "flash4": AttentionBackendName._NATIVE_FLASH,
 }
 PROBE_ROWS, PROBE_TOKENS, PROBE_HEADS = 2, 64, 2
+MASKED = -65504.0  # what torch adds to a masked key for cuDNN, which does not take an infinity; its exponential is 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +78,7 @@ def choose_attention(
 
     if device.type == "cuda":
         for backend in set(BACKENDS.values()):
-            hand_contiguous_gradients(backend)
+            hand_contiguous_gradients(backend, BY_NAME.get(backend))
     chosen = _resolve(wanted, device, problem_of)
     processors = [module.processor for module in transformer.modules() if _has_backend(module)]
     assert processors, f"{type(transformer).__name__} has no attention whose kernels can be chosen"
@@ -94,16 +99,57 @@ class _ContiguousGradient(torch.autograd.Function):
         return grad.contiguous()
 
 
-def hand_contiguous_gradients(backend: AttentionBackendName) -> None:
-    """See to it that diffusers' attention by this backend gets a contiguous gradient of its output (B, S, H, D)."""
-    attend = _AttentionBackendRegistry._backends[backend]
-    if not hasattr(attend, "plain"):
+def hand_contiguous_gradients(backend: AttentionBackendName, by_name: Callable[..., Tensor] | None = None) -> None:
+    """See to it that diffusers' attention by this backend gets a contiguous gradient of its output (B, S, H, D).
+
+    by_name: what computes the attention in the place of diffusers' function.
+    """
+    plain = _AttentionBackendRegistry._backends[backend]
+    if not hasattr(plain, "plain"):
+        attend = by_name or plain
 
         def wrapped(**arguments: Any) -> Tensor:
             return _ContiguousGradient.apply(attend(**arguments))  # pyright: ignore[reportReturnType]
 
-        wrapped.plain = attend  # pyright: ignore[reportFunctionMemberAccess]
+        wrapped.plain = plain  # pyright: ignore[reportFunctionMemberAccess]
         _AttentionBackendRegistry._backends[backend] = wrapped
+
+
+def _attend_cudnn(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float, is_causal: bool,
+    scale: float | None, enable_gqa: bool = False, _parallel_config: None = None,
+) -> Tensor:  # fmt: skip
+    """Attention (B, S, H, D) by cuDNN, with what torch's `scaled_dot_product_attention` would call it with."""
+    assert not enable_gqa and _parallel_config is None
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, MASKED)
+    has_gradient = torch.is_grad_enabled() and any(part.requires_grad for part in (query, key, value))
+    query, key, value = (part.transpose(1, 2).contiguous() for part in (query, key, value))  # (B, H, S, D)
+    found = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        query, key, value, attn_mask, has_gradient, dropout_p, is_causal, False, scale=scale
+    )
+    return found[0].transpose(1, 2)
+
+
+def _attend_flash(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float, is_causal: bool,
+    scale: float | None, enable_gqa: bool = False, _parallel_config: None = None,
+) -> Tensor:  # fmt: skip
+    """Attention (B, S, H, D) by torch's FlashAttention, or by the one that was activated in its place."""
+    assert not enable_gqa and _parallel_config is None
+    if attn_mask is not None:
+        raise ValueError("FlashAttention takes no attn_mask")
+    query, key, value = (part.transpose(1, 2) for part in (query, key, value))  # (B, H, S, D)
+    found = torch.ops.aten._scaled_dot_product_flash_attention(
+        query, key, value, dropout_p, is_causal, False, scale=scale
+    )
+    return found[0].transpose(1, 2)
+
+
+BY_NAME: dict[AttentionBackendName, Callable[..., Tensor]] = {
+    AttentionBackendName._NATIVE_CUDNN: _attend_cudnn,
+    AttentionBackendName._NATIVE_FLASH: _attend_flash,
+}
 
 
 def _has_backend(module: nn.Module) -> bool:
@@ -156,10 +202,14 @@ def _is_installed(module: str) -> bool:
 
 
 def _run_once(name: Attention, head_size: int, dtype: torch.dtype, device: torch.device, is_masked: bool) -> None:
-    """Attend forwards and backwards over a few tokens; the kernels themselves say what they cannot do."""
+    """Attend forwards and backwards over a few tokens: by diffusers' function, where torch says what its kernels cannot
+    do, and as it is called from then on.
+    """
     shape = (PROBE_ROWS, PROBE_TOKENS, PROBE_HEADS, head_size)
     query, key, value = (torch.zeros(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
     mask = torch.ones(PROBE_ROWS, 1, 1, PROBE_TOKENS, device=device, dtype=torch.bool) if is_masked else None
-    attended = dispatch_attention_fn(query, key, value, attn_mask=mask, backend=BACKENDS[name])
+    attend = _AttentionBackendRegistry._backends[BACKENDS[name]]
+    attended = getattr(attend, "plain", attend)(query, key, value, attn_mask=mask)
+    attended = attended + dispatch_attention_fn(query, key, value, attn_mask=mask, backend=BACKENDS[name])
     attended.sum().backward()
     assert query.grad is not None and query.grad.shape == shape
