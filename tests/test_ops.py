@@ -21,6 +21,7 @@ from mteditflow_kernels import (
     sde_step,
     use_backend,
 )
+from mteditflow_kernels.backend import is_triton
 from mteditflow_kernels.reference import RopePart
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -178,10 +179,30 @@ def test_norm_rope_has_the_bits_of_diffusers() -> None:
     assert torch.equal(found, torch.cat(qwen, dim=1))
 
 
-def test_a_trained_norm_has_a_gradient() -> None:
+def test_triton_is_for_a_gpus_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys and pictures on the host beside a GPU are eager; without a GPU it cannot be had."""
+    if torch.cuda.is_available():
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="backend is 'triton': it needs a GPU, and there is none; take 'auto'"):
+        use_backend("triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    expected = counter_normal(KEYS, (5,)), quantise_rows(X)
+    use_backend("triton")
+    try:
+        found = counter_normal(KEYS, (5,)), quantise_rows(X)
+        with FakeTensorMode():
+            assert is_triton(torch.empty(3, device="cuda")) and not is_triton(torch.empty(3))
+    finally:
+        use_backend("auto")
+    assert torch.equal(found[0], expected[0])
+    assert all(torch.equal(part.float(), other.float()) for part, other in zip(found[1], expected[1], strict=True))
+
+
+def test_a_trained_norm_has_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the reference, whatever the backend: the kernel's weight is frozen."""
     ((x, weight, angles),) = parts_of(4)
     weight.requires_grad_()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     use_backend("triton")
     try:
         norm_rope([(x, weight, angles)], 1e-6).sum().backward()
