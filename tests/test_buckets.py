@@ -1,6 +1,7 @@
 """Pictures of several sizes in one iteration: each size computes what a run of that size alone would."""
 
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from thread_ranks import on_ranks
 from torch import Tensor
 from update_parts import ADVANTAGE, ONE_RANK, as_nft, assert_near, build, change, in_chunks, step
 
-from mteditflow.config import Config, DataConfig, ModelConfig, RolloutConfig, cli
+from mteditflow.config import Config, DataConfig, ModelConfig, RewardConfig, RolloutConfig, cli
 from mteditflow.config.cli import from_yaml
 from mteditflow.config.command import train
 from mteditflow.data import size_shares, training_tasks
@@ -34,6 +35,7 @@ from mteditflow.record.metrics import read_lines
 from mteditflow.report.seen import choose_of_all
 from mteditflow.report.strips import draw_sessions
 from mteditflow.reward.overlap import join
+from mteditflow.reward.user_function import NUM_TRIED, build_also
 from mteditflow.rollout import sample_rollout, sample_waves
 from mteditflow.types import EditTask, Rollout, Rollouts, Scores
 from mteditflow.update import Microbatches
@@ -252,6 +254,26 @@ def test_pictures_take_the_nearest_bucket(photographs: Path) -> None:
     assert shares == {SQUARE: 1 / 12, WIDE: 8 / 12, TALL: 3 / 12}
     away = replace(config, data=replace(config.data, path="nowhere.jsonl"))
     assert size_shares(away) == {SQUARE: 1 / 3, WIDE: 1 / 3, TALL: 1 / 3}
+
+
+def test_a_users_reward_is_tried_on_pictures_of_one_size(
+    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On those of the first's size, as a rollout has them."""
+    code = "seen = []\ndef shade(sources, instructions, pictures):\n"
+    code += "    seen.append(sources.shape)\n    return pictures.mean((2, 3, 4)).T\n"
+    (tmp_path / "my_shade.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    reward = RewardConfig(judge="vlm", consistency="none", also="my_shade:shade")
+    optimizer = replace(Config().optimizer, microbatch_size=16)
+    advantage = replace(Config().advantage, consistency_weight=0)
+    config = of_photographs(photographs, reward=reward, optimizer=optimizer, advantage=advantage)
+    shapes = [task.source.shape for task in training_tasks(config, 0, ONE_RANK)[:NUM_TRIED]]
+    num_alike = shapes.count(shapes[0])
+    assert 1 < num_alike < NUM_TRIED
+    assert [*build_also(config, torch.device("cpu"))] == ["shade"]
+    assert sys.modules.pop("my_shade").seen == [(num, *shapes[0]) for num in (max(num_alike, 3), 1, max(num_alike, 3))]
 
 
 def test_what_buckets_may_be() -> None:

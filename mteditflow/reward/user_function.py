@@ -158,11 +158,12 @@ class UserReward:
 
 
 def build_also(config: Config, device: torch.device) -> dict[str, UserReward]:
-    """Load the rewards of reward.also, by name, each tried on the first tasks of training."""
+    """Load the rewards of reward.also, by name, each tried on the first tasks of training, of one size."""
     rewards = {also.name: UserReward(also, device) for also in config.reward.also_rewards}
     if rewards:
         iterations = (training_tasks(config, iteration, alone()) for iteration in range(NUM_TRIED))
-        tasks = list(islice(chain.from_iterable(iterations), NUM_TRIED))
+        first, *others = islice(chain.from_iterable(iterations), NUM_TRIED)
+        tasks = [first, *(task for task in others if task.source.shape == first.source.shape)]  # as in a rollout
         for reward in rewards.values():
             reward.check(tasks, config.data.num_turns)
     return rewards
