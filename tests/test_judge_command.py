@@ -1,8 +1,10 @@
 """`mteditflow judge`: checking a judge by sessions whose grades are known, and the command that serves it."""
 
+import json
 import os
 import shlex
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from judge_server import SCORES, Reply, Server, completion
+from PIL import Image
 from serve_transformers import leave_out_videos
 from tiny_judge import save_vlm
 
@@ -140,6 +143,19 @@ def test_commands_that_fit_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
     assert int(option(local, "--max-model-len")) == context_length(10, 9000) == 14336
     assert [found.package for found in servers(config_at(readout="expected"))] == ["vllm", "sglang"]
     assert option(shlex.split(str(servers(config_at("https://judge.example/v1"))[0])), "--port") == "443"
+
+
+def test_a_question_has_room_for_reference_images(tmp_path: Path) -> None:
+    """The source, K edits and the most references of a session, of training or held out: pictures and tokens."""
+    for name in ("train", "held"):
+        Image.new("RGB", (64, 64)).save(tmp_path / f"{name}.png")
+        images = [f"{name}.png", *["held.png"] * (2 if name == "train" else 5)]
+        (tmp_path / f"{name}.jsonl").write_text(f"{json.dumps({'images': images, 'instructions': ['a'] * 3})}\n")
+    config = config_at(max_answer_tokens=9000)
+    data = {"path": str(tmp_path / "train.jsonl"), "held_out": str(tmp_path / "held.jsonl")}
+    vllm, sglang, _ = (found.words for found in servers(replace(config, data=replace(config.data, **data))))
+    assert option(vllm, "--limit-mm-per-prompt") == option(sglang, "--limit-mm-data-per-request") == '{"image": 9}'
+    assert int(option(vllm, "--max-model-len")) == context_length(9, 9000) == 14336 > context_length(4, 9000)
 
 
 def test_the_judge_that_ships_is_served_and_asked_for_by_its_folder() -> None:

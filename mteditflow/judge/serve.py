@@ -1,6 +1,7 @@
 """`mteditflow judge serve`: the command that serves the judge of a config where `reward.url` says, and runs it.
 
-Each server gets as many pictures per question as the turns need, and room for the question and the longest answer.
+Each server gets as many pictures per question as the turns and the reference images need, and room for the question
+and the longest answer. Where the data is not on this machine, it serves sessions without references.
 None is told to trust code that a model brings along.
 """
 
@@ -16,6 +17,7 @@ from urllib.parse import urlsplit
 
 from mteditflow.config import Config
 from mteditflow.config.ranges import require
+from mteditflow.data import count_references
 
 LOCAL = ("localhost", "127.0.0.1", "::1", "")
 KEY = "$MTEDITFLOW_API_KEY"
@@ -66,7 +68,8 @@ def serve_judge(config: Config, *, is_started: bool) -> int:
 
 def servers(config: Config) -> list[Server]:
     """The servers that can serve the judge of a config, best first."""
-    reward, num_images = config.reward, max(config.data.num_turns, config.num_held_out_turns) + 1
+    reward, num_references = config.reward, count_references(config)[1]
+    num_images = 1 + num_references + max(config.data.num_turns, config.num_held_out_turns)
     address = urlsplit(_address(reward.url))
     port = address.port or {"http": 80, "https": 443}[address.scheme]
     place = ["--host", "127.0.0.1" if address.hostname in LOCAL else "0.0.0.0", "--port", str(port)]
