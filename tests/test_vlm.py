@@ -14,7 +14,7 @@ from tiny_judge import COLOUR_SCORES, colour_question, plain, save_vlm, small_to
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mteditflow.config import AdvantageConfig, Config, DataConfig, RewardConfig
+from mteditflow.config import AdvantageConfig, Config, DataConfig, EvaluationConfig, RewardConfig
 from mteditflow.guards import GuardError
 from mteditflow.noise import NoiseSource
 from mteditflow.reward import Rewards, build_reward, check_scores
@@ -298,6 +298,11 @@ def test_what_is_refused_across_sections() -> None:
     vlm = RewardConfig(judge="vlm")
     with pytest.raises(ValueError, match=r"data.num_turns is 10: must be at most 9 for reward.judge 'vlm'"):
         Config(reward=vlm, data=DataConfig(num_turns=10))
+    ten = EvaluationConfig(num_turns=10)
+    with pytest.raises(ValueError, match=r"evaluation.num_turns is 10: must be at most 9 for reward.judge 'vlm'"):
+        Config(reward=vlm, data=DataConfig(path="a.jsonl"), evaluation=ten)
+    Config(reward=vlm, data=DataConfig(path="a.jsonl"), evaluation=replace(ten, num_turns=9))
+    assert Config(reward=vlm, evaluation=ten).num_held_out_turns == 10  # by the embedded world's verifier
     with pytest.raises(ValueError, match=r"advantage.consistency_weight is 0.3: reward.consistency is 'none'"):
         Config(reward=replace(vlm, consistency="none"))
     Config(reward=replace(vlm, consistency="none"), advantage=AdvantageConfig(consistency_weight=0))

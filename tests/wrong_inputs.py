@@ -225,6 +225,7 @@ MEANINGLESS = {
     "distributed.shard=full": "distributed.shard is 'full': one rank has nobody to share with",
     "data.held_out=a.jsonl": "data.held_out is 'a.jsonl': the embedded world has its own",
     "data.num_turns=10 reward.judge=vlm": "data.num_turns is 10: must be at most 9 for reward.judge",
+    "data.path=a.jsonl evaluation.num_turns=10 reward.judge=vlm": "evaluation.num_turns is 10: must be at most 9",
     "evaluation.num_strips=9 evaluation.num_sessions=8 evaluation.num_sessions_short=8": "evaluation.num_strips is 9",
     "evaluation.num_sessions=8": "evaluation.num_sessions_short is 64: must lie between num_strips, 6",
     "evaluation.num_sessions_short=2": "evaluation.num_sessions_short is 2: must lie between num_strips, 6",

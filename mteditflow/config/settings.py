@@ -346,6 +346,9 @@ class Config:
         require(is_apart, "rollout.is_start_shared", self.rollout.is_start_shared, remedy)
         is_scored = self.data.num_turns <= 9 or self.reward.judge != "vlm"
         require(is_scored, "data.num_turns", self.data.num_turns, "must be at most 9 for reward.judge 'vlm'")
+        num_turns, is_of_world = self.num_held_out_turns, self.data.path == EMBEDDED  # whose verifier has no such limit
+        is_scored = num_turns <= 9 or self.reward.judge != "vlm" or is_of_world
+        require(is_scored, "evaluation.num_turns", num_turns, "must be at most 9 for reward.judge 'vlm'")
         is_evaluated = self.run.patience == 0 or self.evaluation.every > 0
         remedy = "run.patience counts short evaluations: must be above 0, or run.patience 0"
         require(is_evaluated, "evaluation.every", self.evaluation.every, remedy)
