@@ -15,6 +15,7 @@ from diffusers.models.transformers.transformer_qwenimage import QwenImageTransfo
 from PIL import Image
 from tiny_qwen import PROMPTS, WIDE, build, condition_on, config_of, draw, editor_of, images, noise, perturb
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessor
 
 from mteditflow.config import Config, DataConfig, LoraConfig, ObjectiveConfig, OptimizerConfig, RolloutConfig
@@ -214,6 +215,31 @@ def test_2511_is_not_captured(folders: dict[str, Path], monkeypatch: pytest.Monk
     other = build(config_of(folders["2509"], (32, 48)))
     monkeypatch.setattr(other, "device", torch.device("cuda"))
     assert is_captured(other, 1, condition, "auto")
+
+
+class _Numbers(TorchFunctionMode):
+    """Counts the tensors that are made of Python numbers, which on a GPU are copied from the host."""
+
+    count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func in (torch.tensor, torch.as_tensor)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("variant", tiny_qwen.VARIANTS)
+def test_a_forward_pass_waits_for_the_host_only_where_it_is_said(folders: dict[str, Path], variant: str) -> None:
+    """A model without a flag that forbids a CUDA graph makes no tensor of Python numbers, with a mask or without."""
+    policy = build(config_of(folders[variant], (32, 48)))
+    condition, latents = condition_on(policy, [PROMPTS[0]], images(1, (32, 48))), noise(policy, 1)
+    sigma = draw(1).abs()
+    assert condition.cfg_scale != 1 and "negative" in condition.text
+    with torch.no_grad():
+        policy.velocity(latents, sigma, condition)  # places of tokens are kept from then on
+        with _Numbers() as numbers:
+            policy.velocity(latents, sigma, condition)
+    is_capturable = not any(policy.pipeline.transformer.config.get(flag) for flag in FAMILY.uncapturable)
+    assert is_capturable == (variant != "2511") and is_capturable == (numbers.count == 0)
 
 
 def expect_error(match: str, folder: Path, size: tuple[int, int] = WIDE, **fields: Any) -> None:

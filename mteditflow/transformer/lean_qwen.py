@@ -4,6 +4,9 @@ diffusers' RMSNorm of q and k keeps a float32 copy beside its input, 8 bytes per
 38; -2511 keeps its modulation, which is one of two values, once for every token: another 8. Here the norm keeps its
 input and runs again in the backward pass, and the modulation keeps the two values. A compiled block needs neither: the
 partitioner finds both (docs/log.md).
+
+Before its blocks diffusers copies the length of the text to the GPU in every forward pass, to find the lengths of rows
+that it then drops. The host waits for such a copy, and a CUDA graph cannot have it.
 """
 
 from collections.abc import Callable
@@ -11,6 +14,7 @@ from typing import Any
 
 import torch
 from diffusers.models.normalization import RMSNorm
+from diffusers.models.transformers import transformer_qwenimage
 from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
 from torch import Tensor, nn
 
@@ -83,8 +87,14 @@ def _modulation(stock: Callable[..., tuple[Tensor, Any]]) -> Callable[..., tuple
     return modulate
 
 
+def _text_length(states: Tensor, mask: Tensor | None) -> tuple[int, None, Tensor | None]:
+    """Text length T of states (B, T, E) and mask (B, T), in the place of `compute_text_seq_len_from_mask`."""
+    return states.shape[1], None, mask if mask is None else mask.bool()
+
+
 def make_lean(transformer: nn.Module) -> None:
-    """Let a transformer of Qwen-Image keep less."""
+    """Let a transformer of Qwen-Image keep less; and each of the process leave the host alone."""
+    transformer_qwenimage.compute_text_seq_len_from_mask = _text_length  # pyright: ignore[reportAttributeAccessIssue]
     for module in transformer.modules():
         if type(module) is RMSNorm:
             module.__class__ = LeanRMSNorm
