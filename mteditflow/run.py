@@ -53,7 +53,7 @@ from mteditflow.record.clock import phase
 from mteditflow.record.files import write_json
 from mteditflow.record.metrics import FILE, Reporter, read_lines
 from mteditflow.report.run_report import write_report
-from mteditflow.report.seen import Seen, choose_of_all, save_seen, table_rows
+from mteditflow.report.seen import Seen, choose_of_all, cut_seen, save_seen, table_rows
 from mteditflow.report.strips import save_strips
 from mteditflow.reward import Judged, build_reward, say_waits
 from mteditflow.reward.overlap import Overlap, efficiency
@@ -130,6 +130,7 @@ class Run:
         self.reporter = Reporter(self.folder, iteration=self.first_iteration, num_iterations=num, config=config)
         stack.callback(self.reporter.close)
         self._lines = read_lines(self.folder / FILE)
+        cut_seen(self.folder, self.first_iteration)
         (self.folder / "config.yaml").write_text(to_yaml(config))
         write_json(self.folder / CONTENTS, self.contents, is_durable=True)
         going_on = f", going on after iteration {self.first_iteration}" if is_resumed else ""

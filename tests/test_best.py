@@ -18,6 +18,7 @@ from mteditflow.config.command import train as main
 from mteditflow.evaluate.best import Standing, first_standing, load_standing
 from mteditflow.evaluate.edival import Evaluation
 from mteditflow.evaluate.held_out import load_evaluation
+from mteditflow.record.metrics import read_lines
 from mteditflow.report.run_report import write_report
 
 NUM_SESSIONS = 64
@@ -134,6 +135,9 @@ def test_a_run_stops_and_gives_back_its_best(
     assert "iteration 2 of 9" in card and "not finished" not in card
     assert (stopped / "lora" / "strips.png").read_bytes() == (stopped / "strips" / "iteration-000002.png").read_bytes()
     assert load_evaluation(stopped, "after") is not None
+    evaluated = read_lines(stopped / "judge" / "evaluation.jsonl")
+    assert [line["iteration"] for line in evaluated] == [0, 1, 2, 3, 4]  # that after 2 once more, by all sessions
+    assert all((stopped / "judge" / row["strip"]).is_file() for line in evaluated for row in line["sessions"])
 
 
 def test_a_kill_changes_nothing(
@@ -161,6 +165,7 @@ def test_the_page_says_so(stopped: Path) -> None:
     assert "stopped after 4 of 9 iterations" in text and "The run is not finished" not in text
     assert "the average after iteration 2 had the highest O" in text
     assert "After iteration 2" in text and "After iteration 4" not in text
+    assert "Evaluation after iteration 2 judge" in text and "Evaluation after iteration 4 judge" not in text
 
 
 def test_what_it_needs(arguments: Arguments, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from rollouts import rollout_of
 from torch import Tensor
 
 from mteditflow.distributed import Ranks
-from mteditflow.record.metrics import append_line, read_lines
+from mteditflow.record.metrics import put_line, read_lines
 from mteditflow.report import seen
 from mteditflow.report.run_report import write_report
 from mteditflow.report.seen import (
@@ -23,9 +24,12 @@ from mteditflow.report.seen import (
     NUM_KEPT,
     TRUTH,
     UNSCORED,
+    Kind,
     Seen,
     choose,
     choose_of_all,
+    cut_seen,
+    read_seen,
     save_seen,
     seen_sessions,
 )
@@ -145,20 +149,58 @@ def test_an_iteration_has_one_line(tmp_path: Path, tail: str, first: int) -> Non
     """Killed after line 4, or in the middle of the next; going on from an iteration before that, or from it."""
     path = tmp_path / "training.jsonl"
     for iteration in range(5):
-        append_line(path, {"iteration": iteration, "judge": "killed"})
+        put_line(path, {"iteration": iteration, "judge": "killed"})
     with path.open("a") as file:
         file.write(tail)
     for iteration in range(first, 7):
-        append_line(path, {"iteration": iteration, "judge": "new"})
+        put_line(path, {"iteration": iteration, "judge": "new"})
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     expected = [(iteration, "killed" if iteration < first else "new") for iteration in range(7)]
     assert [(line["iteration"], line["judge"]) for line in lines] == expected
 
 
-def save(folder: Path, iteration: int, words: str = "<Turn1Score>3</Turn1Score>") -> None:
+@pytest.mark.parametrize("number", [0, 3, 13])
+def test_a_line_that_is_repeated_takes_its_place_alone(tmp_path: Path, number: int) -> None:
+    """As the evaluation of the best average, and that before training by other settings."""
+    path = tmp_path / "evaluation.jsonl"
+    for iteration in range(14):
+        put_line(path, {"iteration": iteration, "judge": "once"})
+    put_line(path, {"iteration": number, "judge": "again"})
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(line["iteration"], line["judge"]) for line in lines] == [
+        (iteration, "again" if iteration == number else "once") for iteration in range(14)
+    ]
+
+
+def save(
+    folder: Path, iteration: int, words: str = "<Turn1Score>3</Turn1Score>", kind: Kind = "training", num: int = 4
+) -> None:
     truth = torch.tensor([[0.5, 0.5], [0.0, 1.0], [1.0, 1.0], [0.0, 0.0], [0.5, 0.75], [0.25, 0.5]])
     judge = replace(scores(JUDGE, truth=truth), words=(words,) * 6, faults=torch.tensor([0, 0, 0, 4, 0, 0]))
-    save_seen(folder, "training", iteration, "vlm", choose(seen_sessions(rollout(6), judge), 4))
+    save_seen(folder, kind, iteration, "vlm", choose(seen_sessions(rollout(6), judge), num))
+
+
+def pictures(folder: Path, kind: Kind) -> dict[int, int]:
+    """How many pictures there are, by the number of the line."""
+    return Counter(int(path.name.split("-")[1]) for path in (folder / "judge").glob(f"{kind}-*.png"))
+
+
+def test_pictures_are_those_of_lines_that_are_there(tmp_path: Path) -> None:
+    """Of a line written again with fewer sessions, too; after a resume, of an evaluation after as many iterations."""
+    for iteration in range(14):
+        save(tmp_path, iteration, kind="evaluation")
+        save(tmp_path, iteration)
+    save(tmp_path, 3, "again", kind="evaluation", num=1)
+    assert pictures(tmp_path, "evaluation") == {3: 1, **dict.fromkeys(range(5, 14), 3)}
+    shown = read_seen(tmp_path, 3)[-1]
+    assert shown["title"] == "Evaluation after iteration 3" and [it["words"] for it in shown["sessions"]] == ["again"]
+    assert all(session["picture"] for session in shown["sessions"])
+    assert read_seen(tmp_path)[-1]["title"] == "Evaluation after iteration 13"
+    cut_seen(tmp_path, 6)
+    lines = {kind: read_lines(tmp_path / "judge" / f"{kind}.jsonl") for kind in seen.NUM_SHOWN}
+    assert [line["iteration"] for line in lines["training"]] == [*range(6)]
+    assert [line["iteration"] for line in lines["evaluation"]] == [*range(7)]
+    assert pictures(tmp_path, "training") == {4: 3, 5: 3} and pictures(tmp_path, "evaluation") == {3: 1, 5: 3, 6: 3}
 
 
 def test_lines_are_small_and_old_strips_go(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ class Reporter:
         """config: of the run, for the boards that it names, and so that evaluations are part of the time left."""
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / FILE
-        _truncate(self._path, iteration)
+        truncate(self._path, iteration)
         self._lines = read_lines(self._path)[-NUM_NEWEST:] if self._path.exists() else []
         self._session_s: float | None = None  # that one of an evaluation takes
         self._file = self._path.open("ab", buffering=0)  # nothing is left to be written when the disk is full
@@ -139,17 +139,21 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [value for value, _ in _whole_lines(path)]
 
 
-def append_line(path: Path, line: dict[str, Any]) -> None:
-    """Append the line of line["iteration"], its first value, durably. What a killed run left goes first: lines of this
-    iteration and of later ones, and one that was torn.
+def put_line(path: Path, line: dict[str, Any]) -> None:
+    """Put the line of line["iteration"], its first value, in its place, durably: at the end or, where a run repeats it,
+    among the others, which stay. A line that a kill tore goes.
     """
     iteration, content = line["iteration"], path.read_bytes() if path.is_file() else b""
+    text = json.dumps(line, allow_nan=False)
     *_, last, torn = (b"\n" + content).rsplit(b"\n", 2)
     number = re.match(rb'{"iteration": (\d+)', last)
     if content and (torn or number is None or int(number[1]) >= iteration):
-        _truncate(path, iteration)
+        others = [(value["iteration"], old) for value, old in _whole_lines(path) if value["iteration"] != iteration]
+        lines = [f"{text}\n" for _, text in sorted([*others, (iteration, text)])]
+        replace_file(path, "".join(lines).encode(), is_durable=True)
+        return
     with path.open("ab") as file:
-        file.write((json.dumps(line, allow_nan=False) + "\n").encode())
+        file.write(f"{text}\n".encode())
         file.flush()
         os.fsync(file.fileno())
 
@@ -176,7 +180,7 @@ def _whole_lines(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
             yield value, text
 
 
-def _truncate(path: Path, iteration: int) -> None:
+def truncate(path: Path, iteration: int) -> None:
     """Keep the lines before `iteration`, atomically."""
     if path.exists():
         lines = [f"{text}\n" for value, text in _whole_lines(path) if value["iteration"] < iteration]

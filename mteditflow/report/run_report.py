@@ -119,10 +119,11 @@ def report_contents(folder: Path) -> dict[str, Any]:
     config, problem = read_config(folder / "config.yaml")
     charts = {spec: lay_out(spec, lines) for spec in CHARTS}
     before, after, gain = reports = [read_figures(folder / f"{name}.json") for name in RESULTS]
+    best = best_iteration(lines) if after else None
     with shaped(folder / "judge"):
-        judged, compared = read_seen(folder), read_compared(folder)
+        judged, compared = read_seen(folder, best), read_compared(folder)
     with shaped(folder / "strips"):
-        strips = read_strips(folder, best_iteration(lines) if after else None)
+        strips = read_strips(folder, best)
     newest, base = after or before, config.model.path if config else ""
     both = {"before": before, "after": after}
     return {

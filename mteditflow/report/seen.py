@@ -10,7 +10,7 @@ before and after it, in `judge/compared.json`.
 
 A line of `judge/training.jsonl` has the sessions of an iteration, counted as in metrics.jsonl; one of
 `judge/evaluation.jsonl` those of an evaluation, counted by the iterations before it. Their pictures, the source and the
-edits side by side, lie beside, of the newest NUM_KEPT lines.
+edits side by side, lie beside, of the newest NUM_KEPT lines and of the one written last.
 """
 
 import itertools
@@ -26,7 +26,7 @@ from torch import Tensor
 from mteditflow.advantage import SUCCESS
 from mteditflow.distributed import Ranks
 from mteditflow.record.files import read_json, write_json
-from mteditflow.record.metrics import append_line, read_lines
+from mteditflow.record.metrics import put_line, read_lines, truncate
 from mteditflow.report.charts import data_uri
 from mteditflow.report.strips import draw_tiles
 from mteditflow.types import FAULTS, Rollout, Rollouts, Scores
@@ -157,7 +157,7 @@ def _keep(session: Seen, reasons: tuple[str, ...]) -> Seen:
 
 def save_seen(folder: Path, kind: Kind, iteration: int, judge: str, sessions: Sequence[Seen]) -> None:
     """Write the chosen sessions of an iteration, or of an evaluation after so many: strips, then the line, which
-    replaces one that a killed run left. Without sessions nothing is written.
+    replaces that of the same number. Without sessions nothing is written.
     """
     if not sessions:
         return
@@ -168,11 +168,22 @@ def save_seen(folder: Path, kind: Kind, iteration: int, judge: str, sessions: Se
         strip = f"{kind}-{iteration:06d}-{place}.png"
         draw_tiles([torch.nan_to_num(picture) for picture in session.pictures]).save(parent / strip)
         rows.append(_row(session) | {"strip": strip})
-    append_line(parent / f"{kind}.jsonl", {"iteration": iteration, "judge": judge, "sessions": rows})
-    numbers = sorted({path.name.rsplit("-", 1)[0] for path in parent.glob(f"{kind}-*.png")})
-    for number in numbers[:-NUM_KEPT]:
-        for path in parent.glob(f"{number}-*.png"):
+    put_line(parent / f"{kind}.jsonl", {"iteration": iteration, "judge": judge, "sessions": rows})
+    numbers = {path: int(path.stem.split("-")[1]) for path in parent.glob(f"{kind}-[0-9]*-*.png")}
+    newest = sorted({*numbers.values()} - {iteration})[1 - NUM_KEPT :]
+    mine = {row["strip"] for row in rows}
+    for path, number in numbers.items():
+        if number not in (*newest, iteration) or (number == iteration and path.name not in mine):
             path.unlink()
+
+
+def cut_seen(folder: Path, done: int) -> None:
+    """Cut what was kept back to what a run knew after `done` iterations, from which it goes on."""
+    for kind, first in (("training", done), ("evaluation", done + 1)):
+        truncate(folder / "judge" / f"{kind}.jsonl", first)
+        for path in (folder / "judge").glob(f"{kind}-[0-9]*-*.png"):
+            if int(path.stem.split("-")[1]) >= first:
+                path.unlink()
 
 
 def _row(session: Seen) -> dict[str, Any]:
@@ -246,14 +257,16 @@ def read_compared(folder: Path) -> list[dict[str, Any]]:
     return [it | {name: _session(folder, it[name]) for name in names if name in it} for it in found]
 
 
-def read_seen(folder: Path) -> list[dict[str, Any]]:
-    """Read what a page shows of the newest lines, evaluations last: title, judge, and sessions, with their pictures and
-    a cell for each turn. Empty where nothing was kept.
+def read_seen(folder: Path, best: int | None = None) -> list[dict[str, Any]]:
+    """Read what a page shows of the newest lines, evaluations last, or of that of the best average where it is known:
+    title, judge, and sessions, with their pictures and a cell for each turn. Empty where nothing was kept.
     """
     shown = []
     for kind, num in NUM_SHOWN.items():
         path = folder / "judge" / f"{kind}.jsonl"
-        for line in read_lines(path)[-num:] if path.is_file() else []:
+        lines = read_lines(path) if path.is_file() else []
+        of_best = [line for line in lines if kind == "evaluation" and line["iteration"] == best]
+        for line in of_best or lines[-num:]:
             number = line["iteration"]
             title = f"Iteration {number + 1}" if kind == "training" else f"Evaluation after iteration {number}"
             sessions = [_session(folder, row) for row in line["sessions"]]
