@@ -1,7 +1,8 @@
 """A run is a folder: what is written there, and how a killed run goes on as if it had not been.
 
 config.yaml  rubric.txt (of reward.rubric)  contents.json (what was behind names)  metrics.jsonl  tensorboard/
-strips/  judge/  checkpoints/  set_aside/ (what came after an iteration that was gone back to)
+strips/  judge/  checkpoints/  set_aside/ (what came after an iteration that was gone back to; results of a run that
+went on)
 evaluating_before|after/ (at work)  evaluation_before|after.json  comparison.json  lora/ (or weights/, of full
 fine-tuning)  report.html
 """
@@ -50,7 +51,7 @@ from mteditflow.profile.account import Account, step_seconds
 from mteditflow.profile.base_error import measure_base_error
 from mteditflow.record import alarms, checkpoint, ending
 from mteditflow.record.clock import phase
-from mteditflow.record.files import write_json
+from mteditflow.record.files import retire, write_json
 from mteditflow.record.metrics import FILE, Reporter, read_lines
 from mteditflow.report.run_report import write_report
 from mteditflow.report.seen import Seen, choose_of_all, cut_seen, save_seen, table_rows
@@ -131,6 +132,8 @@ class Run:
         stack.callback(self.reporter.close)
         self._lines = read_lines(self.folder / FILE)
         cut_seen(self.folder, self.first_iteration)
+        if is_resumed and any(True for _ in self.iterations()):  # before config.yaml says how many there are
+            self._retire_results()
         (self.folder / "config.yaml").write_text(to_yaml(config))
         write_json(self.folder / CONTENTS, self.contents, is_durable=True)
         going_on = f", going on after iteration {self.first_iteration}" if is_resumed else ""
@@ -145,6 +148,12 @@ class Run:
         for line in [*lines, *self._cut()]:
             self.reporter.say(line)
         self._say_graphs("at the start")
+
+    def _retire_results(self) -> None:
+        """Set aside what was made of the weights that are trained further: nothing must take it for the end's."""
+        aside = retire(self.folder, f"results-{self.first_iteration:06d}", checkpoint.results(self.folder))
+        if aside:
+            self.reporter.say(f"training goes on: the results after iteration {self.first_iteration} are in {aside}")
 
     def _cut(self) -> list[str]:
         """Say how many instructions of a user's data are longer than the text encoder reads."""

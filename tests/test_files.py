@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mteditflow.config.errors import first_line
-from mteditflow.record.files import is_disk_full, read_json, replace_file, write_json
+from mteditflow.record.files import is_disk_full, read_json, replace_file, retire, write_json
 
 
 def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,6 +24,18 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path: Path, monkeypatc
     assert is_disk_full(caught.value) and path.read_bytes() == b"second"
     replace_file(path, b"fourth")  # promises nothing, syncs nothing
     assert path.read_bytes() == b"fourth"
+
+
+def test_what_is_retired_takes_no_other_place(tmp_path: Path) -> None:
+    """Once more, or after a kill in between, it lies beside what was set aside before."""
+    for name in ("results", "results-2"):
+        for path in (tmp_path / "lora" / "card", tmp_path / "page"):
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(name)
+        aside = retire(tmp_path, "results", [tmp_path / "lora", tmp_path / "page", tmp_path / "nothing"])
+        assert aside == tmp_path / "set_aside" / name and (aside / "lora" / "card").read_text() == name
+        assert (aside / "page").read_text() == name and [*tmp_path.iterdir()] == [tmp_path / "set_aside"]
+    assert retire(tmp_path, "results", [tmp_path / "lora"]) is None
 
 
 def test_json(tmp_path: Path) -> None:

@@ -20,6 +20,8 @@ from mteditflow.data import held_out_tasks
 from mteditflow.evaluate.kept import compare_contents, name_contents, problem_of
 from mteditflow.policy import build_policy
 from mteditflow.record.checkpoint import config_dict
+from mteditflow.report.live import live_contents
+from mteditflow.report.run_report import report_contents
 
 GRPO = change(change(Config(), "objective", name="grpo"), "optimizer", schedule="constant")
 
@@ -201,7 +203,8 @@ def test_going_back_loses_nothing_and_repeats_the_bits(
     (aside,) = (folder / "set_aside").iterdir()
     assert f"--resume_from 2: going back; what came after it is in {aside}\n" in capsys.readouterr().err
     assert aside.name == "iteration-000004-to-000002"
-    for path in ("checkpoints/iteration-000003", "checkpoints/iteration-000004", "lora", "judge", "report.html"):
+    made = ("lora", "judge/compared.json", "report.html")
+    for path in ("checkpoints/iteration-000003", "checkpoints/iteration-000004", "judge/training.jsonl", *made):
         assert (aside / path).exists(), path
     assert len(metrics(aside)) == 4
     assert metrics(folder) == metrics(whole)
@@ -212,6 +215,57 @@ def test_going_back_loses_nothing_and_repeats_the_bits(
     main([*again, "--resume_from=2"])  # as a restart has it: it goes on, and does not go back once more
     assert "--resume_from 2: went back there before, and goes on" in capsys.readouterr().err
     assert newest.stat().st_mtime_ns == before and [*(folder / "set_aside").iterdir()] == [aside]
+
+
+RESULTS = {
+    "comparison.json", "evaluation_after.json", "evaluation_after.safetensors", "report.html", "lora",
+    "judge/compared.json",
+}  # fmt: skip
+
+
+class Killed(BaseException):
+    """Nobody catches it."""
+
+
+def test_a_finished_run_that_goes_on_is_not_finished(
+    arguments: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Killed in its third iteration, too: nothing says that it is finished, what it had made before is set aside once,
+    and in the end it is as one that was not finished in between.
+    """
+
+    def die(*_: Any, **__: Any) -> None:
+        raise Killed
+
+    def words(name: str, num: int) -> list[str]:
+        constant = {"optimizer__schedule": "constant", "evaluation__every": 0}
+        return arguments(tmp_path / name, run__num_iterations=num, **constant)
+
+    folder, whole = tmp_path / "run", tmp_path / "three"
+    main(words("run", 2))
+    made = {name: (folder / name).read_bytes() for name in RESULTS - {"lora"}}
+    assert live_contents(folder)["state"] == "Finished." and len(made) == 5
+    with monkeypatch.context() as patch:
+        patch.setattr("mteditflow.train.update", die)
+        with pytest.raises(Killed):
+            main(words("run", 3))
+    (aside,) = (folder / "set_aside").iterdir()
+    assert f"training goes on: the results after iteration 2 are in {aside}\n" in capsys.readouterr().err
+    assert aside.name == "results-000002" and {name for name in RESULTS if (aside / name).exists()} == RESULTS
+    assert all((aside / name).read_bytes() == content for name, content in made.items())
+    assert not any((folder / name).exists() for name in RESULTS)
+    shown = live_contents(folder)
+    assert shown["state"] != "Finished." and shown["refresh"] > 0
+    page = report_contents(folder)
+    assert page["missing"] == ["after training", "paired gain"] and page["compared"] == []
+    assert not any(row["title"] == "Judge against truth" for row in page["alarms"])
+    main(words("run", 3))
+    main(words("three", 3))
+    assert [*(folder / "set_aside").iterdir()] == [aside] and metrics(folder) == metrics(whole)
+    assert (folder / "comparison.json").read_bytes() == (whole / "comparison.json").read_bytes()
+    assert all(torch.equal(weight, lora(whole)[key]) for key, weight in lora(folder).items())
+    main(words("run", 3))  # finished: its results are made again in their place
+    assert [*(folder / "set_aside").iterdir()] == [aside]
 
 
 def test_going_back_to_a_damaged_one_is_refused(

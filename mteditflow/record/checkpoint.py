@@ -42,7 +42,7 @@ SHARDS = "shards"
 SECONDS_TO_SEE = 10  # what another node has made
 RUBRIC = "rubric.txt"
 COPIED = ("metrics.jsonl", "judge", "config.yaml")  # of what a run goes on with
-MOVED = ("evaluation_after.json", "evaluation_after.safetensors", "comparison.json", "report.html", "lora", "weights")
+RESULTS = ("comparison.json", "evaluation_after.json", "evaluation_after.safetensors", "report.html", "lora", "weights")
 
 _REPLACED, _TEMPORARY, _DOOMED = ".replaced", ".saving-", ".deleting-"
 _NAME = re.compile(rf"iteration-(\d{{6,}})({re.escape(_REPLACED)})?")
@@ -240,8 +240,13 @@ def go_back(folder: Path, iteration: int) -> Path | None:
     if not (later or begun):
         return None
     name = begun[0] if begun else _aside(f"{_number(later[0]):06d}", iteration)
-    moved = [*(folder / made for made in MOVED), *strips, *later]
+    moved = [*results(folder), *strips, *later]
     return set_aside(folder, name, copied=[folder / kept for kept in COPIED], moved=moved)
+
+
+def results(folder: Path) -> list[Path]:
+    """List what a run makes of its weights at its end, first what says that it is finished; all may be missing."""
+    return [*(folder / name for name in RESULTS), *sorted((folder / "judge").glob("compared*"))]
 
 
 def _aside(newest: str, iteration: int) -> str:

@@ -1,6 +1,7 @@
 """Files that appear whole or not at all: written beside their place, then renamed."""
 
 import errno
+import itertools
 import json
 import os
 import shutil
@@ -70,6 +71,22 @@ def set_aside(folder: Path, name: str, *, copied: Iterable[Path], moved: Iterabl
             target.parent.mkdir(parents=True, exist_ok=True)
             path.rename(target)
     temporary.rename(aside)
+    return aside
+
+
+def retire(folder: Path, name: str, paths: Iterable[Path]) -> Path | None:
+    """Move what there is of the paths in a folder to `folder/set_aside/NAME`, or to NAME-2, NAME-3, ... where that is
+    taken, and return where; None: there is nothing. After a kill what was left goes to the next.
+    """
+    made = [path for path in paths if path.exists()]
+    if not made:
+        return None
+    names = (name if number == 1 else f"{name}-{number}" for number in itertools.count(1))
+    aside = next(place for place in (folder / ASIDE / name for name in names) if not place.exists())
+    for path in made:
+        target = aside / path.relative_to(folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(target)
     return aside
 
 
