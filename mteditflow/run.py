@@ -172,7 +172,7 @@ class Run:
             error = measure_base_error(self.policy, self.objective, self.tasks[0], config)
             self.base_error = error.figures
             self._say(str(error))
-        problem = problem_of(self.tasks, config, self.contents)
+        self._problem = problem = problem_of(self.tasks, config, self.contents)
         before = self.ranks.from_main(load_before(self.folder, problem, self._say) if self.ranks.is_main else None)
         if before is None:
             before = self._evaluate_start()
@@ -301,7 +301,8 @@ class Run:
 
     def _parts(self, name: str, done: int) -> PartFolder:
         path = self.folder / f"evaluating_{name}"
-        return part_folder(path, self.policy, self.tasks, self.config, f"after {done} iterations")
+        what = f"after {done} iterations of {self._problem}"
+        return part_folder(path, self.policy, self.tasks, self.config, what)
 
     def finish(self) -> None:
         """Evaluation of the averaged adapter, the best where there are several to choose from, export, report, and the

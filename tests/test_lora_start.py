@@ -13,6 +13,7 @@ import yaml
 from export_parts import config_of, loaded, ours, stock, write_run
 from export_parts import refused as export_refused
 from lora_parts import Drawn, comfyui, draw_originals, kohya, save
+from torch import Tensor
 from train_runs import Arguments, lora, metrics, refused
 
 from mteditflow.config import LoraConfig, cli
@@ -23,7 +24,9 @@ from mteditflow.evaluate.held_out import load_evaluation
 from mteditflow.evaluate.lora_files import read_subject
 from mteditflow.policy import build_policy, read_lora, with_start
 from mteditflow.record.files import read_json
+from mteditflow.rollout import Sampler
 from mteditflow.study.cells import read_study
+from mteditflow.types import Rollout
 
 
 def small(*originals: str) -> dict[str, Drawn]:
@@ -96,6 +99,44 @@ def test_a_killed_one_has_the_same_bits(started: tuple[Path, list[str]], tmp_pat
     assert all(torch.equal(weight, lora(folder)[key]) for key, weight in lora(again).items())
     for name in ("evaluation_before", "evaluation_after", "comparison"):
         assert (again / f"{name}.json").read_bytes() == (folder / f"{name}.json").read_bytes()
+
+
+class Killed(BaseException):
+    """Nobody catches it."""
+
+
+def test_parts_of_another_start_are_not_taken(
+    theirs: Path, arguments: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in the evaluation before training, and begun again in the same folder from another LoRA."""
+    other = save(
+        kohya(small("double_blocks.0.img_attn.qkv", "single_blocks.0.linear1")), tmp_path / "other.safetensors"
+    )
+    original, left = Sampler.__call__, [0]
+
+    def limited(self: Sampler, rows: Tensor) -> Rollout:
+        left[0] -= 1
+        if left[0] < 0:
+            raise Killed
+        return original(self, rows)
+
+    def begin(name: str, lora: Path, num_parts: int) -> Path:
+        left[0] = num_parts
+        folder = tmp_path / name
+        words = arguments(folder, lora__init_from=lora, evaluation__num_sessions=6, evaluation__every=0)
+        with pytest.raises(Killed):
+            main(words)
+        return folder
+
+    monkeypatch.setattr(Sampler, "__call__", limited)
+    folder = begin("run", theirs, 2)
+    assert len([*(folder / "evaluating_before").glob("part-*")]) == 1
+    verdicts = [
+        safetensors.torch.load_file(begin(name, other, 3) / "evaluation_before.safetensors") for name in ("run", "new")
+    ]
+    assert verdicts[0].keys() == verdicts[1].keys()
+    for key, value in verdicts[1].items():
+        assert torch.equal(verdicts[0][key].nan_to_num(), value.nan_to_num()), key
 
 
 def test_every_copy_starts_alike(theirs: Path, tiny_pipeline_folder: Path) -> None:

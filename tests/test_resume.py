@@ -147,6 +147,8 @@ def test_the_base_is_evaluated_again_for_another_problem_alone(tiny_config: Conf
         assert problem_of(tasks, change(config, section, **values), contents) != before, (section, values)
     assert problem_of(tasks, config, {"model.path": "another"}) != before
     assert problem_of(tasks[:1], config, contents) != before
+    starts = [problem_of(tasks, change(config, "lora", init_from=name), contents) for name in ("hub/a", "hub/b")]
+    assert len({before, *starts}) == 3  # names on the hub, whose content cannot be told
     unseen = [dataclasses.replace(task, truth=None) for task in tasks]
     judged = problem_of(unseen, config, contents)
     assert problem_of(unseen, change(config, "reward", url="http://a/v1"), contents) == judged
@@ -219,7 +221,7 @@ def test_going_back_loses_nothing_and_repeats_the_bits(
 
 RESULTS = {
     "comparison.json", "evaluation_after.json", "evaluation_after.safetensors", "report.html", "lora",
-    "judge/compared.json",
+    "judge/compared.json", "evaluating_after",
 }  # fmt: skip
 
 
@@ -243,7 +245,8 @@ def test_a_finished_run_that_goes_on_is_not_finished(
 
     folder, whole = tmp_path / "run", tmp_path / "three"
     main(words("run", 2))
-    made = {name: (folder / name).read_bytes() for name in RESULTS - {"lora"}}
+    (folder / "evaluating_after").mkdir()  # of a killed evaluation
+    made = {name: (folder / name).read_bytes() for name in RESULTS - {"lora", "evaluating_after"}}
     assert live_contents(folder)["state"] == "Finished." and len(made) == 5
     with monkeypatch.context() as patch:
         patch.setattr("mteditflow.train.update", die)

@@ -214,7 +214,9 @@ def load_before(folder: Path, problem: str, say: Callable[[str], None]) -> Evalu
 
 
 def problem_of(tasks: list[EditTask], config: Config, contents: dict[str, Any]) -> str:
-    """Hash what an evaluation of the base is of: editor, sessions, settings, judge, but not how it is carried out."""
+    """Hash what an evaluation before training is of: editor, LoRA that training starts from, sessions, settings, judge,
+    but not how it is carried out.
+    """
     is_by_truth, tasks_hash = has_truth(tasks), hashlib.sha256()
     settings = list_settings(config, is_by_truth=is_by_truth)
     left_out = {*OPERATIONAL, *SESSIONS, "data.fit", "reward.also", *contents}
@@ -224,6 +226,8 @@ def problem_of(tasks: list[EditTask], config: Config, contents: dict[str, Any]) 
     for task in tasks:
         _add(tasks_hash, task)
     names.pop("data.path", None)  # what is trained on
+    if config.lora.init_from:
+        names.setdefault("lora.init_from", config.lora.init_from)  # of a hub name nothing else is known
     if fields["model.text_encoder"] == "offload":  # of the same bits
         fields["model.text_encoder"] = "resident"
     wanted = {"fields": fields, "contents": names, "rubric": rubric, "tasks": tasks_hash.hexdigest()}

@@ -42,7 +42,10 @@ SHARDS = "shards"
 SECONDS_TO_SEE = 10  # what another node has made
 RUBRIC = "rubric.txt"
 COPIED = ("metrics.jsonl", "judge", "config.yaml")  # of what a run goes on with
-RESULTS = ("comparison.json", "evaluation_after.json", "evaluation_after.safetensors", "report.html", "lora", "weights")
+RESULTS = (
+    "comparison.json", "evaluation_after.json", "evaluation_after.safetensors", "evaluating_after", "report.html",
+    "lora", "weights",
+)  # fmt: skip
 
 _REPLACED, _TEMPORARY, _DOOMED = ".replaced", ".saving-", ".deleting-"
 _NAME = re.compile(rf"iteration-(\d{{6,}})({re.escape(_REPLACED)})?")
