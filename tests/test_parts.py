@@ -19,13 +19,14 @@ from mteditflow.config.cli import to_yaml
 from mteditflow.config.command import evaluate as main
 from mteditflow.config.reward import RewardConfig
 from mteditflow.data import held_out_tasks
-from mteditflow.distributed import Ranks
+from mteditflow.distributed import Ranks, alone
 from mteditflow.evaluate import kept
+from mteditflow.evaluate.compare_editors import compare_sessions
 from mteditflow.evaluate.edival import Evaluation
 from mteditflow.evaluate.held_out import evaluate, load_verdicts, part_folder
 from mteditflow.evaluate.parts import PartFolder, make_rounds, part_size
 from mteditflow.policy import Policy
-from mteditflow.report.seen import Seen
+from mteditflow.report.seen import Seen, read_compared
 from mteditflow.reward.overlap import Overlap
 from mteditflow.rollout import Sampler
 from mteditflow.types import Condition, Rollout, Scores
@@ -255,6 +256,23 @@ def test_what_a_broken_judge_said_is_not_kept(
     rolled.clear()
     (found,) = evaluated(policies, config, 1, more=judge, folder=folder)
     assert rolled == [0, 4, 8] and found[0].valid.sum() == 9
+
+
+def test_what_is_only_shown_may_have_no_score(policies: list[Policy], config: Config, tmp_path: Path) -> None:
+    """The one session that the run shows again gets no score from a judge that samples its answers."""
+
+    def silent(rollout: Rollout) -> Scores:
+        nothing = torch.full((len(rollout.group), len(rollout.turns)), torch.nan)
+        return Scores(rewards={"instruction": nothing}, weights={}, valid=~nothing.isnan().any(1))
+
+    config = change(config, "run", num_judged=1)
+    (before, _), (after, _) = (evaluated(policies, config, 1, adapter=name, more=judge)[0] for name in ("off", "ema"))
+    tasks = [replace(task, truth=None) for task in held_out_tasks(config)]
+    with Overlap(GivenRewards(silent), RewardConfig(), torch.device("cpu")) as beside:  # pyright: ignore[reportArgumentType]
+        compare_sessions(tmp_path, policies[0], tasks, before, after, config, alone(), beside)
+    (session,) = read_compared(tmp_path)
+    assert [turn["judge"]["text"] for turn in session["after"]["turns"]] == ["no score"] * config.num_held_out_turns
+    assert session["before"]["picture"] and session["reason"] == "worst after training"
 
 
 def test_the_main_rank_looks_for_a_kept_evaluation(

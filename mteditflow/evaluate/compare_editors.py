@@ -183,7 +183,8 @@ def compare_sessions(
     ranks: Ranks, judge: Overlap,
 ) -> None:  # fmt: skip
     """Keep, in a run's folder, the sessions that are worst after training, or that it changed most, as they were before
-    and after. They are made once more, on all ranks: the pictures of all sessions are not kept.
+    and after. They are made once more, on all ranks: the pictures of all sessions are not kept. One that gets no score
+    this time is shown without.
     """
     num, found = config.run.num_judged, dict[AdapterName, list[Seen]]()
     chosen = ranks.from_main(choose_changed(session_scores(before), session_scores(after), num))
@@ -194,7 +195,7 @@ def compare_sessions(
     adapters: tuple[AdapterName, ...] = ("off", "ema")
     for adapter in adapters:
         found[adapter] = []
-        evaluate(policy, mine, shown, adapter, ranks, judge, see=found[adapter].extend)
+        evaluate(policy, mine, shown, adapter, ranks, judge, see=found[adapter].extend, is_counted=False)
     if ranks.is_main:
         by_truth = "exact" if has_truth(mine) else config.reward.judge
         reasons = {tasks[place].id: reason for place, reason in chosen.items()}

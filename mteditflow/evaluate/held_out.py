@@ -63,13 +63,14 @@ def evaluate(
     see: Callable[[list[Seen]], None] | None = None,
     folder: PartFolder | None = None,
     show: Callable[[int], None] = lambda _: None,
+    is_counted: bool = True,
 ) -> Evaluation:
     """Evaluate one trajectory of each task under an adapter, by the ODE, judged by the exact verifier where it can
     judge all tasks, and else by `judge`. Every rank takes its share, and has the result.
 
     see: is shown some of what was judged, at the end. folder: what is there of this evaluation already, and where it is
     kept as it goes. show: is told how many sessions are evaluated, at first and after each round. ValueError, on every
-    rank, where more than half could not be scored.
+    rank, where more than half could not be scored; not where `is_counted` is False, and they are only to be seen.
     """
     size = part_size(len(tasks), config.rollout.microbatch_size)
     score = partial(partial, _by_truth) if has_truth(tasks) else judge and judge.start
@@ -98,7 +99,7 @@ def evaluate(
     if see is not None:
         see(gathered.seen)
     try:
-        return _join([gathered.parts[number] for number in range(len(cuts))], cuts, tasks, config)
+        return _join([gathered.parts[n] for n in range(len(cuts))], cuts, tasks, config, is_counted=is_counted)
     except ValueError:
         if folder is not None and ranks.is_main:
             folder.remove()  # its judge will be another when it has been mended
@@ -141,15 +142,17 @@ def _make_part(rollout: Rollout, wait: Callable[[], Scores], num_images: int, nu
     )  # fmt: skip
 
 
-def _join(parts: list[Part], cuts: list[list[int]], tasks: list[EditTask], config: Config) -> Evaluation:
-    """Put the parts together, of the sessions at these places. ValueError where more than half of the sessions could
-    not be scored.
+def _join(
+    parts: list[Part], cuts: list[list[int]], tasks: list[EditTask], config: Config, *, is_counted: bool
+) -> Evaluation:
+    """Put the parts together, of the sessions at these places. ValueError where they are counted, and more than half of
+    the sessions could not be scored.
     """
     order = torch.tensor([n for cut in cuts for n in cut])
     shown, back = order[order < config.evaluation.num_strips], order.argsort()
     valid = torch.cat([part.valid for part in parts])[back]
     num_invalid = int((~valid).sum())
-    if num_invalid > MAX_INVALID_SHARE * len(valid):
+    if is_counted and num_invalid > MAX_INVALID_SHARE * len(valid):
         raise ValueError(
             f"{num_invalid} of {len(valid)} held-out sessions could not be scored, more than "
             f"{MAX_INVALID_SHARE:.0%}: look at the reward, judge {config.reward.judge!r}"
