@@ -44,7 +44,7 @@ from mteditflow.evaluate.parts import PartFolder
 from mteditflow.export.weights import BEST, STANDING, save_result
 from mteditflow.objective import Objective
 from mteditflow.plan.compiling import SAID, choose_compile, settle
-from mteditflow.policy import AdapterName, build_policy, start_state
+from mteditflow.policy import AdapterName, build_policy, start_adapter
 from mteditflow.policy.optimizer import build_optimizer, check_weights, load_optimizer, moments_like, optimizer_state
 from mteditflow.policy.pipelines import is_slow_in_bfloat16
 from mteditflow.profile.account import Account, step_seconds
@@ -195,12 +195,8 @@ class Run:
         self._say(
             f"evaluating {lora.init_from}, of rank {lora.rank} and alpha {lora.alpha}, from which training starts"
         )
-        now = policy.adapters.state("ema")  # of a run that goes on, not the start's
-        policy.adapters.load("ema", start_state(policy, lora))
-        try:
-            return self._evaluate("before", "ema", 0)
-        finally:
-            policy.adapters.load("ema", now)
+        with start_adapter(policy, lora) as adapter:
+            return self._evaluate("before", adapter, 0)
 
     def _say_graphs(self, when: str) -> None:
         """Say how many graphs were compiled since the last time, if any were."""

@@ -1,6 +1,7 @@
 """Training from a LoRA of others; evaluation and export of one; the same export to the byte."""
 
 import json
+import math
 import shutil
 import time
 from pathlib import Path
@@ -20,10 +21,12 @@ from mteditflow.config import LoraConfig, cli
 from mteditflow.config.cli import LORA_FILE
 from mteditflow.config.command import evaluate, export
 from mteditflow.config.command import train as main
+from mteditflow.data import held_out_tasks
 from mteditflow.evaluate.held_out import load_evaluation
 from mteditflow.evaluate.lora_files import read_subject
 from mteditflow.policy import build_policy, read_lora, with_start
 from mteditflow.record.files import read_json
+from mteditflow.report.seen import read_compared
 from mteditflow.rollout import Sampler
 from mteditflow.study.cells import read_study
 from mteditflow.types import Rollout
@@ -84,6 +87,21 @@ def test_a_run_goes_on_from_a_lora(started: tuple[Path, list[str]], theirs: Path
     assert all(0 < change < 0.05 for change in moved.values()), moved  # of weights of about 0.2
     assert all(line["update/first_ratio_error"] == 0 for line in metrics(folder))
     assert f"from the LoRA {theirs.name} on" in (folder / "lora" / "README.md").read_text()
+
+
+def test_what_is_compared_began_with_the_lora(started: tuple[Path, list[str]]) -> None:
+    """Not with the base; `before` has the scores of the evaluation before training, `after` those of the one after, by
+    other neighbours in a microbatch.
+    """
+    folder, _ = started
+    places = {task.id: place for place, task in enumerate(held_out_tasks(cli.from_yaml(folder / "config.yaml")))}
+    for name in ("before", "after"):
+        evaluation = load_evaluation(folder, name)
+        assert evaluation is not None
+        for session in read_compared(folder):
+            expected = evaluation.consistency[places[session[name]["task"]]].tolist()
+            found = [value or math.nan for value in session[name]["rewards"]["consistency"]]
+            assert found == pytest.approx(expected, abs=2e-4, nan_ok=True)  # four decimals are kept
 
 
 def test_a_killed_one_has_the_same_bits(started: tuple[Path, list[str]], tmp_path: Path) -> None:

@@ -58,6 +58,7 @@ from mteditflow.policy import (
     check_references,
     configured_family,
     linear_shapes,
+    start_adapter,
 )
 from mteditflow.policy.lora_file import padded_state
 from mteditflow.record.figures import read_figures
@@ -186,20 +187,25 @@ def compare_sessions(
     and after. They are made once more, on all ranks: the pictures of all sessions are not kept. One that gets no score
     this time is shown without.
     """
-    num, found = config.run.num_judged, dict[AdapterName, list[Seen]]()
+    num = config.run.num_judged
     chosen = ranks.from_main(choose_changed(session_scores(before), session_scores(after), num))
     if not chosen:
         return
     mine = [tasks[place] for place in chosen]
     shown = replace(config, run=replace(config.run, num_judged=MAX_JUDGED))  # all of them
-    adapters: tuple[AdapterName, ...] = ("off", "ema")
-    for adapter in adapters:
-        found[adapter] = []
-        evaluate(policy, mine, shown, adapter, ranks, judge, see=found[adapter].extend, is_counted=False)
+
+    def see(adapter: AdapterName) -> list[Seen]:
+        seen: list[Seen] = []
+        evaluate(policy, mine, shown, adapter, ranks, judge, see=seen.extend, is_counted=False)
+        return seen
+
+    with start_adapter(policy, config.lora) as adapter:
+        seen_before = see(adapter)
+    seen_after = see("ema")
     if ranks.is_main:
         by_truth = "exact" if has_truth(mine) else config.reward.judge
         reasons = {tasks[place].id: reason for place, reason in chosen.items()}
-        save_compared(folder, by_truth, reasons, found["off"], found["ema"])
+        save_compared(folder, by_truth, reasons, seen_before, seen_after)
 
 
 def save_subject(

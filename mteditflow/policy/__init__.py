@@ -1,7 +1,8 @@
 """The editor that is trained: one file per family of editors, and one `Policy` that the rest of the trainer sees."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
 from typing import Any
@@ -51,8 +52,8 @@ from mteditflow.types import Condition, Shape
 
 __all__ = [
     "DTYPES", "AdapterName", "Adapters", "Family", "Policy", "build_policy", "check_references", "configured_family",
-    "family_of", "linear_shapes", "model_path", "read_lora", "start_state", "stock_class", "token_counter",
-    "with_start",
+    "family_of", "linear_shapes", "model_path", "read_lora", "start_adapter", "start_state", "stock_class",
+    "token_counter", "with_start",
 ]  # fmt: skip
 
 FAMILIES = (flux_kontext.FAMILY, flux2.FAMILY, qwen_image_edit.FAMILY)
@@ -266,6 +267,22 @@ def start_state(policy: Policy, lora: LoraConfig) -> dict[str, Tensor]:
         if key.endswith(".lora_B.weight"):
             weight.zero_()
     return padded_state(read_lora(lora.init_from, policy.config), lora, state)
+
+
+@contextmanager
+def start_adapter(policy: Policy, lora: LoraConfig) -> Iterator[AdapterName]:
+    """Give the adapter under which the policy is what training starts from: none or, in the place of the average, the
+    LoRA of lora.init_from.
+    """
+    if not lora.init_from:
+        yield "off"
+        return
+    now = policy.adapters.state("ema")  # of a run that goes on, not the start's
+    policy.adapters.load("ema", start_state(policy, lora))
+    try:
+        yield "ema"
+    finally:
+        policy.adapters.load("ema", now)
 
 
 def build_policy(
