@@ -232,7 +232,7 @@ class Run:
         if is_due or (is_last and config.run.patience):  # the last average may be the best
             values |= self._short_evaluation(done)
         if self.ranks.is_main:
-            values |= alarms.held_out_figures([*self._lines, values], values)
+            values |= self._gap([*self._lines, values], values)
             self._report(iteration, values, judged, chosen)
         self.num_done = done
         if done % config.run.save_every == 0 or is_last or self.best.is_over:
@@ -252,6 +252,10 @@ class Run:
         account = self.account.read(values["update/num_transitions"] / self.ranks.world_size)  # of a rank
         judged["reward/overlap_efficiency"] = efficiency(judged, step_seconds(account))
         self.reporter.write(iteration, values | base_error | account | judged)
+
+    def _gap(self, lines: list[dict[str, Any]], by_truth: dict[str, float]) -> dict[str, float]:
+        """Hold the judge against an evaluation; nothing where that is the same judge's, and no truth."""
+        return alarms.held_out_figures(lines, by_truth) if has_truth(self.tasks) else {}
 
     def _warn(self, names: list[str], values: dict[str, float], done: int) -> None:
         """A line for each alarm that was not raised before in this process."""
@@ -314,7 +318,7 @@ class Run:
             save_evaluation(self.folder, "after", after)
             self._parts("after", done).remove()
             save_comparison(self.folder, self.before, after)
-            gap = alarms.held_out_figures(self._lines, held_out_figures(after))
+            gap = self._gap(self._lines[:done], held_out_figures(after))
             self._warn(alarms.find_alarms(gap), gap, self.num_done)
             picture = save_strips(self.folder, done, self.tasks, self.before, after)
             self.reporter.image("strips", self.num_done, picture)

@@ -1,5 +1,7 @@
 """Alarms: closed forms of what they measure, and that a hacked run rings and an honest one does not."""
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -28,6 +30,9 @@ from mteditflow.record.alarms import (
     rollout_figures,
 )
 from mteditflow.record.drift import KINDS
+from mteditflow.record.files import read_json, write_json
+from mteditflow.record.metrics import read_lines
+from mteditflow.report.run_report import report_contents
 from mteditflow.types import Condition, Rollout, Scores
 from mteditflow.world.drift import AXES, drifted
 from mteditflow.world.render import render
@@ -201,6 +206,31 @@ def test_a_judge_that_likes_damage_rings_at_the_end(
     assert ("alarm, judge against truth" in capsys.readouterr().err) == (leniency > 0)
     row = (tmp_path / "report.html").read_text().partition("<td>Judge against truth")[2].partition("</tr>")[0]
     assert ("since iteration 1" in row) == (leniency > 0) and ("quiet" in row) == (leniency == 0)
+
+
+def test_without_truth_no_judge_is_held_against_it(klein_run: Path) -> None:
+    """A run with a short evaluation, of sessions that its own judge scores."""
+    lines = read_lines(klein_run / "metrics.jsonl")
+    assert "heldout/MT_1" in lines[0] and not any("alarm/held_out_gap" in line for line in lines)
+
+
+def test_the_page_holds_the_judge_against_what_was_evaluated(lora_run: Path, tmp_path: Path) -> None:
+    """The best average, after 2 of 9 iterations, where judge and truth agreed; later they did not."""
+    shutil.copy(lora_run / "config.yaml", tmp_path)
+    after = read_json(lora_run / "evaluation_after.json")
+    write_json(tmp_path / "evaluation_after.json", after)
+    agreeing = {f"reward/success_{row['turn']}": row["MT"] / 100 for row in after["turns"]}
+    apart = {name: value + 1 for name, value in agreeing.items()}
+    lines = [
+        {"iteration": n, "heldout/best_iteration": min(n + 1, 2), **(apart if n > 1 else agreeing)} for n in range(9)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (row,) = (row for row in report_contents(tmp_path)["alarms"] if row["title"] == "Judge against truth")
+    assert (row["last"], row["first"]) == (0, None)
+    text = (tmp_path / "config.yaml").read_text()
+    assert "  path: embedded\n" in text
+    (tmp_path / "config.yaml").write_text(text.replace("  path: embedded\n", "  path: photos.jsonl\n"))
+    assert "Judge against truth" not in [row["title"] for row in report_contents(tmp_path)["alarms"]]
 
 
 def test_credit_is_the_correlation_within_groups() -> None:

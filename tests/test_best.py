@@ -1,6 +1,7 @@
 """When a run stops early and which average it keeps: by hand, and in runs that are killed, resumed and exported."""
 
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,22 @@ def test_a_kill_changes_nothing(
             assert given.keys() == expected.keys() and all(torch.equal(given[key], expected[key]) for key in given)
             for name in ("evaluation_after", "comparison"):
                 assert (tmp_path / f"{name}.json").read_text() == (stopped / f"{name}.json").read_text()
+
+
+def test_the_judge_is_held_against_what_is_evaluated(
+    arguments: Arguments, stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the end the iterations that made the best average, not the last ones."""
+    shutil.copytree(stopped, tmp_path / "run")
+    held, original = list[int](), run_module.alarms.held_out_figures
+
+    def spy(lines: Any, by_truth: Any) -> dict[str, float]:
+        held.append(len(lines))
+        return original(lines, by_truth)
+
+    monkeypatch.setattr(run_module.alarms, "held_out_figures", spy)
+    main(arguments(tmp_path / "run", **SIZE))
+    assert held == [2] and len(metrics(tmp_path / "run")) == 4
 
 
 def test_the_page_says_so(stopped: Path) -> None:

@@ -344,6 +344,7 @@ def test_a_run_on_users_data(
     assert (tmp_path / "run" / "lora" / "pytorch_lora_weights.safetensors").exists()
     strip = Image.open(tmp_path / "run" / "strips" / "iteration-000001.png")
     assert strip.width > strip.height
+    assert "Judge against truth" not in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_the_worlds_judges_cannot_score_it(

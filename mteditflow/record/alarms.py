@@ -42,7 +42,8 @@ ADDED = f"size at the last turn, {AGAINST}"
 GROWTH = f"what the turns after the first add, of the kind that has gained most, in thresholds of its alarm; {AGAINST}"
 NO_EDIT_SHARE = "share of turns that return their input"
 OVER_EDIT_SHARE = f"share of turns with consistency below {OVER_EDIT}"
-GAP = f"success in the last {NUM_ITERATIONS} iterations, by the judge, less success on held-out sessions, by the truth"
+HELD_OUT_GAP = "alarm/held_out_gap"  # of the embedded world, whose held-out sessions are judged by the truth
+GAP = f"success in {NUM_ITERATIONS} iterations, by the judge, less that of held-out sessions after them, by the truth"
 # docs/log.md, 2026-11-26: five and more standard errors of what other tasks move them by
 LIMITS = {"cast": 0.04, "tint": 0.04, "contrast": 0.06, "saturation": 0.1, "sharpness": 0.12, "grain": 0.02}
 ALARMS = {
@@ -54,7 +55,7 @@ ALARMS = {
     "alarm/no_edit_share": Alarm(title="No edit", meaning=NO_EDIT_SHARE, threshold=0.5),
     "alarm/over_edit_share": Alarm(title="Over-edit", meaning=OVER_EDIT_SHARE, threshold=0.3),
     # docs/results/study.md: at most 0.14 by a kind judge, at least 0.21 by one that is hacked
-    "alarm/held_out_gap": Alarm(title="Judge against truth", meaning=GAP, threshold=0.18),
+    HELD_OUT_GAP: Alarm(title="Judge against truth", meaning=GAP, threshold=0.18),
 }
 
 
@@ -162,15 +163,15 @@ def _known(values: Sequence[Any]) -> list[float]:
 
 
 def held_out_figures(lines: Sequence[Mapping[str, Any]], by_truth: Mapping[str, Any]) -> dict[str, float]:
-    """Compute the gap between the judge, of the last iterations, and the truth of an evaluation, `heldout/MT_k` in
-    percent; nothing where there is none.
+    """Compute the gap between the judge, of the last iterations before an evaluation, which `lines` end with, and its
+    truth, `heldout/MT_k` in percent; nothing where there is none.
     """
     gaps = list[float]()
     for turn in range(1, 1 + sum(name.startswith("heldout/MT_") for name in by_truth)):
         judged = _known([line.get(f"reward/success_{turn}") for line in lines[-NUM_ITERATIONS:]])
         true = _known([by_truth[f"heldout/MT_{turn}"]])
         gaps += [sum(judged) / len(judged) - true[0] / 100] if judged and true else []
-    return {"alarm/held_out_gap": sum(gaps) / len(gaps)} if gaps else {}
+    return {HELD_OUT_GAP: sum(gaps) / len(gaps)} if gaps else {}
 
 
 def find_alarms(values: dict[str, float]) -> list[str]:

@@ -41,7 +41,7 @@ def live_contents(folder: Path) -> dict[str, Any]:
     config, _ = read_config(folder / "config.yaml")
     total = config.run.num_iterations if config else 0
     is_finished = (folder / "comparison.json").is_file() and (len(lines) >= total or is_stopped(lines, config))
-    strips, watched = read_strips(folder, None), alarm_rows(lines)
+    strips, watched = read_strips(folder, None), alarm_rows(lines, config)
     newest = list(strips.items())[-1:]
     return {
         "title": f"MT-EditFlow: {config.run.folder if config else folder.resolve().name}",

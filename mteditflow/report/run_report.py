@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mteditflow.config import Config
+from mteditflow.config import EMBEDDED, Config
 from mteditflow.config.cli import from_yaml
 from mteditflow.config.reward import TAKEN
 from mteditflow.export.card import read_usage
-from mteditflow.record.alarms import ALARMS, held_out_figures
+from mteditflow.record.alarms import ALARMS, HELD_OUT_GAP, held_out_figures
 from mteditflow.record.figures import METRICS, RESULTS, SHOWN, align_turns, finite, read_figures
 from mteditflow.record.files import shaped
 from mteditflow.record.metrics import FILE, read_lines
@@ -151,7 +151,7 @@ def report_contents(folder: Path) -> dict[str, Any]:
             "turn": len(newest.get("turns", [])),
         },
         "account": account(lines),
-        "alarms": alarm_rows([*lines, *_at_end(lines, after)]) if config else [],
+        "alarms": alarm_rows([*lines, *_at_end(lines, after)], config) if config else [],
         "strips": strips,
         "compared": compared,
         "judged": judged,
@@ -246,10 +246,14 @@ def _type_charts(lines: Lines, before: dict[str, Any], after: dict[str, Any]) ->
     return [item for item in charts if item] if any(len(by_done) > 2 for by_done in points.values()) else []
 
 
-def alarm_rows(lines: Lines) -> list[dict[str, Any]]:
-    """Make a row for each alarm that has been watched: last and highest value, threshold, when it first rang."""
-    rows = []
+def alarm_rows(lines: Lines, config: Config | None) -> list[dict[str, Any]]:
+    """Make a row for each alarm that has been watched: last and highest value, threshold, when it first rang. A user's
+    data have no truth, so no judge is held against it.
+    """
+    rows, has_truth = [], config is None or config.data.path == EMBEDDED
     for name, alarm in ALARMS.items():
+        if name == HELD_OUT_GAP and not has_truth:
+            continue
         values = {line["iteration"] + 1: value for line in lines if (value := finite(line.get(name))) is not None}
         if values:
             first = next((iteration for iteration, value in values.items() if value > alarm.threshold), None)
@@ -260,9 +264,11 @@ def alarm_rows(lines: Lines) -> list[dict[str, Any]]:
 
 
 def _at_end(lines: Lines, after: dict[str, Any]) -> Lines:
-    """Hold the last iterations against the evaluation after training, as a line of its own; none before that."""
+    """Hold the last iterations of the average that was evaluated against the evaluation after training, as a line of
+    its own; none before that.
+    """
     by_truth = {f"heldout/MT_{row['turn']}": row.get("MT") for row in after.get("turns", [])}
-    gap = held_out_figures(lines, by_truth)
+    gap = held_out_figures(lines[: best_iteration(lines)], by_truth)
     return [{"iteration": lines[-1]["iteration"], **gap}] if gap else []
 
 
