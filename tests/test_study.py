@@ -217,6 +217,24 @@ def test_killed_study_goes_on(
     assert len(metrics(runs[0].folder)) == 2
 
 
+def test_a_run_without_what_it_makes_last_is_started_again(
+    write: Write, forked: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed once its gains are written: before the export, and before the report."""
+    path, folder = write(seeds=[0]), tmp_path / "study"
+    arguments, runs = [str(path), "--folder", str(folder), "--jobs", "2"], runs_of(read_study(path), folder)
+    for name in ("save_result", "write_report"):
+        with monkeypatch.context() as patch:
+            patch.setattr(run, name, lambda *_: os._exit(1))
+            assert command.study(arguments) == 1
+        for one in runs:
+            assert (one.folder / "comparison.json").is_file() and not study.is_finished(one)
+    forked.clear()
+    assert command.study(arguments) == 0 and len(forked) == len(runs) == sum(map(study.is_finished, runs))
+    for one in runs:
+        assert (one.folder / "lora" / "README.md").is_file() and (one.folder / "report.html").is_file()
+
+
 def test_run_that_another_process_took_meanwhile_is_no_failure(
     write: Write, forked: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

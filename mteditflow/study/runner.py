@@ -50,10 +50,13 @@ class Job:
 
 
 def is_finished(run: CellRun) -> bool:
-    """Whether the run was trained to its end with this very config."""
+    """Whether the run was trained to its end with this very config, and has all that it makes then; the report is last,
+    but can be asked for before.
+    """
     names = ("config.yaml", "comparison.json", "evaluation_before.safetensors", "evaluation_before.json")
-    files = (*names, "evaluation_after.json")
-    if not all((run.folder / name).is_file() for name in files):
+    files = (*names, "evaluation_after.json", "report.html")
+    is_exported = any((run.folder / name).is_file() for name in ("lora/README.md", "weights/README.md"))
+    if not is_exported or not all((run.folder / name).is_file() for name in files):
         return False
     try:
         return from_yaml(run.folder / "config.yaml") == with_start(run.config)
