@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from mteditflow.config.cli import from_yaml
+from mteditflow.config.cli import from_yaml, to_yaml
 from mteditflow.config.version import git_commit
 from mteditflow.policy import with_start
 from mteditflow.record.checkpoint import lock
@@ -58,8 +58,9 @@ def is_finished(run: CellRun) -> bool:
     is_exported = any((run.folder / name).is_file() for name in ("lora/README.md", "weights/README.md"))
     if not is_exported or not all((run.folder / name).is_file() for name in files):
         return False
+    path, config = run.folder / "config.yaml", with_start(run.config)
     try:
-        return from_yaml(run.folder / "config.yaml") == with_start(run.config)
+        return path.read_text() == to_yaml(config) or from_yaml(path) == config  # parsing takes a quarter of a second
     except ValueError:  # of another version of the program: train says what is wrong with it
         return False
 
