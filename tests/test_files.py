@@ -32,8 +32,9 @@ def test_what_is_retired_takes_no_other_place(tmp_path: Path) -> None:
         for path in (tmp_path / "lora" / "card", tmp_path / "page"):
             path.parent.mkdir(exist_ok=True)
             path.write_text(name)
-        aside = retire(tmp_path, "results", [tmp_path / "lora", tmp_path / "page", tmp_path / "nothing"])
-        assert aside == tmp_path / "set_aside" / name and (aside / "lora" / "card").read_text() == name
+        found = retire(tmp_path, "results", [tmp_path / "lora", tmp_path / "page", tmp_path / "nothing"])
+        aside = tmp_path / "set_aside" / name
+        assert found == aside and (aside / "lora" / "card").read_text() == name
         assert (aside / "page").read_text() == name and [*tmp_path.iterdir()] == [tmp_path / "set_aside"]
     assert retire(tmp_path, "results", [tmp_path / "lora"]) is None
 
