@@ -180,7 +180,7 @@ def estimate(value: float, samples: Floats, variance: float, dof: float) -> Esti
 
 @cache
 def read_outcome(folder: Path, written_ns: int) -> Outcome:
-    """Read the outcome of a finished run, once for all pages of a study; written_ns: when it finished."""
+    """Read the outcome of a finished run, once for all pages of a study; written_ns: when it was evaluated."""
     after = load_evaluation(folder, "after")
     assert after is not None
     lines = read_lines(folder / FILE)

@@ -60,7 +60,7 @@ def read_outcomes(runs: list[CellRun]) -> Outcomes:
     assert base is not None
     by_cell: dict[str, dict[int, Outcome]] = {}
     for run in runs:
-        written_ns = (run.folder / "comparison.json").stat().st_mtime_ns
+        written_ns = (run.folder / "evaluation_after.safetensors").stat().st_mtime_ns
         by_cell.setdefault(run.cell.key, {})[run.seed] = read_outcome(run.folder, written_ns)
     return Outcomes(base, by_cell)
 
