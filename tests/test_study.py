@@ -376,11 +376,11 @@ def test_every_slot_has_cores_of_its_own(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_the_papers_study() -> None:
-    """The core at five seeds and more, everything else at three, the base once per seed, every K judged at five turns,
-    and the questions on which worlds may differ asked on both.
+    """The core at ten seeds, where failures are independent at five, everything else at three, the base once per seed,
+    every K judged at five turns, and the questions on which worlds may differ asked on both.
     """
     comparisons = read_study(ROOT / "configs" / "study.yaml")
-    num_seeds = {"training_turns": 15, "credit": 15, "fusion": 10, "score_scale": 10, "judge": 10}
+    num_seeds = dict.fromkeys(["training_turns", "credit", "fusion", "score_scale", "judge"], 10)
     num_seeds |= {"training_turns_independent": 5, "credit_independent": 5}
     assert all(c.seeds == tuple(range(num_seeds.get(c.name, 3))) for c in comparisons)
     assert set(num_seeds) < {c.name for c in comparisons}

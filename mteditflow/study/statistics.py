@@ -17,7 +17,7 @@ Applications in Genetics and Molecular Biology 3, 2004, section 6): of
 
     m(c) = (f0 m0 + f(c) own(c)) / (f0 + f(c))     on f0 + f(c) degrees of freedom
 
-m0 and f0 are fitted to mean and variance, over the cells, of the logarithm of their own. Where these vary no more than
+m0 and f0 are those of the highest likelihood of the cells' own, of few seeds and of many. Where these vary no more than
 cells of one spread do, and of fewer than MIN_CELLS cells, m(c) is one mean square for all. The degrees of freedom of d
 are Satterthwaite's of the two.
 
@@ -48,6 +48,7 @@ from mteditflow.record.metrics import FILE, read_lines
 T_DRAWS = 50  # per bootstrap sample: 100,000 in all put the ends of the interval within about 1 % of its width
 NUM_LAST = 5  # iterations over which the training reward at the start and at the end is taken
 MIN_CELLS = 5  # that a rank correlation is told of, and how much cells differ in their spread
+MAX_FREEDOM, NUM_TRIED = 1e4, 401  # of f0, each 2.3 % above the one before; the last one stands for infinity
 MIN_FREEDOM = 1.5  # degrees of freedom of a cell from which its spread counts among those of all: of three seeds
 MARGINAL, OVERALL = list(METRICS).index("MT"), list(METRICS).index("O")
 
@@ -150,20 +151,24 @@ def moderate(of: Mapping[str, tuple[float, float]]) -> dict[str, tuple[float, fl
 
 
 def _prior(cells: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Fit m0 and f0 to cells' sums of squares; f0 is infinite where nothing says that the cells differ."""
+    """Fit m0 and f0 to cells' sums of squares by maximum likelihood: own(c) / m0 has an F distribution of f(c) and f0
+    degrees of freedom. f0 is infinite where nothing says that the cells differ.
+    """
     if len(cells) < MIN_CELLS or min(squares for squares, _ in cells) <= 0:
         return 0.0, np.inf
     squares, freedom = torch.tensor(cells, dtype=torch.float64).unbind(1)
-    half = freedom / 2
-    logs = (squares / freedom).log() - half.digamma() + half.log()
-    excess = (logs.var() - torch.polygamma(1, half).mean()).item()
-    if excess <= 0:
-        return 0.0, np.inf
-    low, high = torch.tensor(1e-3, dtype=torch.float64), torch.tensor(1e6, dtype=torch.float64)
-    for _ in range(100):  # trigamma falls
+    tried = torch.logspace(0, np.log10(MAX_FREEDOM), NUM_TRIED, dtype=torch.float64)[:, None]
+    low, high = (end.expand(NUM_TRIED, 1) for end in torch.aminmax(squares / freedom))
+    for _ in range(60):  # m0 of each f0, where the likelihood's slope is 0: the left side falls with m0
         middle = (low * high).sqrt()
-        low, high = (middle, high) if torch.polygamma(1, middle) > excess else (low, middle)
-    return (logs.mean() + low.digamma() - low.log()).exp().item(), 2 * low.item()
+        ratio = squares / (tried * middle)
+        is_low = ((freedom + tried) * ratio / (1 + ratio)).sum(1, keepdim=True) > freedom.sum()
+        low, high = torch.where(is_low, middle, low), torch.where(is_low, high, middle)
+    ratio = squares / (tried * low)
+    beta = (freedom / 2).lgamma() + (tried / 2).lgamma() - ((freedom + tried) / 2).lgamma()
+    likelihood = (freedom / 2 * ratio.log() - (freedom + tried) / 2 * ratio.log1p() - beta).sum(1)
+    best = int(likelihood.argmax())
+    return low[best].item(), np.inf if best == NUM_TRIED - 1 else tried[best].item()
 
 
 def estimate(value: float, samples: Floats, variance: float, dof: float) -> Estimate:
