@@ -54,7 +54,7 @@ ALARMS = {
     "alarm/drift_growth": Alarm(title="Drift grows faster over turns", meaning=GROWTH, threshold=1.0),
     "alarm/no_edit_share": Alarm(title="No edit", meaning=NO_EDIT_SHARE, threshold=0.5),
     "alarm/over_edit_share": Alarm(title="Over-edit", meaning=OVER_EDIT_SHARE, threshold=0.3),
-    # docs/results/study.md: at most 0.14 by a kind judge, at least 0.21 by one that is hacked
+    # docs/results/study.md, ten runs each: at most 0.19 by a kind judge, at least 0.31 by one that is hacked
     HELD_OUT_GAP: Alarm(title="Judge against truth", meaning=GAP, threshold=0.18),
 }
 
